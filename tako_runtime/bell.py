@@ -1,0 +1,99 @@
+"""Wake-ups between processes: one datagram to each socket in the app's bell folder.
+
+Who has made something due rings after the commit, with the topics of the batch (`store.base.Topics`); who listens looks
+at the store. A ring is a hint: one that is lost (a full buffer, a folder that cannot be reached) costs at most a second,
+since every listener also looks once a second.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+#: A socket's path may have 104 bytes on macOS and 108 on Linux, with the name in it.
+_LONGEST_FOLDER = 80
+
+
+class Bell:
+    """The bell of one app. Rings from any thread; each listener has its own socket."""
+
+    def __init__(self, app_dir: Path) -> None:
+        self._folder = _bell_folder(app_dir)
+        self._socket: socket.socket | None = None
+
+    def ring(self, topics: set[str]) -> None:
+        """Tell every listener of `topics`. Never raises, never blocks."""
+        message = " ".join(sorted(topics)).encode()[:4096]
+        try:
+            listeners = os.listdir(self._folder)
+        except OSError:
+            return
+        if not listeners:
+            return
+        if self._socket is None:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self._socket.setblocking(False)
+        for name in listeners:
+            path = f"{self._folder}/{name}"
+            try:
+                self._socket.sendto(message, path)
+            except ConnectionRefusedError:  # its listener is gone
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            except OSError:  # its buffer is full: it has been rung already
+                pass
+
+    def listen(self, name: str) -> "Listener":
+        """A socket of one's own under `name`, which must be unique (a worker's id)."""
+        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self._folder / name
+        path.unlink(missing_ok=True)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        listener.setblocking(False)
+        listener.bind(str(path))
+        path.chmod(0o600)
+        return Listener(listener, path)
+
+
+class Listener:
+    """One who hears the bell, within an event loop."""
+
+    def __init__(self, sock: socket.socket, path: Path) -> None:
+        self._socket, self._path = sock, path
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self, heard: Callable[[set[str]], None]) -> None:
+        """Call `heard(topics)` in this event loop at every ring."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket, self._read, heard)
+
+    def _read(self, heard: Callable[[set[str]], None]) -> None:
+        topics: set[str] = set()
+        with contextlib.suppress(OSError):
+            while True:
+                topics.update(self._socket.recv(4096).decode(errors="replace").split())
+        heard(topics)
+
+    def close(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._socket)
+        self._socket.close()
+        self._path.unlink(missing_ok=True)
+
+
+def _bell_folder(app_dir: Path) -> Path:
+    """`bell/` of the app; where its path is too long for a socket, a short folder of this user named by its hash."""
+    folder = app_dir.absolute() / "bell"
+    if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
+        return folder
+    runtime = Path(f"/run/user/{os.getuid()}")
+    if not os.access(runtime, os.W_OK):
+        runtime = Path(f"/tmp/tako-{os.getuid()}")  # noqa: S108 -- made 0700 and checked
+        with contextlib.suppress(FileExistsError):
+            runtime.mkdir(mode=0o700)
+        if runtime.lstat().st_uid != os.getuid() or runtime.lstat().st_mode & 0o077:
+            return folder  # somebody else's: the look once a second has to do
+    return runtime / f"tako-bell-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"

@@ -1,0 +1,141 @@
+"""The only module that reads time.
+
+An instant is an `int`: microseconds since 1970-01-01 UTC. A duration is an `int` of microseconds too; people give it as
+a `timedelta`, as seconds, or as text (`"90s"`, `"1h30m"`, `"3d"`), and `duration()` is the one place that reads it.
+"""
+
+import math
+import re
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+from tako_runtime.errors import InvalidValue
+
+SECOND = 1_000_000
+MINUTE = 60 * SECOND
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
+
+#: The last instant that ISO 8601 with four-digit years can name: 9999-12-31.
+LATEST = 253_402_300_799 * SECOND
+
+Duration = timedelta | int | float | str
+
+_UNITS = {"us": 1, "ms": 1_000, "s": SECOND, "m": MINUTE, "h": HOUR, "d": DAY, "w": 7 * DAY}
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h|d|w)\s*")
+
+
+class Clock(Protocol):
+    """Where time comes from. Loops take one, so that a test can hand in its own."""
+
+    def now(self) -> int:
+        """Microseconds since 1970-01-01 UTC."""
+        ...
+
+
+class SystemClock:
+    """The machine's wall clock. Leases and deadlines outlive processes and boots, so it is not a monotonic one."""
+
+    def now(self) -> int:
+        return time.time_ns() // 1_000
+
+
+def duration(value: Duration, what: str = "duration", *, least: int | None = 0) -> int:
+    """Microseconds of a `timedelta`, a number of seconds, or text such as `"500ms"`, `"1h30m"`, `"3d"`.
+
+    Raises `InvalidValue` for NaN, infinity, other types, unreadable text, and for less than `least` microseconds.
+
+    >>> duration("1h30m") == duration(5400) == duration(timedelta(minutes=90)) == 5_400_000_000
+    True
+    """
+    if isinstance(value, timedelta):
+        micros = value // timedelta(microseconds=1)
+    elif isinstance(value, str):
+        micros = _from_text(value, what)
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise InvalidValue(f"{what} must be a timedelta, seconds, or text like '3d', not {value!r}")
+    elif not math.isfinite(value):
+        raise InvalidValue(f"{what} must be a finite number of seconds, not {value!r}")
+    else:
+        micros = round(value * SECOND)
+    if least is not None and micros < least:
+        raise InvalidValue(f"{what} must be at least {spell(least)}, not {value!r}")
+    if micros > LATEST:
+        raise InvalidValue(f"{what} reaches past the year 9999: {value!r}")
+    return micros
+
+
+def _from_text(text: str, what: str) -> int:
+    rest = text.strip().lower()
+    sign = 1
+    if rest.startswith("-"):
+        sign, rest = -1, rest[1:]
+    micros, at = 0.0, 0
+    for part in _PART.finditer(rest):
+        if part.start() != at:
+            break
+        micros += float(part[1]) * _UNITS[part[2]]
+        at = part.end()
+    if not rest or at != len(rest):
+        raise InvalidValue(
+            f"{what} {text!r} is not a duration",
+            hint="Write a number and a unit: 500ms, 90s, 15m, 1h30m, 3d, 2w.",
+        )
+    return sign * round(micros)
+
+
+def instant(value: datetime, what: str = "time") -> int:
+    """Microseconds since 1970 of a datetime with a time zone; `InvalidValue` for a naive one, which names no instant.
+
+    >>> instant(datetime(1970, 1, 2, tzinfo=UTC)) == DAY
+    True
+    """
+    if not isinstance(value, datetime):
+        raise InvalidValue(f"{what} must be a datetime with a time zone, not {value!r}")
+    if value.tzinfo is None or value.utcoffset() is None:
+        raise InvalidValue(
+            f"{what} {value.isoformat()} has no time zone",
+            hint="Say which one is meant: datetime(..., tzinfo=UTC), or datetime.now(UTC).",
+        )
+    return (value - _EPOCH) // timedelta(microseconds=1)
+
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def moment(micros: int) -> datetime:
+    """The instant as a datetime in UTC."""
+    return _EPOCH + timedelta(microseconds=micros)
+
+
+def iso(micros: int) -> str:
+    """ISO 8601 in UTC with microseconds.
+
+    >>> iso(0)
+    '1970-01-01T00:00:00.000000Z'
+    """
+    return moment(micros).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def spell(micros: int) -> str:
+    """A duration as people write it, two units at most.
+
+    >>> spell(90 * SECOND), spell(1_500), spell(0), spell(3 * DAY + 2 * HOUR + 5)
+    ('1m30s', '1.5ms', '0s', '3d2h')
+    """
+    if micros < 0:
+        return "-" + spell(-micros)
+    if micros < SECOND:
+        return f"{micros / 1_000:.3g}ms" if micros else "0s"
+    if micros < MINUTE:
+        return f"{micros / SECOND:.3g}s"
+    rest = round(micros / SECOND)
+    parts = []
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1)):
+        count, rest = divmod(rest, size)
+        if count:
+            parts.append(f"{count}{unit}")
+        elif parts:
+            break
+    return "".join(parts[:2])

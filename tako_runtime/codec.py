@@ -1,0 +1,161 @@
+"""Values <-> stored text: JSON, through msgspec, with the typed round trip.
+
+What a step returns on its first pass is what it returns on replay. So a value is encoded and decoded at once, into the
+annotation where there is one, and the decoded one is what the handler sees, both times.
+"""
+
+import functools
+import inspect
+import sys
+import typing
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from tako_runtime.errors import NotCarried, PayloadRefused, TooLarge
+
+#: The largest value that is stored, in bytes of its JSON text: 1 MiB unless the app says otherwise.
+MAX_VALUE = 1 << 20
+
+
+def encode(value: object, what: str, *, limit: int = MAX_VALUE) -> str:
+    """JSON text of `value`; `what` names it in errors ("step 'charge'", "the payload of 'fulfill-order'").
+
+    Carries what msgspec can encode (dataclasses, datetime, Decimal, UUID, enums, sets, TypedDict, Struct, attrs) and
+    pydantic models. Raises `NotCarried` for any other type and for NaN or infinity (JSON would turn them into null),
+    `TooLarge` past `limit` bytes.
+
+    >>> encode({"n": 1}, "an example")
+    '{"n":1}'
+    """
+    try:
+        data = _encoder.encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise NotCarried(f"{what}: a value of type {_name(type(value))} cannot be stored: {error}") from None
+    if len(data) > limit:
+        raise TooLarge(f"{what}: the value takes {len(data):,} bytes as JSON; the limit is {limit:,}")
+    if b"null" in data and _has_lost_float(msgspec.to_builtins(value, enc_hook=_encode_foreign)):
+        raise NotCarried(f"{what}: NaN and infinity cannot be stored", hint="Use None or a text for 'no number'.")
+    return data.decode()
+
+
+def decode(text: str | bytes, annotation: object = Any) -> Any:
+    """The value of stored text, as `annotation`. Raises `msgspec.DecodeError` where it is not JSON and
+    `msgspec.ValidationError` where it does not fit.
+
+    >>> decode('["a", "b"]', tuple[str, str])
+    ('a', 'b')
+    """
+    return decoder(annotation)(text)
+
+
+def carry(value: object, annotation: object, what: str, *, limit: int = MAX_VALUE) -> tuple[str, Any]:
+    """The stored text of `value` and the value as every replay will see it.
+
+    >>> carry((1, 2), Any, "an example")
+    ('[1,2]', [1, 2])
+    """
+    text = encode(value, what, limit=limit)
+    try:
+        return text, decoder(annotation)(text)
+    except msgspec.ValidationError as error:
+        raise NotCarried(
+            f"{what}: returned {_name(type(value))}, which does not fit its annotation {_name(annotation)}: {error}",
+            hint="Mend the return annotation, or return what it says.",
+        ) from None
+
+
+def payload_text(value: object, annotation: object, workflow: str, *, limit: int = MAX_VALUE) -> str:
+    """The stored text of a payload, or `PayloadRefused` where the handler could not take it."""
+    what = f"the payload of {workflow!r}"
+    text = encode(value, what, limit=limit)
+    try:
+        decoder(annotation)(text)
+    except msgspec.ValidationError as error:
+        raise PayloadRefused(f"{what} does not fit {_name(annotation)}: {error}") from None
+    return text
+
+
+def decoder(annotation: object) -> Callable[[str | bytes], Any]:
+    """The decode function for an annotation; `NotCarried` for one that no stored text can be read into."""
+    try:
+        return _decoder(annotation)
+    except TypeError as error:
+        raise NotCarried(
+            f"the annotation {_name(annotation)} cannot be read back from stored JSON: {error}",
+            hint="Give each member of a union its own tag (msgspec.Struct, tag=True), or return one type.",
+        ) from None
+
+
+def returns(fn: Callable[..., Any]) -> Any:
+    """The type that `fn`'s value is read back into: its return annotation without `Awaitable`, or `Any`."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    if not inspect.isroutine(fn) and not inspect.isclass(fn):
+        fn = type(fn).__call__
+    code = fn if inspect.isclass(fn) else getattr(fn, "__func__", fn)
+    try:
+        return _returns(code)
+    except TypeError:  # unhashable callable
+        return Any
+
+
+@functools.lru_cache(maxsize=4096)
+def _returns(fn: Callable[..., Any]) -> Any:
+    if inspect.isclass(fn):
+        return fn
+    annotation = annotations(fn).get("return", Any)
+    if annotation is typing.NoReturn or annotation is inspect.Signature.empty:
+        return Any
+    if typing.get_origin(annotation) in (Awaitable, Coroutine):
+        annotation = typing.get_args(annotation)[-1]
+    return annotation
+
+
+def annotations(fn: Callable[..., Any]) -> dict[str, Any]:
+    """The resolved annotations of `fn`; names that live only inside an enclosing function are found there too."""
+    inner = inspect.unwrap(fn)
+    cells = inspect.getclosurevars(inner).nonlocals if inspect.isfunction(inner) else {}
+    try:
+        return typing.get_type_hints(inner, localns=dict(cells), include_extras=True)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+@functools.lru_cache(maxsize=4096)
+def _decoder(annotation: Any) -> Callable[[str | bytes], Any]:
+    return msgspec.json.Decoder(annotation, dec_hook=_decode_foreign).decode
+
+
+def _encode_foreign(value: Any) -> Any:
+    pydantic = sys.modules.get("pydantic")
+    if pydantic is not None and isinstance(value, pydantic.BaseModel):
+        return value.model_dump(mode="json")
+    raise TypeError(f"no way to carry {_name(type(value))}")
+
+
+def _decode_foreign(wanted: type, value: Any) -> Any:
+    pydantic = sys.modules.get("pydantic")
+    if pydantic is not None and isinstance(wanted, type) and issubclass(wanted, pydantic.BaseModel):
+        try:
+            return wanted.model_validate_json(msgspec.json.encode(value))
+        except pydantic.ValidationError as error:
+            places = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']}" for e in error.errors())
+            raise ValueError(places) from None
+    raise TypeError(f"no way to read {_name(wanted)} back")
+
+
+_encoder = msgspec.json.Encoder(enc_hook=_encode_foreign)
+
+
+def _has_lost_float(value: Any) -> bool:
+    if isinstance(value, float):
+        return value != value or value in (float("inf"), float("-inf"))
+    if isinstance(value, dict):
+        return any(map(_has_lost_float, value.values()))
+    return isinstance(value, list | tuple | set | frozenset) and any(map(_has_lost_float, value))
+
+
+def _name(annotation: object) -> str:
+    return annotation.__qualname__ if isinstance(annotation, type) else str(annotation).replace("typing.", "")

@@ -1,0 +1,169 @@
+"""One event, one line; every event name in one place.
+
+An event is a fact with data: `emit("step.done", run=..., step=..., ms=...)`. `WORDS` has every name, its level and its
+sentence. Sinks take the facts; `JsonLines` writes one JSON object a line, with the sentence as `message`.
+"""
+
+import asyncio
+import contextvars
+import io
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgspec
+
+from tako_runtime import clock
+
+DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40
+LEVELS = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
+
+#: event: (level, sentence). The sentence's fields are facts of the event.
+WORDS: dict[str, tuple[int, str]] = {
+    "run.started": (INFO, "attempt {attempt} of {max_attempts} started"),
+    "run.succeeded": (INFO, "succeeded in {took}"),
+    "run.retrying": (WARNING, "attempt {attempt} of {max_attempts} failed, again in {pause}: {error}"),
+    "run.sleeping": (INFO, "sleeps until {until}"),
+    "run.waiting": (INFO, "waits for {signals}, until {until}"),
+    "run.queued": (INFO, "handed back at a step boundary, goes on under the next worker"),
+    "run.cancelled": (INFO, "cancelled: {reason}"),
+    "run.dead": (ERROR, "dead: {reason}"),
+    "run.lost": (WARNING, "claim lost: somebody else has this run, nothing more is written here"),
+    "run.reclaimed": (WARNING, "{message}; {then}"),
+    "run.unmended": (ERROR, "the end of the attempt could not be written: {error}"),
+    "step.done": (DEBUG, "step {step} done in {took}"),
+    "step.cached": (DEBUG, "step {step} was done already"),
+    "step.retrying": (WARNING, "step {step} failed, try {n} of {tries}, again in {pause}: {error}"),
+    "step.failed": (WARNING, "step {step} failed: {error}"),
+    "step.left": (WARNING, "step {step} ran past its timeout; its thread cannot be stopped and is left behind"),
+    "wait.done": (DEBUG, "got signal {signal}"),
+    "wait.timed_out": (INFO, "no signal {signal} by its deadline"),
+    "store.busy": (WARNING, "a write waits and is tried again: {error}"),
+    "worker.started": (INFO, "worker {worker} of group {group} started, {concurrency} runs at once: {workflows}"),
+    "worker.draining": (INFO, "worker {worker} drains: {runs} runs in hand"),
+    "worker.stopped": (INFO, "worker {worker} stopped: {reason}"),
+    "worker.lost_lease": (ERROR, "worker {worker} lost its lease: its {runs} runs are given up here"),
+    "worker.died": (WARNING, "worker {worker} (pid {pid}) is gone: {how}"),
+    "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
+    "group.paused": (ERROR, "group {group}: {failures} workers in a row ended before they did anything; next in {pause}"),
+    "output": (INFO, "{text}"),
+}
+
+#: Facts of the run and step that the code is in: they go with every event, and with what a handler prints.
+_context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tako_log", default=None)
+_sinks: list[Callable[[dict[str, Any]], None]] = []
+_time = clock.SystemClock()
+
+
+def emit(event: str, **facts: Any) -> None:
+    """Announce a fact to every sink. Costs next to nothing where there is none."""
+    if not _sinks:
+        return
+    line = {"at": _time.now(), "level": WORDS[event][0], "event": event, **(_context.get() or {}), **facts}
+    for sink in _sinks:
+        sink(line)
+
+
+def words(line: dict[str, Any]) -> str:
+    """The sentence of an event, with its facts put in."""
+    return WORDS[line["event"]][1].format_map(_Lenient(line))
+
+
+@contextmanager
+def about(**facts: Any) -> Iterator[None]:
+    """Every event within carries these facts."""
+    token = _context.set({**(_context.get() or {}), **facts})
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+@contextmanager
+def sink(take: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Events go to `take` as well, within."""
+    _sinks.append(take)
+    try:
+        yield
+    finally:
+        _sinks.remove(take)
+
+
+class JsonLines:
+    """A sink: one JSON object a line on a file descriptor. What one pass of the event loop emits is one write."""
+
+    def __init__(self, fd: int, least: int = INFO) -> None:
+        self._fd, self._least = fd, least
+        self._lines: list[bytes] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, line: dict[str, Any]) -> None:
+        if line["level"] < self._least:
+            return
+        shown = {**line, "at": clock.iso(line["at"]), "level": LEVELS[line["level"]], "message": words(line)}
+        data = msgspec.json.encode(shown, enc_hook=str) + b"\n"
+        with self._lock:
+            self._lines.append(data)
+            first = len(self._lines) == 1
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.flush()
+        else:
+            if first:
+                loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        with self._lock:
+            data, self._lines = b"".join(self._lines), []
+            while data:
+                try:
+                    data = data[os.write(self._fd, data) :]
+                except BrokenPipeError:  # nobody reads any more; the work is worth more than its log
+                    return
+
+
+class Output(io.TextIOBase):
+    """Stands in for `sys.stdout` in a worker: what a handler prints is an event with its run and step, line by line."""
+
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
+        self._rest = threading.local()
+
+    def write(self, text: str) -> int:
+        held = getattr(self._rest, "text", "") + text
+        *lines, self._rest.text = held.split("\n")
+        for line in lines:
+            emit("output", stream=self._stream, text=line)
+        return len(text)
+
+    def flush(self) -> None:
+        held = getattr(self._rest, "text", "")
+        if held:
+            self._rest.text = ""
+            emit("output", stream=self._stream, text=held)
+
+    def writable(self) -> bool:
+        return True
+
+
+class LoggingHandler(logging.Handler):
+    """Puts Python's `logging` into the same log, with the run and step it came from."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            emit("output", stream="logging", logger=record.name, text=self.format(record), level=_level(record.levelno))
+        except Exception:  # noqa: BLE001 -- logging's own rule: a broken record must not break the program
+            self.handleError(record)
+
+
+def _level(number: int) -> int:
+    return max((level for level in LEVELS if level <= number), default=DEBUG)
+
+
+class _Lenient(dict[str, Any]):
+    def __missing__(self, key: str) -> str:
+        return "?"

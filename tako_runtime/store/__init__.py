@@ -1,0 +1,110 @@
+"""Where an app's store is, and the one that this process has open.
+
+An app, a script or a worker finds its store from `TAKO_APP_NAME` and `TAKO_DATA_DIR` (the supervisor sets both), else from
+the nearest `tako.toml` upwards, whose project keeps a development store under `.tako/`. It is opened at first use, once
+per process; a forked child opens its own.
+"""
+
+import os
+import re
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+from tako_runtime.bell import Bell
+from tako_runtime.errors import ConfigError, TakoUnavailable
+from tako_runtime.store.base import Store
+from tako_runtime.store.commit import StoreThread
+
+APP_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+class Home(NamedTuple):
+    """Which app, and where its data are."""
+
+    app: str
+    data_dir: Path
+
+    @property
+    def app_dir(self) -> Path:
+        """`{data_dir}/apps/<app>`: the store, the bell, what workers leave."""
+        return self.data_dir / "apps" / self.app
+
+    def environment(self) -> dict[str, str]:
+        """The variables from which a child finds the same home."""
+        return {"TAKO_APP_NAME": self.app, "TAKO_DATA_DIR": str(self.data_dir)}
+
+
+def locate() -> Home:
+    """The home of this process's app. Raises `TakoUnavailable` where nothing names one."""
+    app, data_dir = os.environ.get("TAKO_APP_NAME"), os.environ.get("TAKO_DATA_DIR")
+    if app and data_dir:
+        if not APP_NAME.fullmatch(app):
+            raise ConfigError(f"TAKO_APP_NAME={app!r} is not an app's name", hint="Lower-case letters, digits and '-'.")
+        return Home(app, Path(data_dir).absolute())
+    if app or data_dir:
+        there, missing = ("TAKO_APP_NAME", "TAKO_DATA_DIR") if app else ("TAKO_DATA_DIR", "TAKO_APP_NAME")
+        raise TakoUnavailable(f"{there} is set and {missing} is not", hint="Set both, or neither.")
+    from tako_runtime import config  # costs nothing where the environment says it all
+
+    path = config.find()
+    if path is None:
+        raise TakoUnavailable(
+            f"no tako.toml in {Path.cwd()} or above it, and TAKO_APP_NAME and TAKO_DATA_DIR are not set"
+        )
+    return project_home(config.load(path).name, path.parent)
+
+
+def project_home(app: str, root: Path) -> Home:
+    """The development home of the project in the folder `root`."""
+    return Home(app, root / ".tako")
+
+
+def open_store(home: Home) -> StoreThread:
+    """A store of one's own. Most callers want `current()`."""
+    bell = Bell(home.app_dir)
+
+    def connect() -> Store:
+        from tako_runtime.store.sqlite import SqliteStore
+
+        return SqliteStore(home.app_dir / "runs.db")
+
+    return StoreThread(connect, bell.ring)
+
+
+class _Current:
+    """The store of this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.store: StoreThread | None = None
+
+
+_current = _Current()
+
+
+def current() -> StoreThread:
+    """The store of this process's app, opened at first use."""
+    store = _current.store
+    if store is None:
+        with _current.lock:
+            store = _current.store
+            if store is None:
+                store = _current.store = open_store(locate())
+    return store
+
+
+def use(store: StoreThread | None) -> None:
+    """Make `store` the one of this process: a worker's handlers enqueue through the worker's own thread."""
+    _current.store = store
+
+
+def _forget() -> None:
+    """In a forked child: the parent's connection must be neither used nor closed, its lock may be held."""
+    global _current
+    _orphans.append(_current.store)
+    _current = _Current()
+
+
+_orphans: list[StoreThread | None] = []
+os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,233 @@
+"""The contract that every store keeps: the operations, as values, and what each one promises.
+
+An operation is handed to the store thread (`commit.py`) with `await store.do(op)` or `store.do_sync(op)`. The thread
+gives all that is queued to `Store.execute`, which runs it in one transaction: when a caller gets its answer, what it
+wrote has been synced. Every operation is atomic, and may be given twice without harm where its docstring says so.
+
+Time is an argument (`now`, microseconds): no store reads a clock. A write by a worker names `(seq, claim)`; it lands only
+while that claim holds, and says whether it did.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import msgspec
+
+from tako_runtime.run import AttemptRecord, Claimed, NewRun, Run, Status, StepRecord, WorkerRecord
+from tako_runtime.state import Change
+
+R = TypeVar("R")
+
+#: What a listener of the bell may want to know of a batch: "due:<group>", "signal", "cancel", "ended".
+Topics = set[str]
+
+
+class Operation(msgspec.Struct, Generic[R], frozen=True, kw_only=True):
+    """One thing to do; `R` is its answer. `writes` is False where it changes nothing and so needs no lock."""
+
+    writes: ClassVar[bool] = True
+
+
+# --- a run's life, in order ------------------------------------------------------------------------------------------
+
+
+class Enqueue(Operation[list[str]], frozen=True):
+    """Insert runs, all or none. Answers their ids, in order; where a live run of the workflow holds the unique key, its
+    id, and nothing is inserted for that one."""
+
+    runs: Sequence[NewRun]
+    now: int
+
+
+class ClaimRuns(Operation[list[Claimed]], frozen=True):
+    """Claim up to `limit` due runs of `group` whose workflow is one of `workflows`: highest priority first, then the
+    oldest due, then in order of insertion. Each claim has a new number. Starts an attempt where none is open."""
+
+    worker: str
+    group: str
+    workflows: Sequence[str]
+    limit: int
+    now: int
+
+
+class SaveStep(Operation[StepRecord | None], frozen=True):
+    """Write a step, unless the run has it already: the first write wins, and a failed step marked `rerun` counts as
+    not written. Answers the record that is stored, or None where the claim is lost."""
+
+    seq: int
+    claim: int
+    step: StepRecord
+
+
+class OpenWait(Operation[StepRecord | None], frozen=True):
+    """Begin to wait: take the oldest kept signal of that name, or else be found by the next one. Answers the stored
+    record (`done` with the payload, or `waiting`), the one of the first call whenever it is called again; None where the
+    claim is lost."""
+
+    seq: int
+    claim: int
+    step: StepRecord
+    signal: str
+    now: int
+
+
+class ExpireWait(Operation[StepRecord | None], frozen=True):
+    """Let a wait time out. Answers the stored record: `timed_out`, or `done` where a signal was first; None where the
+    claim is lost."""
+
+    seq: int
+    claim: int
+    name: str
+    now: int
+
+
+class Apply(Operation[bool], frozen=True):
+    """Write a change of a run, whole. False, and nothing written, where it may not land (`Change`)."""
+
+    change: Change
+
+
+class SendSignal(Operation[int], frozen=True):
+    """Give `payload` to one open wait on `name` of every run that has one and is not past its deadline; parked ones
+    become due. Where there is none, keep it until `expires_at`. Answers how many runs took it."""
+
+    name: str
+    payload: str
+    now: int
+    expires_at: int
+
+
+# --- workers ---------------------------------------------------------------------------------------------------------
+
+
+class AddWorker(Operation[None], frozen=True):
+    worker: WorkerRecord
+
+
+class RenewLease(Operation[bool], frozen=True):
+    """False where the worker is not there any more: it has been given up for dead, and must not write."""
+
+    worker: str
+    until: int
+
+
+class RemoveWorker(Operation[None], frozen=True):
+    """Take the worker off, once its runs have been given back. May be given twice."""
+
+    worker: str
+
+
+class ListWorkers(Operation[list[WorkerRecord]], frozen=True):
+    writes = False
+
+
+class RunsOf(Operation[list[Run]], frozen=True):
+    """The runs that a worker has in hand."""
+
+    writes = False
+    worker: str
+
+
+# --- what is there ---------------------------------------------------------------------------------------------------
+
+
+class Demand(Operation["Due"], frozen=True):
+    """What is due at `now`, by group, and when the next run becomes due. Also makes claimable what has become due."""
+
+    now: int
+
+
+class Due(msgspec.Struct, frozen=True):
+    groups: frozenset[str]
+    next_at: int | None
+
+
+class DataVersion(Operation[int], frozen=True):
+    """A number that changes whenever another process has written: the cheap look that backs up the bell."""
+
+    writes = False
+
+
+class GetRun(Operation[Run | None], frozen=True):
+    writes = False
+    seq: int
+
+
+class FindRuns(Operation[list[Run]], frozen=True):
+    """The runs whose id begins with `prefix`, at most `limit`."""
+
+    writes = False
+    prefix: str
+    limit: int = 5
+
+
+class ListRuns(Operation[list[Run]], frozen=True):
+    """Newest first. `since_id` cuts by creation (`run.first_id_at`)."""
+
+    writes = False
+    statuses: Sequence[Status] = ()
+    workflow: str | None = None
+    since_id: str | None = None
+    limit: int = 50
+
+
+class Steps(Operation[list[StepRecord]], frozen=True):
+    """A run's steps in the order of their calls."""
+
+    writes = False
+    seq: int
+
+
+class Attempts(Operation[list[AttemptRecord]], frozen=True):
+    writes = False
+    seq: int
+
+
+class OpenWaits(Operation[list["Wait"]], frozen=True):
+    """Open waits of one run, or of all: by signal name."""
+
+    writes = False
+    seq: int | None = None
+    limit: int = 1000
+
+
+class Wait(msgspec.Struct, frozen=True):
+    signal: str
+    run_id: str
+    step: str
+    since: int
+    deadline: int | None
+
+
+class KeptSignals(Operation[list["KeptSignal"]], frozen=True):
+    """Signals that nobody has waited for yet and that have not expired, oldest first."""
+
+    writes = False
+    now: int
+    limit: int = 1000
+
+
+class KeptSignal(msgspec.Struct, frozen=True):
+    name: str
+    payload: bytes
+    sent_at: int
+    expires_at: int
+
+
+class CountRuns(Operation[dict[tuple[str, str], int]], frozen=True):
+    """How many live runs there are, by status and reason."""
+
+    writes = False
+
+
+class Store(ABC):
+    """What a dialect brings: opened, used and closed by the one thread that owns it."""
+
+    @abstractmethod
+    def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
+        """Run `batch` in one transaction and sync it. Raises, with nothing written, if any operation does: the caller
+        then gives them one by one. Transient trouble (locked for long, disk full) is `StoreBusy`."""
+
+    @abstractmethod
+    def close(self) -> None: ...

@@ -1,0 +1,189 @@
+-- Every query of every store. `-- name:` begins one and names it; the comment below says what it is for. Parameters are
+-- `:name`; `{run}` and `{step}` stand for the columns of a run and of a step, as the dialect reads them; `{name_list}`
+-- style words stand for what only a dialect can say. Loaded and translated once (`load` in `sqlite.py`).
+
+-- ===== a run's life, in order ========================================================================================
+
+-- name: holder_of_key
+-- The live run that holds a unique key.
+SELECT id FROM runs WHERE workflow = :workflow AND unique_key = :unique_key AND finished_at IS NULL;
+
+-- name: insert_run
+INSERT INTO runs (id, workflow, "group", status, reason, priority, due_at, max_attempts, retries,
+                  backoff_base, backoff_max, created_at, unique_key, release, payload, ready)
+VALUES (:id, :workflow, :group, 'pending', 'queued', :priority, :due_at, :retries + 1, :retries,
+        :backoff_base, :backoff_max, :created_at, :unique_key, :release, :payload, :ready);
+
+-- name: promote
+-- What has become due comes into the index that claims walk; some at a time, so that no one waits long for the lock.
+UPDATE runs SET ready = 1
+ WHERE seq IN (SELECT seq FROM runs WHERE ready = 0 AND due_at IS NOT NULL AND due_at <= :now ORDER BY due_at LIMIT 1000);
+
+-- name: claim
+-- An attempt that is open (the run was parked, or drained) goes on under its number; else the next one begins.
+UPDATE runs
+   SET status = 'running', reason = 'claimed', ready = NULL, worker = :worker, claim = claim + 1,
+       attempt = attempt + (CASE WHEN attempt_started_at IS NULL THEN 1 ELSE 0 END),
+       attempt_started_at = COALESCE(attempt_started_at, :now), started_at = COALESCE(started_at, :now)
+ WHERE seq IN (SELECT seq FROM runs
+                WHERE ready = 1 AND "group" = :group AND workflow IN ({workflows})
+                ORDER BY priority DESC, due_at, seq LIMIT :limit {lock})
+RETURNING {claimed};
+
+-- name: steps_of
+SELECT {step} FROM steps WHERE run = :seq ORDER BY position, started_at, kind, name;
+
+-- name: step
+SELECT {step} FROM steps WHERE run = :seq AND kind = :kind AND name = :name;
+
+-- name: holds_claim
+SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND status = 'running';
+
+-- name: save_step
+-- The first write wins; a failure that the next attempt may mend counts as not written.
+INSERT INTO steps (run, kind, name, position, status, attempt, started_at, finished_at, due_at, result, error)
+SELECT :seq, :kind, :name, :position, :status, :attempt, :started_at, :finished_at, :due_at, :result, :error
+ WHERE EXISTS (SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND status = 'running')
+    ON CONFLICT (run, kind, name) DO UPDATE
+   SET position = excluded.position, status = excluded.status, attempt = excluded.attempt,
+       started_at = excluded.started_at, finished_at = excluded.finished_at, due_at = excluded.due_at,
+       result = excluded.result, error = excluded.error, rerun = 0
+ WHERE steps.rerun = 1;
+
+-- name: apply
+-- One guarded write for every change: it lands only if the row is as the change saw it.
+UPDATE runs
+   SET status = :status, reason = :reason, ready = :ready, due_at = :due_at, worker = :worker,
+       attempt_started_at = :attempt_started_at, finished_at = :finished_at, losses = :losses,
+       max_attempts = :max_attempts, cancelling = :cancelling, result = :result, error = :error
+ WHERE seq = :seq AND claim = :claim AND status = :seen_status AND (:goes_on = 0 OR cancelling IS NULL);
+
+-- name: insert_attempt
+INSERT INTO attempts (run, n, worker, started_at, finished_at, outcome, error)
+VALUES (:seq, :n, :worker, :started_at, :finished_at, :outcome, :error);
+
+-- name: mark_rerun
+UPDATE steps SET rerun = 1 WHERE run = :seq AND kind = :kind AND name = :name AND status = 'failed';
+
+-- name: mark_all_rerun
+UPDATE steps SET rerun = 1 WHERE run = :seq AND status = 'failed';
+
+-- name: drop_steps
+DELETE FROM steps WHERE run = :seq AND position >= :drop_from;
+
+-- name: drop_waits
+DELETE FROM waits WHERE run = :seq;
+
+-- name: count_waits
+SELECT count(*) FROM waits WHERE run = :seq;
+
+-- name: make_due
+UPDATE runs SET ready = 1, reason = 'queued', due_at = :now WHERE seq = :seq;
+
+-- ===== waits and signals =============================================================================================
+
+-- name: take_kept
+-- The oldest kept signal of a name.
+DELETE FROM signals
+ WHERE seq = (SELECT seq FROM signals WHERE name = :signal AND expires_at > :now ORDER BY seq LIMIT 1)
+RETURNING {payload};
+
+-- name: insert_wait
+INSERT INTO waits (signal, run, step, position, since, deadline)
+VALUES (:signal, :seq, :name, :position, :started_at, :due_at) ON CONFLICT DO NOTHING;
+
+-- name: end_wait
+-- The step that waited has its answer.
+UPDATE steps SET status = :status, finished_at = :now, result = :payload
+ WHERE run = :seq AND kind = 'wait' AND name = :name AND status = 'waiting';
+
+-- name: drop_wait
+DELETE FROM waits WHERE run = :seq AND step = :name;
+
+-- name: waiting_runs
+-- One wait of every run that waits for the signal: the one that began first in the order of its calls.
+SELECT run, step FROM waits AS w
+ WHERE signal = :name AND (deadline IS NULL OR deadline > :now)
+   AND NOT EXISTS (SELECT 1 FROM waits AS earlier
+                    WHERE earlier.signal = w.signal AND earlier.run = w.run
+                      AND (earlier.deadline IS NULL OR earlier.deadline > :now)
+                      AND (earlier.position, earlier.step) < (w.position, w.step));
+
+-- name: wake
+-- A parked run takes its signal up now; one that waits for a retry keeps its pause.
+UPDATE runs SET ready = 1, reason = 'queued', due_at = :now
+ WHERE seq = :seq AND status = 'pending' AND reason = 'waiting'
+RETURNING "group";
+
+-- name: keep_signal
+INSERT INTO signals (name, payload, sent_at, expires_at) VALUES (:name, :payload, :now, :expires_at);
+
+-- ===== workers =======================================================================================================
+
+-- name: insert_worker
+INSERT INTO workers (id, "group", host, pid, release, started_at, lease_until)
+VALUES (:id, :group, :host, :pid, :release, :started_at, :lease_until);
+
+-- name: renew_lease
+UPDATE workers SET lease_until = :until WHERE id = :worker;
+
+-- name: delete_worker
+DELETE FROM workers WHERE id = :worker;
+
+-- name: list_workers
+SELECT id, "group", host, pid, release, started_at, lease_until FROM workers ORDER BY started_at, id;
+
+-- name: runs_of
+SELECT {run} FROM runs WHERE status = 'running' AND worker = :worker ORDER BY seq;
+
+-- ===== what is there =================================================================================================
+
+-- name: next_ready_group
+-- The first group after this one that has a run to claim: asked again and again, it skips from group to group.
+SELECT min("group") FROM runs WHERE ready = 1 AND "group" > :after;
+
+-- name: next_due
+SELECT min(due_at) FROM runs WHERE ready = 0 AND due_at IS NOT NULL;
+
+-- name: run_by_seq
+SELECT {run} FROM runs WHERE seq = :seq;
+
+-- name: find_runs
+-- A range, so that the index on ids serves a prefix.
+SELECT {run} FROM runs WHERE id >= :prefix AND id < :beyond ORDER BY id LIMIT :limit;
+
+-- name: list_runs
+SELECT {run} FROM runs WHERE id >= :since_id ORDER BY id DESC LIMIT :limit;
+
+-- name: list_runs_by_workflow
+SELECT {run} FROM runs WHERE workflow = :workflow AND id >= :since_id ORDER BY id DESC LIMIT :limit;
+
+-- name: list_runs_by_status
+SELECT {run} FROM runs WHERE status = :status AND status <> 'succeeded' AND id >= :since_id ORDER BY id DESC LIMIT :limit;
+
+-- name: list_succeeded
+-- Most ended runs have succeeded: the ids are walked, and nearly every one counts.
+SELECT {run} FROM runs WHERE +status = 'succeeded' AND id >= :since_id ORDER BY id DESC LIMIT :limit;
+
+-- name: list_runs_by_workflow_and_status
+SELECT {run} FROM runs WHERE workflow = :workflow AND +status = :status AND id >= :since_id ORDER BY id DESC LIMIT :limit;
+
+-- name: attempts_of
+SELECT n, worker, started_at, finished_at, outcome, error FROM attempts WHERE run = :seq ORDER BY n;
+
+-- name: waits_of
+SELECT w.signal, r.id, w.step, w.since, w.deadline FROM waits AS w JOIN runs AS r ON r.seq = w.run
+ WHERE w.run = :seq ORDER BY w.position, w.step;
+
+-- name: all_waits
+SELECT w.signal, r.id, w.step, w.since, w.deadline FROM waits AS w JOIN runs AS r ON r.seq = w.run
+ ORDER BY w.signal, w.run, w.step LIMIT :limit;
+
+-- name: kept_signals
+SELECT name, {payload}, sent_at, expires_at FROM signals WHERE expires_at > :now ORDER BY seq LIMIT :limit;
+
+-- name: expire_signals
+DELETE FROM signals WHERE seq IN (SELECT seq FROM signals WHERE expires_at <= :now ORDER BY expires_at LIMIT 1000);
+
+-- name: count_live
+SELECT status, reason, count(*) FROM runs WHERE status = 'pending' OR status = 'running' GROUP BY status, reason;

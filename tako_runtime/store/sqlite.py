@@ -1,0 +1,523 @@
+"""The embedded store: SQLite in WAL mode through apsw, every commit synced (`synchronous=FULL`).
+
+Writers of several processes queue at a turnstile of two advisory locks around `BEGIN IMMEDIATE`. SQLite's own busy
+handler sleeps and retries: one writer in a hurry can starve the others for a second and more, which the turnstile
+bounds to each one's turn. `benchmarks/contention.py` shows both.
+"""
+
+import errno
+import fcntl
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import apsw
+import msgspec
+
+from tako_runtime.errors import Refused, StoreBusy, StoreError, StoreTooNew
+from tako_runtime.run import RUN_COLUMNS, AttemptRecord, Claimed, Run, StepRecord, WorkerRecord
+from tako_runtime.state import Change
+from tako_runtime.store import base
+from tako_runtime.store.base import Operation, Store, Topics
+
+#: How long SQLite waits for a lock that is not ours to queue for (a backup tool, a shell), in milliseconds.
+BUSY_TIMEOUT = 10_000
+
+#: Trouble that passes: the same write may work later.
+_TRANSIENT = (apsw.BusyError, apsw.LockedError, apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.ProtocolError)
+
+# Text columns are read as bytes: a value that is not UTF-8 any more must reach the run that it belongs to, not stop the
+# claim that reads it.
+_AS_BYTES = {"payload", "result"}
+_STEP_COLUMNS = (
+    "kind, name, position, status, attempt, started_at, finished_at, due_at, CAST(result AS BLOB), error, rerun"
+)
+
+
+def _columns(names: Sequence[str]) -> str:
+    return ", ".join(f"CAST({n} AS BLOB)" if n in _AS_BYTES else '"group"' if n == "group" else n for n in names)
+
+
+_WORDS = {
+    "run": _columns(RUN_COLUMNS),
+    "claimed": _columns([name if name != "result" else "NULL" for name in RUN_COLUMNS]),
+    "step": _STEP_COLUMNS,
+    "payload": "CAST(payload AS BLOB)",
+    "workflows": "SELECT value FROM json_each(:workflows)",
+    "lock": "",
+}
+
+
+def load(words: dict[str, str]) -> dict[str, str]:
+    """The queries of `queries.sql` by name, with a dialect's `words` put in."""
+    text = resources.files(__package__).joinpath("queries.sql").read_text("utf-8")
+    found = re.findall(r"^-- name: (\w+)\n(.*?;)$", text, re.MULTILINE | re.DOTALL)
+    queries = {}
+    for name, body in found:
+        lines = [line for line in body.splitlines() if not line.startswith("--")]
+        query = " ".join(" ".join(lines).split()).rstrip(";")
+        queries[name] = re.sub(r"\{(\w+)\}", lambda word: words[word[1]], query)
+    return queries
+
+
+Q = load(_WORDS)
+
+
+def migrations() -> list[tuple[int, str]]:
+    """The numbered steps that lead from an empty file to the current schema."""
+    files = sorted(resources.files(__package__).joinpath("migrations").iterdir(), key=lambda file: file.name)
+    return [(int(file.name[:4]), file.read_text("utf-8")) for file in files if file.name.endswith(".sql")]
+
+
+class SqliteStore(Store):
+    """The store in the file `path`, made if it is not there (0600, in folders of 0700).
+
+    `queueing` is how writers of several processes take turns: `"turnstile"`, or `"busy"` for SQLite's own handler, which
+    only the benchmark asks for.
+    """
+
+    def __init__(self, path: Path, queueing: Literal["turnstile", "busy"] = "turnstile") -> None:
+        self.path = path
+        self._turnstile: _Turnstile | None = None
+        try:
+            _make_private(path)
+            if queueing == "turnstile":
+                self._turnstile = _Turnstile(path)
+            self._db = apsw.Connection(str(path))
+            self._db.set_busy_timeout(BUSY_TIMEOUT)
+            self._db.execute("PRAGMA journal_mode = WAL").fetchall()
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._db.execute("PRAGMA cache_size = -65536")
+            self._db.execute("PRAGMA wal_autocheckpoint = 4000")
+            self._migrate()
+        except (apsw.Error, OSError) as error:
+            raise _translated(error, path) from error
+
+    def close(self) -> None:
+        self._db.close()
+        if self._turnstile:
+            self._turnstile.close()
+
+    def _migrate(self) -> None:
+        known = migrations()
+        newest = known[-1][0]
+        if self._version() == newest:
+            return
+        with self._turn():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                version = self._version()
+                if version > newest:
+                    raise StoreTooNew(
+                        f"{self.path} has store version {version}; this tako knows versions up to {newest}"
+                    )
+                for number, script in known:
+                    if number > version:
+                        self._db.execute(script)
+                        self._db.execute(f"PRAGMA user_version = {number}")
+                self._db.execute("COMMIT")
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+
+    def _version(self) -> int:
+        return int(self._db.pragma("user_version"))
+
+    # --- transactions ---
+
+    def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
+        topics: Topics = set()
+        try:
+            if not any(op.writes for op in batch):
+                return self._run(batch, topics), topics
+            with self._turn():
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    answers = self._run(batch, topics)
+                    self._db.execute("COMMIT")
+                except BaseException:
+                    if self._db.in_transaction:
+                        self._db.execute("ROLLBACK")
+                    raise
+            return answers, topics
+        except (apsw.Error, OSError) as error:
+            raise _translated(error, self.path) from error
+
+    def _turn(self) -> AbstractContextManager[None]:
+        return self._turnstile or nullcontext()
+
+    def _run(self, batch: Sequence[Operation[Any]], topics: Topics) -> list[Any]:
+        """The answers, in the order of `batch`. Saves and plain ends come in numbers: they are written in bulk first."""
+        answers: list[Any] = [None] * len(batch)
+        saves = [i for i, op in enumerate(batch) if type(op) is base.SaveStep]
+        ends = [i for i, op in enumerate(batch) if type(op) is base.Apply]
+        if saves:
+            self._save_steps([(i, batch[i]) for i in saves], answers)
+        if ends:
+            self._apply_all([(i, batch[i]) for i in ends], answers, topics)
+        if len(saves) + len(ends) < len(batch):
+            for i, op in enumerate(batch):
+                handler = self._handlers.get(type(op))
+                if handler is not None:
+                    answers[i] = handler(self, op, topics)
+                elif type(op) is not base.SaveStep and type(op) is not base.Apply:
+                    raise StoreError(f"this store cannot do {type(op).__name__}")
+        return answers
+
+    # --- a run's life ---
+
+    def _enqueue(self, op: base.Enqueue, topics: Topics) -> list[str]:
+        ids, rows = [], []
+        keyed: dict[tuple[str, str], str] = {}
+        for run in op.runs:
+            if run.unique_key is not None:
+                place = (run.workflow, run.unique_key)
+                holder = keyed.get(place) or self._value(
+                    "holder_of_key", {"workflow": run.workflow, "unique_key": run.unique_key}
+                )
+                if holder is not None:
+                    ids.append(holder)
+                    continue
+                keyed[place] = run.id
+            ready = run.due_at <= op.now
+            rows.append(
+                {
+                    "id": run.id, "workflow": run.workflow, "group": run.group, "priority": run.priority,
+                    "due_at": run.due_at, "retries": run.retries, "backoff_base": run.backoff_base,
+                    "backoff_max": run.backoff_max, "created_at": run.created_at, "unique_key": run.unique_key,
+                    "release": run.release, "payload": run.payload, "ready": int(ready),
+                }
+            )  # fmt: skip
+            ids.append(run.id)
+            topics.add(f"due:{run.group}" if ready else "later")
+        self._db.executemany(Q["insert_run"], rows)
+        return ids
+
+    def _claim(self, op: base.ClaimRuns, topics: Topics) -> list[Claimed]:
+        self._db.execute(Q["promote"], {"now": op.now})
+        rows = self._db.execute(
+            Q["claim"],
+            {
+                "worker": op.worker, "group": op.group, "now": op.now, "limit": op.limit,
+                "workflows": _json_list(op.workflows),
+            },
+        ).fetchall()  # fmt: skip
+        runs = [Run(*row) for row in rows]
+        runs.sort(key=lambda run: (-run.priority, run.due_at, run.seq))
+        return [Claimed(run, self._steps_of(run.seq) if run.claim > 1 else ()) for run in runs]
+
+    def _steps_of(self, seq: int) -> tuple[StepRecord, ...]:
+        return tuple(_step(row) for row in self._db.execute(Q["steps_of"], {"seq": seq}))
+
+    def _save_steps(self, ops: Sequence[tuple[int, base.SaveStep]], answers: list[Any]) -> None:
+        before = self._db.total_changes()
+        self._db.executemany(Q["save_step"], [_step_row(op) for _, op in ops])
+        if self._db.total_changes() - before == len(ops):
+            for i, op in ops:
+                answers[i] = op.step
+            return
+        for i, op in ops:  # some were there already, or their claim is lost: ask which
+            answers[i] = self._stored(op.seq, op.claim, op.step.kind, op.step.name)
+
+    def _stored(self, seq: int, claim: int, kind: str, name: str) -> StepRecord | None:
+        if not self._value("holds_claim", {"seq": seq, "claim": claim}):
+            return None
+        return self._step(seq, kind, name)
+
+    def _step(self, seq: int, kind: str, name: str) -> StepRecord | None:
+        row = self._db.execute(Q["step"], {"seq": seq, "kind": kind, "name": name}).fetchone()
+        return _step(row) if row else None
+
+    def _apply_all(self, ops: Sequence[tuple[int, base.Apply]], answers: list[Any], topics: Topics) -> None:
+        if len(ops) > 1:
+            self._db.execute("SAVEPOINT bulk")
+        before = self._db.total_changes()
+        self._db.executemany(Q["apply"], [_change_row(op.change) for _, op in ops])
+        landed = self._db.total_changes() - before == len(ops)
+        if len(ops) > 1:
+            if not landed:  # at least one came too late: take them one by one, to learn which
+                self._db.execute("ROLLBACK TO bulk")
+                for pair in ops:
+                    self._apply_all([pair], answers, topics)
+            self._db.execute("RELEASE bulk")
+            if not landed:
+                return
+        for i, op in ops:
+            answers[i] = landed
+        if landed:
+            used = [_attempt_row(op.change) for _, op in ops if op.change.used]
+            self._db.executemany(Q["insert_attempt"], used)
+            for _, op in ops:
+                self._follow_up(op.change, topics)
+
+    def _follow_up(self, change: Change, topics: Topics) -> None:
+        """What a change writes beside its row, and whom it concerns."""
+        seq = change.seq
+        for kind, name in change.rerun:
+            self._db.execute(Q["mark_rerun"], {"seq": seq, "kind": kind, "name": name})
+        if change.drop_from is not None:
+            self._db.execute(Q["drop_steps"], {"seq": seq, "drop_from": change.drop_from})
+        if change.fresh_steps:
+            self._db.execute(Q["mark_all_rerun"], {"seq": seq})
+        if change.status.ended:
+            self._db.execute(Q["drop_waits"], {"seq": seq})
+            topics.add("ended")
+        elif change.cancelling is not None:
+            topics.add("cancel")
+        elif change.goes_on:
+            due = change.due_at is not None and change.due_at <= change.now
+            if change.open_waits and self._value("count_waits", {"seq": seq}) < change.open_waits:
+                self._db.execute(Q["make_due"], {"seq": seq, "now": change.now})
+                due = True
+            topics.add(f"due:{change.group}" if due else "later")
+
+    # --- waits and signals ---
+
+    def _open_wait(self, op: base.OpenWait, topics: Topics) -> StepRecord | None:
+        at = {"seq": op.seq, "kind": op.step.kind, "name": op.step.name}
+        self._db.execute(Q["save_step"], _step_row(op))
+        stored = self._stored(op.seq, op.claim, op.step.kind, op.step.name)
+        if stored is None or stored.status != "waiting":
+            return stored
+        kept = self._db.execute(Q["take_kept"], {"signal": op.signal, "now": op.now}).fetchone()
+        if kept is not None:
+            self._end_wait(op.seq, op.step.name, "done", kept[0].decode(errors="replace"), op.now)
+            return self._step(**at)
+        self._db.execute(
+            Q["insert_wait"],
+            {
+                "signal": op.signal, "seq": op.seq, "name": op.step.name, "position": stored.position,
+                "started_at": stored.started_at, "due_at": stored.due_at,
+            },
+        )  # fmt: skip
+        return stored
+
+    def _expire_wait(self, op: base.ExpireWait, topics: Topics) -> StepRecord | None:
+        if not self._value("holds_claim", {"seq": op.seq, "claim": op.claim}):
+            return None
+        self._end_wait(op.seq, op.name, "timed_out", "null", op.now)
+        return self._step(op.seq, "wait", op.name)
+
+    def _end_wait(self, seq: int, name: str, status: str, payload: str, now: int) -> None:
+        self._db.execute(Q["end_wait"], {"seq": seq, "name": name, "status": status, "payload": payload, "now": now})
+        self._db.execute(Q["drop_wait"], {"seq": seq, "name": name})
+
+    def _send_signal(self, op: base.SendSignal, topics: Topics) -> int:
+        waiting = self._db.execute(Q["waiting_runs"], {"name": op.name, "now": op.now}).fetchall()
+        for seq, name in waiting:
+            self._end_wait(seq, name, "done", op.payload, op.now)
+            woken = self._value("wake", {"seq": seq, "now": op.now})
+            topics.add(f"due:{woken}" if woken else "signal")
+        if not waiting:
+            self._db.execute(Q["expire_signals"], {"now": op.now})
+            self._db.execute(
+                Q["keep_signal"],
+                {"name": op.name, "payload": op.payload, "now": op.now, "expires_at": op.expires_at},
+            )
+        return len(waiting)
+
+    # --- workers ---
+
+    def _add_worker(self, op: base.AddWorker, topics: Topics) -> None:
+        w = op.worker
+        self._db.execute(
+            Q["insert_worker"],
+            {
+                "id": w.id, "group": w.group, "host": w.host, "pid": w.pid, "release": w.release,
+                "started_at": w.started_at, "lease_until": w.lease_until,
+            },
+        )  # fmt: skip
+
+    def _renew_lease(self, op: base.RenewLease, topics: Topics) -> bool:
+        self._db.execute(Q["renew_lease"], {"worker": op.worker, "until": op.until})
+        return self._db.changes() == 1
+
+    def _remove_worker(self, op: base.RemoveWorker, topics: Topics) -> None:
+        self._db.execute(Q["delete_worker"], {"worker": op.worker})
+
+    def _list_workers(self, op: base.ListWorkers, topics: Topics) -> list[WorkerRecord]:
+        return [WorkerRecord(*row) for row in self._db.execute(Q["list_workers"])]
+
+    def _runs_of(self, op: base.RunsOf, topics: Topics) -> list[Run]:
+        return [_run(row) for row in self._db.execute(Q["runs_of"], {"worker": op.worker})]
+
+    # --- what is there ---
+
+    def _demand(self, op: base.Demand, topics: Topics) -> base.Due:
+        self._db.execute(Q["promote"], {"now": op.now})
+        groups, after = set(), ""
+        while (group := self._value("next_ready_group", {"after": after})) is not None:
+            groups.add(group)
+            after = group
+        return base.Due(frozenset(groups), self._value("next_due", {}))
+
+    def _data_version(self, op: base.DataVersion, topics: Topics) -> int:
+        return int(self._db.pragma("data_version"))
+
+    def _get_run(self, op: base.GetRun, topics: Topics) -> Run | None:
+        row = self._db.execute(Q["run_by_seq"], {"seq": op.seq}).fetchone()
+        return _run(row) if row else None
+
+    def _find_runs(self, op: base.FindRuns, topics: Topics) -> list[Run]:
+        where = {"prefix": op.prefix, "beyond": op.prefix + "\U0010ffff", "limit": op.limit}
+        return [_run(row) for row in self._db.execute(Q["find_runs"], where)]
+
+    def _list_runs(self, op: base.ListRuns, topics: Topics) -> list[Run]:
+        where = {"since_id": op.since_id or "", "limit": op.limit, "workflow": op.workflow}
+        found: list[Run] = []
+        for status in op.statuses or (None,):
+            name = (
+                "list_runs_by_workflow_and_status" if op.workflow and status
+                else "list_runs_by_workflow" if op.workflow
+                else "list_succeeded" if status == "succeeded"
+                else "list_runs_by_status" if status
+                else "list_runs"
+            )  # fmt: skip
+            bound = {**where, "status": status}
+            found += [_run(row) for row in self._db.execute(Q[name], bound)]
+        found.sort(key=lambda run: run.id, reverse=True)
+        return found[: op.limit]
+
+    def _steps(self, op: base.Steps, topics: Topics) -> list[StepRecord]:
+        return list(self._steps_of(op.seq))
+
+    def _attempts(self, op: base.Attempts, topics: Topics) -> list[AttemptRecord]:
+        return [AttemptRecord(*row) for row in self._db.execute(Q["attempts_of"], {"seq": op.seq})]
+
+    def _open_waits(self, op: base.OpenWaits, topics: Topics) -> list[base.Wait]:
+        if op.seq is not None:
+            return [base.Wait(*row) for row in self._db.execute(Q["waits_of"], {"seq": op.seq})]
+        return [base.Wait(*row) for row in self._db.execute(Q["all_waits"], {"limit": op.limit})]
+
+    def _kept_signals(self, op: base.KeptSignals, topics: Topics) -> list[base.KeptSignal]:
+        rows = self._db.execute(Q["kept_signals"], {"now": op.now, "limit": op.limit})
+        return [base.KeptSignal(*row) for row in rows]
+
+    def _count_runs(self, op: base.CountRuns, topics: Topics) -> dict[tuple[str, str], int]:
+        return {(status, reason): n for status, reason, n in self._db.execute(Q["count_live"])}
+
+    def _value(self, query: str, bound: dict[str, Any]) -> Any:
+        row = self._db.execute(Q[query], bound).fetchone()
+        return row[0] if row else None
+
+    _handlers: ClassVar[dict[type, Callable[[Any, Any, Topics], Any]]] = {
+        base.Enqueue: _enqueue,
+        base.ClaimRuns: _claim,
+        base.OpenWait: _open_wait,
+        base.ExpireWait: _expire_wait,
+        base.SendSignal: _send_signal,
+        base.AddWorker: _add_worker,
+        base.RenewLease: _renew_lease,
+        base.RemoveWorker: _remove_worker,
+        base.ListWorkers: _list_workers,
+        base.RunsOf: _runs_of,
+        base.Demand: _demand,
+        base.DataVersion: _data_version,
+        base.GetRun: _get_run,
+        base.FindRuns: _find_runs,
+        base.ListRuns: _list_runs,
+        base.Steps: _steps,
+        base.Attempts: _attempts,
+        base.OpenWaits: _open_waits,
+        base.KeptSignals: _kept_signals,
+        base.CountRuns: _count_runs,
+    }
+
+
+# --- rows <-> values -------------------------------------------------------------------------------------------------
+
+
+def _run(row: Sequence[Any]) -> Run:
+    return Run(*row)
+
+
+def _step(row: Sequence[Any]) -> StepRecord:
+    return StepRecord(*row[:10], rerun=bool(row[10]))
+
+
+def _step_row(op: base.SaveStep | base.OpenWait) -> dict[str, Any]:
+    step = op.step
+    return {
+        "seq": op.seq, "claim": op.claim, "kind": step.kind, "name": step.name, "position": step.position,
+        "status": step.status, "attempt": step.attempt, "started_at": step.started_at,
+        "finished_at": step.finished_at, "due_at": step.due_at, "error": step.error,
+        "result": step.result.decode() if step.result is not None else None,
+    }  # fmt: skip
+
+
+def _change_row(change: Change) -> dict[str, Any]:
+    pending = change.status == "pending"
+    return {
+        "seq": change.seq, "claim": change.claim, "seen_status": change.seen_status, "status": change.status,
+        "reason": change.reason, "due_at": change.due_at, "attempt_started_at": change.attempt_started_at,
+        "finished_at": change.finished_at, "losses": change.losses, "max_attempts": change.max_attempts,
+        "cancelling": change.cancelling, "result": change.result, "error": change.error,
+        "worker": change.worker, "goes_on": pending,
+        "ready": int(change.due_at is not None and change.due_at <= change.now) if pending else None,
+    }  # fmt: skip
+
+
+def _attempt_row(change: Change) -> dict[str, Any]:
+    used = change.used
+    assert used is not None
+    return {
+        "seq": change.seq, "n": used.n, "worker": used.worker, "started_at": used.started_at,
+        "finished_at": used.finished_at, "outcome": used.outcome, "error": used.error,
+    }  # fmt: skip
+
+
+def _json_list(values: Sequence[str]) -> str:
+    return msgspec.json.encode(list(values)).decode()
+
+
+# --- the file and its lock -------------------------------------------------------------------------------------------
+
+
+def _make_private(path: Path) -> None:
+    """The file 0600 and its folders 0700, before SQLite opens it: its WAL takes the same mode."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+class _Turnstile(AbstractContextManager[None]):
+    """A fair lock between processes. Who wants the write lock stands at the gate first, and goes through it only once
+    the lock is his: so who has just let go queues behind who was waiting already. Both locks end with their process."""
+
+    def __init__(self, path: Path) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        self._gate = os.open(f"{path}-gate", flags, 0o600)
+        self._lock = os.open(f"{path}-lock", flags, 0o600)
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._gate, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        finally:
+            fcntl.flock(self._gate, fcntl.LOCK_UN)
+
+    def __exit__(self, *_: object) -> None:
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        os.close(self._gate)
+        os.close(self._lock)
+
+
+def _translated(error: apsw.Error | OSError, path: Path) -> StoreError | Refused:
+    what = f"{type(error).__name__}: {error}"
+    if isinstance(error, _TRANSIENT) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
+        return StoreBusy(f"the store {path} cannot take it right now ({what})")
+    if isinstance(error, apsw.ConstraintError) and "unique_key" in str(error):
+        return Refused(
+            "another live run of this workflow holds the same unique key",
+            hint="Let that one end, or cancel it, before this one runs again.",
+        )
+    if isinstance(error, apsw.NotADBError | apsw.CorruptError):
+        return StoreError(f"the store {path} is damaged ({what})", hint="Restore it from a backup.")
+    if isinstance(error, OSError):
+        return StoreError(f"the store {path} cannot be opened ({what})", hint="Look at the folder's owner and mode.")
+    return StoreError(f"the store {path} failed ({what})")

@@ -1,0 +1,293 @@
+"""1. @workflow, enqueue, signal: what an app calls.
+
+    @workflow("fulfill-order", retries=4)
+    async def fulfill_order(payload: Order, step: Step) -> Receipt: ...
+
+    run_id = await fulfill_order.enqueue(Order(...), unique_key="order:42")
+    await signal("approval:42", {"approved": True})
+
+An enqueue is done when it returns: the run is on disk, synced, whatever happens to this process next.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
+
+from tako_runtime import clock, codec, store
+from tako_runtime.clock import Duration, SystemClock
+from tako_runtime.errors import DuplicateWorkflow, InvalidValue
+from tako_runtime.run import NewRun, new_id
+from tako_runtime.state import Backoff
+from tako_runtime.store.base import Enqueue, SendSignal
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: How long a signal that nobody waits for is kept.
+SIGNAL_RETENTION = 7 * clock.DAY
+
+#: Every workflow that this process has imported, by name.
+registry: dict[str, "Workflow[..., Any]"] = {}
+
+_clock = SystemClock()
+
+
+def workflow(
+    name: str,
+    *,
+    retries: int = 2,
+    backoff: Backoff = Backoff(),  # noqa: B008 -- frozen
+    schedule: str | None = None,
+    timezone: str | None = None,
+    catchup: Literal["latest", "skip"] = "latest",
+    overlap: Literal["allow", "skip"] = "allow",
+    group: str = "default",
+    timeout: Duration | None = None,
+) -> "Callable[[Callable[P, R]], Workflow[P, R]]":
+    """Make a handler a workflow.
+
+    The handler takes `(payload, step)`, or `(step)` alone; `async def` or plain `def` (that one runs in a thread, and its
+    step methods block). `retries=4` is five attempts. `timeout` bounds one attempt's running time, parked time not
+    counted. `schedule` is a cron expression in `timezone` (UTC unless said). `group` is the lane of workers that run it.
+
+    Raises `InvalidValue` for what cannot be meant, `DuplicateWorkflow` where the name is taken.
+    """
+
+    def declare(handler: Callable[P, R]) -> "Workflow[P, R]":
+        return Workflow(
+            name, handler, retries=retries, backoff=backoff, schedule=schedule, timezone=timezone, catchup=catchup,
+            overlap=overlap, group=group, timeout=timeout,
+        )  # fmt: skip
+
+    if callable(name):
+        raise InvalidValue("@workflow needs a name", hint='Write @workflow("fulfill-order").')
+    return declare
+
+
+class Workflow(Generic[P, R]):
+    """A named handler. Calling it calls the plain function, so that a test can hand in a stand-in for the step."""
+
+    def __init__(
+        self,
+        name: str,
+        handler: Callable[P, R],
+        *,
+        retries: int,
+        backoff: Backoff,
+        schedule: str | None,
+        timezone: str | None,
+        catchup: str,
+        overlap: str,
+        group: str,
+        timeout: Duration | None,
+    ) -> None:
+        _check_name(name, "a workflow's name")
+        _check_name(group, f"the group of {name!r}")
+        _check_count(retries, f"retries of {name!r}")
+        self.name, self.handler, self.group = name, handler, group
+        self.retries, self.backoff = retries, backoff
+        self.schedule, self.timezone, self.catchup, self.overlap = schedule, timezone, catchup, overlap
+        self.timeout = None if timeout is None else clock.duration(timeout, f"timeout of {name!r}", least=1_000)
+        self.blocking = not inspect.iscoroutinefunction(handler)
+        self.takes_payload, self.payload_type = _payload_of(handler, name)
+        self.__doc__ = handler.__doc__
+        self.__name__ = getattr(handler, "__name__", name)
+        self.__module__ = handler.__module__
+        self.__wrapped__ = handler
+        _register(self)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.handler(*args, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"<workflow {self.name!r}>"
+
+    async def enqueue(
+        self,
+        payload: object = None,
+        *,
+        run_at: datetime | None = None,
+        delay: Duration | None = None,
+        retries: int | None = None,
+        unique_key: str | None = None,
+        priority: int = 0,
+    ) -> str:
+        """Start a run, now, after `delay` or at `run_at`; answers its id once it is on disk.
+
+        While a run of this workflow with the same `unique_key` is alive, answers that one's id and starts none. A higher
+        `priority` is claimed first. Raises `PayloadRefused` for a payload that the handler could not take and
+        `InvalidValue` for a time that cannot be meant, with nothing stored; `TakoUnavailable` where no store is found.
+        """
+        op = self._enqueue([payload], run_at, delay, retries, lambda _: unique_key, priority)
+        [run_id] = await store.current().do(op)
+        return run_id
+
+    def enqueue_sync(
+        self,
+        payload: object = None,
+        *,
+        run_at: datetime | None = None,
+        delay: Duration | None = None,
+        retries: int | None = None,
+        unique_key: str | None = None,
+        priority: int = 0,
+    ) -> str:
+        """`enqueue` for code without an event loop."""
+        op = self._enqueue([payload], run_at, delay, retries, lambda _: unique_key, priority)
+        [run_id] = store.current().do_sync(op)
+        return run_id
+
+    async def enqueue_many(
+        self,
+        payloads: Iterable[object],
+        *,
+        run_at: datetime | None = None,
+        delay: Duration | None = None,
+        retries: int | None = None,
+        unique_key: Callable[[Any], str | None] = lambda _: None,
+        priority: int = 0,
+    ) -> list[str]:
+        """Start a run for each payload in one transaction: all of them, or none. Answers their ids in order.
+
+        `unique_key` is called with each payload, for instance `unique_key=lambda order: f"order:{order.id}"`.
+        """
+        return await store.current().do(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
+
+    def enqueue_many_sync(
+        self,
+        payloads: Iterable[object],
+        *,
+        run_at: datetime | None = None,
+        delay: Duration | None = None,
+        retries: int | None = None,
+        unique_key: Callable[[Any], str | None] = lambda _: None,
+        priority: int = 0,
+    ) -> list[str]:
+        """`enqueue_many` for code without an event loop."""
+        return store.current().do_sync(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
+
+    def _enqueue(
+        self,
+        payloads: Iterable[object],
+        run_at: datetime | None,
+        delay: Duration | None,
+        retries: int | None,
+        unique_key: Callable[[Any], str | None],
+        priority: int,
+    ) -> Enqueue:
+        now = _clock.now()
+        if run_at is not None and delay is not None:
+            raise InvalidValue(f"enqueue of {self.name!r}: give run_at or delay, not both")
+        due = now
+        if run_at is not None:
+            due = max(now, clock.instant(run_at, "run_at"))
+        elif delay is not None:
+            due = now + clock.duration(delay, "delay")
+        if retries is not None:
+            _check_count(retries, "retries")
+        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1 << 31:
+            raise InvalidValue(f"priority must be a whole number of at most 32 bits, not {priority!r}")
+        return Enqueue(
+            now=now,
+            runs=[
+                NewRun(
+                    id=new_id(now),
+                    workflow=self.name,
+                    group=self.group,
+                    payload=codec.payload_text(payload, self.payload_type, self.name),
+                    created_at=now,
+                    due_at=due,
+                    retries=self.retries if retries is None else retries,
+                    backoff_base=self.backoff.base_micros,
+                    backoff_max=self.backoff.max_micros,
+                    priority=priority,
+                    unique_key=_check_key(unique_key(payload)),
+                    release=release(),
+                )
+                for payload in payloads
+            ],
+        )
+
+
+async def signal(name: str, payload: object = None) -> int:
+    """Send `payload` to every run that waits for `name`; answers how many that woke.
+
+    Where nobody waits, the signal is kept on disk for seven days and given to the first wait on that name. Several kept
+    signals are taken in the order in which they were sent.
+    """
+    return await store.current().do(_signal(name, payload))
+
+
+def signal_sync(name: str, payload: object = None) -> int:
+    """`signal` for code without an event loop."""
+    return store.current().do_sync(_signal(name, payload))
+
+
+def _signal(name: str, payload: object) -> SendSignal:
+    check_signal_name(name)
+    now = _clock.now()
+    text = codec.encode(payload, f"the payload of signal {name!r}")
+    return SendSignal(name=name, payload=text, now=now, expires_at=now + SIGNAL_RETENTION)
+
+
+def release() -> str:
+    """The release this process belongs to; "dev" outside a deployment."""
+    return os.environ.get("TAKO_RELEASE", "dev")
+
+
+def check_signal_name(name: str) -> None:
+    if not isinstance(name, str) or not name or len(name) > 500 or "#" in name or not name.isprintable():
+        raise InvalidValue(f"a signal's name is printable text of 1 to 500 characters without '#', not {name!r}")
+
+
+def _register(new: Workflow[..., Any]) -> None:
+    """A second workflow of the same name is a mistake, unless it is the same function imported anew."""
+    old = registry.get(new.name)
+    if old is not None and _origin(old) != _origin(new):
+        raise DuplicateWorkflow(f"workflow {new.name!r} is declared twice: in {_place(old)} and in {_place(new)}")
+    registry[new.name] = new
+
+
+def _origin(flow: Workflow[..., Any]) -> tuple[str, str]:
+    return flow.handler.__module__, getattr(flow.handler, "__qualname__", "")
+
+
+def _place(flow: Workflow[..., Any]) -> str:
+    code = getattr(flow.handler, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else flow.handler.__module__
+
+
+def _payload_of(handler: Callable[..., Any], name: str) -> tuple[bool, Any]:
+    """Whether the handler takes a payload beside the step, and the type it is read into."""
+    parameters = [
+        p for p in inspect.signature(handler).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]  # fmt: skip
+    if len(parameters) not in (1, 2):
+        raise InvalidValue(
+            f"the handler of {name!r} takes {len(parameters)} arguments", hint="It takes (payload, step), or (step)."
+        )
+    if len(parameters) == 1:
+        return False, None
+    annotation = codec.annotations(handler).get(parameters[0].name, Any)
+    codec.decoder(annotation)  # an annotation that nothing can be read into is a mistake of now, not of the first run
+    return True, annotation
+
+
+def _check_name(name: str, what: str) -> None:
+    ok = isinstance(name, str) and 0 < len(name) <= 100 and all(c.isalnum() or c in "-_." for c in name)
+    if not ok:
+        raise InvalidValue(f"{what} is 1 to 100 letters, digits, '-', '_' or '.', not {name!r}")
+
+
+def _check_count(value: int, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1_000_000:
+        raise InvalidValue(f"{what} must be a whole number from 0 on, not {value!r}")
+
+
+def _check_key(key: str | None) -> str | None:
+    if key is not None and (not isinstance(key, str) or not 0 < len(key) <= 500):
+        raise InvalidValue(f"unique_key must be text of 1 to 500 characters, not {key!r}")
+    return key
