@@ -49,6 +49,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.died": (WARNING, "worker {worker} (pid {pid}) is gone: {how}"),
     "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
     "group.paused": (ERROR, "group {group}: {failures} workers in a row ended before they did anything; next in {pause}"),
+    "file.broken": (ERROR, "{file}:{line} cannot be imported: {error}"),
     "output": (INFO, "{text}"),
 }
 

@@ -102,9 +102,9 @@ class Sleeps(msgspec.Struct, frozen=True):
 
 
 class Waits(msgspec.Struct, frozen=True):
-    """`count` open waits; `until` is the first instant at which one of them times out, or None."""
+    """`names` are the wait steps it parks on; `until` is the first instant at which one times out, or None."""
 
-    count: int
+    names: tuple[str, ...]
     until: int | None
 
 
@@ -146,7 +146,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None
     used: AttemptRecord | None = None
     rerun: tuple[StepKey, ...] = ()
-    open_waits: int = 0  # parks on this many; where fewer are still open, a signal came in between: due now
+    open_waits: tuple[str, ...] = ()  # parks on these; where one is open no more, a signal came in between: due now
     drop_from: int | None = None  # an operator's retry: forget the steps from this position on
     fresh_steps: bool = False  # an operator's retry: every failed step runs again
 
@@ -171,8 +171,8 @@ def settle(run: Run, outcome: Outcome, now: int) -> Change:
     match outcome:
         case Sleeps(until):
             return _parked(run, now, Reason.SLEEPING, until)
-        case Waits(count, deadline):
-            return _parked(run, now, Reason.WAITING, deadline, open_waits=count)
+        case Waits(names, deadline):
+            return _parked(run, now, Reason.WAITING, deadline, open_waits=names)
         case Interrupted():
             return _parked(run, now, Reason.QUEUED, now)
         case Raised(failure, final, rerun):

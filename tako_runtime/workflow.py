@@ -217,15 +217,15 @@ async def signal(name: str, payload: object = None) -> int:
     Where nobody waits, the signal is kept on disk for seven days and given to the first wait on that name. Several kept
     signals are taken in the order in which they were sent.
     """
-    return await store.current().do(_signal(name, payload))
+    return await store.current().do(signal_op(name, payload))
 
 
 def signal_sync(name: str, payload: object = None) -> int:
     """`signal` for code without an event loop."""
-    return store.current().do_sync(_signal(name, payload))
+    return store.current().do_sync(signal_op(name, payload))
 
 
-def _signal(name: str, payload: object) -> SendSignal:
+def signal_op(name: str, payload: object) -> SendSignal:
     check_signal_name(name)
     now = _clock.now()
     text = codec.encode(payload, f"the payload of signal {name!r}")

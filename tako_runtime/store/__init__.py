@@ -69,7 +69,7 @@ def open_store(home: Home) -> StoreThread:
 
         return SqliteStore(home.app_dir / "runs.db")
 
-    return StoreThread(connect, bell.ring)
+    return StoreThread(connect, bell)
 
 
 class _Current:

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar, cast
 
+from tako_runtime.bell import Bell
 from tako_runtime.errors import StoreBusy, StoreError, TakoError
 from tako_runtime.store.base import Operation, Store, Topics
 
@@ -29,8 +30,8 @@ class StoreThread:
     """A store that any thread and any event loop of this process may use. Open it once; `close()` waits for what is
     queued. After a fork the child must not use it (its thread is not there): it opens its own."""
 
-    def __init__(self, open_store: Callable[[], Store], ring: Callable[[Topics], None], name: str = "tako-store") -> None:
-        self._ring = ring
+    def __init__(self, open_store: Callable[[], Store], bell: Bell, name: str = "tako-store") -> None:
+        self.bell = bell
         self._queue: SimpleQueue[_Parcel | None] = SimpleQueue()
         self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
         self._pid = os.getpid()
@@ -106,7 +107,7 @@ class StoreThread:
         except Exception as error:  # noqa: BLE001 -- every error has a caller who waits for it
             answers, topics = _one_by_one(store, ops, error)
         if topics:
-            self._ring(topics)
+            self.bell.ring(topics)
         at = 0
         for parcel in parcels:
             parcel.answer(answers[at : at + len(parcel.ops)])

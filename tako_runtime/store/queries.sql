@@ -74,8 +74,8 @@ DELETE FROM steps WHERE run = :seq AND position >= :drop_from;
 -- name: drop_waits
 DELETE FROM waits WHERE run = :seq;
 
--- name: count_waits
-SELECT count(*) FROM waits WHERE run = :seq;
+-- name: wait_is_open
+SELECT 1 FROM waits WHERE run = :seq AND step = :name;
 
 -- name: make_due
 UPDATE runs SET ready = 1, reason = 'queued', due_at = :now WHERE seq = :seq;

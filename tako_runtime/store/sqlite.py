@@ -270,7 +270,7 @@ class SqliteStore(Store):
             topics.add("cancel")
         elif change.goes_on:
             due = change.due_at is not None and change.due_at <= change.now
-            if change.open_waits and self._value("count_waits", {"seq": seq}) < change.open_waits:
+            if any(self._value("wait_is_open", {"seq": seq, "name": name}) is None for name in change.open_waits):
                 self._db.execute(Q["make_due"], {"seq": seq, "now": change.now})
                 due = True
             topics.add(f"due:{change.group}" if due else "later")

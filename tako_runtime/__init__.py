@@ -1,0 +1,54 @@
+"""tako: durable workflows, checkpointed step by step, next to your app. The public names; `workflow.py` is where to begin."""
+
+from tako_runtime.errors import (
+    ConfigError,
+    DuplicateWorkflow,
+    InvalidValue,
+    NotCarried,
+    NotFound,
+    PayloadRefused,
+    Refused,
+    RunTimeout,
+    StepFailed,
+    StepMisuse,
+    StepTimeout,
+    StoreBusy,
+    StoreError,
+    StoreTooNew,
+    TakoError,
+    TakoUnavailable,
+    TooLarge,
+)
+from tako_runtime.state import Backoff
+from tako_runtime.step import Step, Suspension, SyncStep
+from tako_runtime.workflow import Workflow, signal, signal_sync, workflow
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "workflow",
+    "Workflow",
+    "Step",
+    "SyncStep",
+    "Backoff",
+    "signal",
+    "signal_sync",
+    "Suspension",
+    "TakoError",
+    "TakoUnavailable",
+    "ConfigError",
+    "NotFound",
+    "Refused",
+    "InvalidValue",
+    "NotCarried",
+    "TooLarge",
+    "PayloadRefused",
+    "DuplicateWorkflow",
+    "StepMisuse",
+    "StepFailed",
+    "StepTimeout",
+    "RunTimeout",
+    "StoreError",
+    "StoreBusy",
+    "StoreTooNew",
+]

@@ -1,0 +1,115 @@
+"""python -m tako_runtime worker | manifest: what a supervisor starts. JSON on stdout."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+import msgspec
+
+from tako_runtime import clock, log, store
+from tako_runtime.errors import TakoError
+
+LEVELS = {"debug": log.DEBUG, "info": log.INFO, "warning": log.WARNING}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tako_runtime", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    worker = commands.add_parser("worker", help="execute the runs of one group")
+    worker.add_argument("--group", default="default")
+    worker.add_argument("--dir", default="workflows", help="the folder of workflow modules, within the working folder")
+    worker.add_argument("--concurrency", type=int, default=10, help="runs at once")
+    worker.add_argument("--idle-timeout", help="leave after this long without work; without it, never")
+    worker.add_argument("--lease", default="15s", help="how long the worker is believed alive after its last word")
+    worker.add_argument("--log-level", choices=LEVELS, default="info")
+    manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
+    manifest.add_argument("--dir", default="workflows")
+    args = parser.parse_args(argv)
+    try:
+        return {"worker": _worker, "manifest": _manifest}[args.command](args)
+    except TakoError as error:
+        sys.stderr.write(f"{error}\n{error.hint}\n".rstrip("\n") + "\n")
+        return 1
+
+
+def _manifest(args: argparse.Namespace) -> int:
+    from tako_runtime.manifest import manifest
+
+    out = os.dup(1)  # what a module prints at import must not end up in the JSON
+    os.dup2(2, 1)
+    found = manifest(Path.cwd(), args.dir)
+    os.write(out, msgspec.json.encode(found) + b"\n")
+    return 1 if found.mistakes else 0
+
+
+def _worker(args: argparse.Namespace) -> int:
+    lines = log.JsonLines(os.dup(1), LEVELS[args.log_level])
+    with log.sink(lines):
+        try:
+            return _work(args)
+        finally:
+            lines.flush()
+
+
+def _work(args: argparse.Namespace) -> int:
+    from tako_runtime.manifest import discover
+    from tako_runtime.worker import Settings
+    from tako_runtime.workflow import registry
+
+    settings = Settings(
+        group=args.group,
+        concurrency=args.concurrency,
+        idle_timeout=clock.duration(args.idle_timeout, "--idle-timeout") if args.idle_timeout else None,
+        lease=clock.duration(args.lease, "--lease", least=100_000),
+    )
+    lifeline = os.dup(0)  # our supervisor holds the other end: when it closes, the supervisor is gone
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdout, sys.stderr = log.Output("stdout"), log.Output("stderr")  # type: ignore[assignment]
+    logging.basicConfig(level=logging.INFO, handlers=[log.LoggingHandler()], force=True)
+    mistakes = discover(Path.cwd(), args.dir)
+    for mistake in mistakes:
+        log.emit("file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback)
+    mine = {name: flow for name, flow in registry.items() if flow.group == settings.group}
+    if mistakes and not mine:
+        return 3
+    opened = store.current()
+    reason = "lost lease"
+    while reason == "lost lease":  # start over with a new identity
+        reason = asyncio.run(_until_stopped(opened, mine, settings, lifeline))
+    opened.close()
+    return 0
+
+
+async def _until_stopped(opened: store.StoreThread, mine: object, settings: object, lifeline: int) -> str:
+    from tako_runtime.worker import Worker
+
+    worker = Worker(opened, store.locate().app_dir, mine, settings)  # type: ignore[arg-type]
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, worker.stop)
+    if os.isatty(lifeline):
+        return await worker.run()
+
+    def look_at_lifeline() -> None:
+        if not os.read(lifeline, 4096):
+            loop.remove_reader(lifeline)
+            worker.stop("supervisor gone")
+
+    try:
+        loop.add_reader(lifeline, look_at_lifeline)
+    except PermissionError:  # a plain file or /dev/null cannot be watched, and does not end
+        return await worker.run()
+    try:
+        return await worker.run()
+    finally:
+        loop.remove_reader(lifeline)
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a step's thread that cannot be stopped must not hold up the end

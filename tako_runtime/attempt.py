@@ -1,0 +1,449 @@
+"""6. One attempt at one run: a short list of stages on one value.
+
+    read the payload -> call the handler -> let what is in flight end -> settle -> write
+
+The handler runs in this task. Its steps come back here: what is done already, what may begin, what must stop. When every
+step call in progress is a sleep or a wait, and nothing else of the handler can move, the run parks and its slot is free.
+"""
+
+import asyncio
+import contextvars
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import msgspec
+
+from tako_runtime import clock, codec, failure, log
+from tako_runtime.clock import Clock
+from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy, StoreError
+from tako_runtime.failure import Failure
+from tako_runtime.log import emit
+from tako_runtime.run import Claimed, Run, Status, StepKey, StepRecord
+from tako_runtime.state import (
+    Bailed,
+    Cancelled,
+    Change,
+    Failed,
+    Interrupted,
+    Outcome,
+    Raised,
+    Returned,
+    Sleeps,
+    Waits,
+    settle,
+)
+from tako_runtime.step import Step, Suspension, SyncStep, inside
+from tako_runtime.store.base import Apply, GetRun, Operation, SaveStep, Steps
+from tako_runtime.store.commit import StoreThread
+from tako_runtime.workflow import Workflow
+
+R = TypeVar("R")
+
+#: Passes of the event loop in which a handler with tasks of its own may come to its next step call before it counts as
+#: quiet. Each gather or task group between a step's end and the next call costs one or two.
+QUIET_PASSES = 20
+
+
+class Desk(Protocol):
+    """What a worker lends to its attempts."""
+
+    store: StoreThread
+    clock: Clock
+    handlers: ThreadPoolExecutor
+    bodies: ThreadPoolExecutor
+    max_value: int
+
+    def lease_holds(self, now: int) -> bool: ...
+    async def confirm_lease(self) -> bool: ...
+    def note(self, run: Run, where: str) -> None: ...
+
+
+class ClaimLost(Suspension):
+    """Somebody else has this run."""
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A step call that sleeps or waits."""
+
+    future: "asyncio.Future[None]"
+    record: StepRecord | None
+    parks: bool
+    timer: asyncio.TimerHandle | None
+
+
+class Attempt:
+    """One pass of a worker over a claimed run."""
+
+    def __init__(self, claimed: Claimed, workflow: Workflow[..., Any], desk: Desk) -> None:
+        self.run = claimed.run
+        self.history = {step.key: step for step in claimed.steps if not step.rerun}
+        self.max_value = desk.max_value
+        self.now = desk.clock.now
+        self._workflow, self._desk = workflow, desk
+        self._loop = asyncio.get_running_loop()
+        self._task: asyncio.Task[Any] | None = None
+        self._uses: dict[tuple[str, str], int] = {}
+        self._position = 0
+        self._in_flight: dict[StepKey, bool] = {}  # step calls in progress that neither sleep nor wait
+        self._waiting: dict[StepKey, _Waiting] = {}
+        self._quiet: asyncio.Event | None = None
+        self._forked = False  # a step was called outside the handler's own task: it may do several things at once
+        self._begun = 0
+        self._failures: list[tuple[BaseException, StepKey, bool, int]] = []
+        self._stop: Outcome | None = None  # what must end this attempt at its next step boundary
+        self._lost = False
+        self._refused = False
+        self._handler_ended = False
+
+    # --- the stages ---
+
+    async def perform(self) -> None:
+        """All of it. Never raises: what goes wrong is written to the run."""
+        run = self.run
+        with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt):
+            emit("run.started", max_attempts=run.max_attempts, group=run.group)
+            outcome = self._misfit() or await self._call()
+            if outcome is None or self._lost:
+                emit("run.lost")
+                return
+            await self._settle(outcome)
+
+    def _misfit(self) -> Outcome | None:
+        """Read the payload. One that does not fit cannot be mended by a retry."""
+        self._payload: Any = None
+        if not self._workflow.takes_payload:
+            return None
+        try:
+            self._payload = codec.decode(self.run.payload, self._workflow.payload_type)
+        except msgspec.MsgspecError as error:
+            message = f"the payload does not fit the handler of {self.run.workflow!r}: {error}"
+            return Failed(Failure(type="PayloadRefused", message=message))
+        return None
+
+    async def _call(self) -> Outcome | None:
+        """Call the handler, let what is in flight end, and say what came of it."""
+        self._task = asyncio.current_task()
+        value: Any = None
+        raised: BaseException | None = None
+        limit = self._workflow.timeout
+        try:
+            async with asyncio.timeout(None if limit is None else limit / clock.SECOND) as scope:
+                value = await self._handle()
+        except BaseException as error:  # noqa: BLE001 -- whatever a handler raises belongs to its run
+            raised = error
+            if isinstance(error, TimeoutError) and scope.expired():
+                raised = RunTimeout(f"the attempt ran past its timeout of {clock.spell(limit or 0)}")
+        self._handler_ended = True
+        self._release()
+        if not self._lost:
+            await self._until_quiet()
+        return self._outcome(value, raised)
+
+    async def _handle(self) -> Any:
+        step = Step(self)
+        given = (self._payload,) if self._workflow.takes_payload else ()
+        handler: Callable[..., Any] = self._workflow.handler
+        if not self._workflow.blocking:
+            return await handler(*given, step)
+        context = contextvars.copy_context()
+        call = self._loop.run_in_executor(
+            self._desk.handlers, context.run, handler, *given, SyncStep(step, self._loop)
+        )
+        return await call
+
+    def _outcome(self, value: Any, raised: BaseException | None) -> Outcome | None:
+        if self._lost:
+            return None
+        stop = self._stop
+        if isinstance(stop, Bailed | Failed | Sleeps | Waits):
+            return stop
+        if stop is not None and (self._refused or isinstance(raised, Suspension | asyncio.CancelledError)):
+            return stop
+        if raised is not None:
+            return self._raised(raised)
+        try:
+            return Returned(codec.encode(value, f"the result of {self.run.workflow!r}", limit=self.max_value))
+        except NotCarried as error:
+            return Failed(failure.describe(error))
+
+    def _raised(self, error: BaseException) -> Raised:
+        """A failed step that nobody went on from is run again by the next attempt: the one whose exception this is, or
+        that it came from, and those after which no other step began."""
+        chain = _chain(error)
+        to_blame = [final for failed, _, final, _ in self._failures if any(failed is link for link in chain)]
+        rerun = tuple(
+            key
+            for failed, key, _, begun in self._failures
+            if begun == self._begun or any(failed is link for link in chain)
+        )
+        final = any(to_blame) or isinstance(error, NotCarried | StepMisuse)
+        return Raised(failure.describe(error), final, rerun)
+
+    async def _settle(self, outcome: Outcome) -> None:
+        """Write what the outcome makes of the run. It is written until it is, or the claim is lost: a handler that has
+        finished does not become one that failed because the disk was full for a second."""
+        change = settle(self.run, outcome, self.now())
+        try:
+            if not await self.write(Apply(change=change)):
+                run = await self.write(GetRun(seq=self.run.seq))
+                if run is None or run.claim != self.run.claim or run.status != Status.RUNNING:
+                    emit("run.lost")
+                    return
+                change = settle(run, outcome, self.now())  # it was asked to cancel meanwhile
+                if not await self.write(Apply(change=change)):
+                    emit("run.lost")
+                    return
+        except ClaimLost:
+            emit("run.lost")
+            return
+        except StoreError as error:
+            emit("run.unmended", error=str(error))
+            return
+        self._announce(outcome, change)
+
+    def _announce(self, outcome: Outcome, change: Change) -> None:
+        match change.status:
+            case Status.SUCCEEDED:
+                took = change.now - (self.run.started_at or change.now)
+                emit("run.succeeded", took=clock.spell(took), ms=took / 1_000)
+            case Status.CANCELLED:
+                emit("run.cancelled", reason=change.reason)
+            case Status.DEAD:
+                emit("run.dead", reason=change.reason, error=_shown(outcome))
+            case _:
+                until = "a signal" if change.due_at is None else clock.iso(change.due_at)
+                emit(
+                    f"run.{change.reason}", until=until, pause=clock.spell((change.due_at or 0) - change.now),
+                    max_attempts=change.max_attempts, error=outcome.failure.line if isinstance(outcome, Raised) else "",
+                    traceback=_shown(outcome), signals=", ".join(self._signals()),
+                )  # fmt: skip
+
+    def _signals(self) -> list[str]:
+        return [key.name for key, step in self.history.items() if step.status == "waiting"]
+
+    # --- what a step asks for ---
+
+    async def begin(self, kind: str, name: str) -> tuple[StepKey, int, StepRecord | None]:
+        """Number the call, and say what is stored of it. Raises where no step may begin; else `leave(key)` must
+        follow, and the call counts as in flight until then."""
+        outer = inside.get()
+        if outer is not None:
+            raise StepMisuse(
+                f"step {name!r} was called inside the body of step {outer!r}",
+                hint="A step is a leaf: call both from the handler, one after the other.",
+            )
+        if not isinstance(name, str) or not name or "#" in name or len(name) > 500:
+            raise StepMisuse(f"a step's name is text of 1 to 500 characters without '#', not {name!r}")
+        uses = self._uses[kind, name] = self._uses.get((kind, name), 0) + 1
+        key = StepKey(kind, name if uses == 1 else f"{name}#{uses}")
+        self._position += 1
+        position = self._position
+        if self._stop is not None or self._handler_ended or self._lost:
+            await self._refuse()
+        if not self._forked and not self._workflow.blocking and asyncio.current_task() is not self._task:
+            self._forked = True
+        record = self.history.get(key)
+        self._in_flight[key] = True
+        if record is None:
+            if not self._desk.lease_holds(self.now()) and not await self._desk.confirm_lease():
+                self.leave(key)
+                self.lose()
+                raise ClaimLost
+            self._begun += 1
+            self._desk.note(self.run, f"in step {key.name}")
+        return key, position, record
+
+    def leave(self, key: StepKey) -> None:
+        """The step call is over, or goes to sleep."""
+        self._in_flight.pop(key, None)
+        if not self._in_flight:
+            if self._quiet is not None:
+                self._quiet.set()
+            self._consider_parking()
+
+    def failed(self, error: Exception, key: StepKey, final: bool) -> Exception:
+        """Remember which step an exception comes from."""
+        self._failures.append((error, key, final, self._begun))
+        return error
+
+    def reading(self, key: StepKey, record: StepRecord, wanted: Any) -> Any:
+        """The stored result as `wanted`. One that cannot be read any more ends the run: no retry can mend it."""
+        try:
+            return codec.decode(record.result if record.result is not None else b"null", wanted)
+        except msgspec.MsgspecError as error:
+            message = f"the stored result of step {key.label!r} cannot be read: {error}"
+            self.conclude(Failed(Failure(type="Unreadable", message=message)))
+
+    async def save(self, record: StepRecord) -> StepRecord:
+        """Store a step before the handler goes on; the record that is stored, whoever wrote it."""
+        seq, claim = self.run.seq, self.run.claim
+        return self.held(await self.write(SaveStep(seq=seq, claim=claim, step=record)))
+
+    def held(self, record: StepRecord | None) -> StepRecord:
+        """The answer of a write that names the claim: None says that the claim is lost."""
+        if record is None:
+            self.lose()
+            raise ClaimLost
+        self.history[record.key] = record
+        return record
+
+    async def write(self, op: Operation[R]) -> R:
+        """Hand `op` to the store, again and again while the store is busy and the lease holds."""
+        pause = 0.05
+        while True:
+            try:
+                return await self._desk.store.do(op)
+            except StoreBusy as error:
+                emit("store.busy", error=str(error))
+                if self._lost:
+                    raise ClaimLost from error
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 1.0)
+
+    async def in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """Call `fn` in a thread, with this code's context."""
+        context = contextvars.copy_context()
+        return await self._loop.run_in_executor(self._desk.bodies, context.run, fn, *args)
+
+    async def pause(self, key: StepKey, until: int) -> None:
+        """Wait in the slot, between two tries of a step."""
+        while self.now() < until:
+            await self.wait(key, None, parks=False, until=until)
+
+    async def wait(self, key: StepKey, record: StepRecord | None, *, parks: bool, until: int | None = None) -> None:
+        """Wait until the record is due, or a look finds news of it, or the attempt must stop: then it raises."""
+        if self._stop is not None or self._handler_ended or self._lost:
+            await self._refuse()
+        due = record.due_at if record is not None else until
+        timer = None
+        future = self._loop.create_future()
+        if due is not None:
+            timer = self._loop.call_later(max(0, due - self.now()) / clock.SECOND, _wake, future)
+        self._waiting[key] = _Waiting(future, record, parks, timer)
+        self.leave(key)
+        try:
+            await future
+        finally:
+            del self._waiting[key]
+            if timer is not None:
+                timer.cancel()
+        if self._stop is not None or self._handler_ended or self._lost:
+            await self._refuse()
+        self._in_flight[key] = True
+
+    def conclude(self, verdict: Bailed | Failed) -> NoReturn:
+        """The handler has said its last word. The first one counts, even where it is swallowed."""
+        if self._stop is None:
+            self._stop = verdict
+            self._release()
+        raise Suspension
+
+    # --- what the worker asks for ---
+
+    def interrupt(self) -> None:
+        """Stop at the next step boundary and hand the run back, without using up the attempt."""
+        self._halt(Interrupted())
+
+    def cancel(self, reason: str) -> None:
+        """Stop at the next step boundary: the run is cancelled."""
+        self._halt(Cancelled(reason))
+
+    def lose(self) -> None:
+        """The claim is gone: stop at once, write nothing."""
+        if not self._lost:
+            self._lost = True
+            self._release()
+            if self._task is not None and self._task is not asyncio.current_task() and not self._handler_ended:
+                self._task.cancel()
+
+    @property
+    def waits_for_signals(self) -> bool:
+        return any(w.record is not None and w.record.kind == "wait" for w in self._waiting.values())
+
+    async def look(self) -> None:
+        """Wake the waits of this live attempt to which a signal has come meanwhile."""
+        steps = await self.write(Steps(seq=self.run.seq))
+        for step in steps:
+            waiting = self._waiting.get(step.key)
+            if waiting is not None and step.kind == "wait" and step.status != "waiting":
+                self.history[step.key] = step
+                _wake(waiting.future)
+
+    # --- stopping and parking ---
+
+    def _halt(self, outcome: Interrupted | Cancelled) -> None:
+        if self._stop is None and not self._handler_ended:
+            self._stop = outcome
+            self._release()
+
+    def _release(self) -> None:
+        """Let every sleep and wait go: each finds that it must stop, and raises."""
+        for waiting in list(self._waiting.values()):
+            _wake(waiting.future)
+
+    async def _refuse(self) -> NoReturn:
+        """No step may begin. Before a drain unwinds the handler, what its other branches have in flight may end."""
+        self._refused = True
+        if self._stop is not None and not self._lost and not self._handler_ended:
+            await self._until_quiet()
+        await asyncio.sleep(0)  # a handler that swallows this and tries again must not stop the event loop
+        raise ClaimLost if self._lost else Suspension
+
+    async def _until_quiet(self) -> None:
+        while self._in_flight and not self._lost:
+            self._quiet = self._quiet or asyncio.Event()
+            self._quiet.clear()
+            await self._quiet.wait()
+
+    def _consider_parking(self) -> None:
+        if self._stop is None and not self._handler_ended and self._can_park():
+            if self._forked:
+                self._loop.call_soon(self._park_if_still_quiet, self._position, QUIET_PASSES)
+            else:
+                self._park()
+
+    def _can_park(self) -> bool:
+        return not self._in_flight and bool(self._waiting) and all(w.parks for w in self._waiting.values())
+
+    def _park_if_still_quiet(self, position: int, passes: int) -> None:
+        """A handler with several branches may be on its way to another step call: give it time to make it."""
+        if self._stop is not None or self._handler_ended or self._position != position or not self._can_park():
+            return
+        if passes:
+            self._loop.call_soon(self._park_if_still_quiet, position, passes - 1)
+        else:
+            self._park()
+
+    def _park(self) -> None:
+        records = [w.record for w in self._waiting.values() if w.record is not None]
+        due = min((record.due_at for record in records if record.due_at is not None), default=None)
+        waits = tuple(record.name for record in records if record.kind == "wait")
+        self._stop = Waits(waits, due) if waits else Sleeps(due or self.now())
+        self._release()
+
+
+def _wake(future: "asyncio.Future[None]") -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """An exception and all that it came from, groups opened."""
+    seen: list[BaseException] = []
+    todo = [error]
+    while todo:
+        link = todo.pop()
+        if link is None or any(link is known for known in seen):
+            continue
+        seen.append(link)
+        todo += [link.__cause__, link.__context__]
+        if isinstance(link, BaseExceptionGroup):
+            todo += link.exceptions
+    return seen
+
+
+def _shown(outcome: Outcome) -> str:
+    return outcome.failure.traceback if isinstance(outcome, Raised | Failed) else ""

@@ -1,0 +1,280 @@
+"""What an operator may ask: list, show, start, retry, signal, cancel. Values in, values out.
+
+The command line, and later the same commands over SSH, only turn these values into tables or JSON. Every time in them is
+ISO 8601 in UTC.
+"""
+
+import asyncio
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from tako_runtime import clock, failure, state
+from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.errors import InvalidValue, NotFound, Refused
+from tako_runtime.manifest import Declared
+from tako_runtime.run import AttemptRecord, NewRun, Run, Status, StepRecord, first_id_at, new_id
+from tako_runtime.store import base
+from tako_runtime.store.commit import StoreThread
+from tako_runtime.workflow import check_signal_name, release, signal_op
+
+Json = dict[str, Any]
+
+
+class Control:
+    """The operations on one store. Blocking, as a command is."""
+
+    def __init__(self, store: StoreThread, clock: Clock | None = None) -> None:
+        self._store = store
+        self._clock: Clock = clock or SystemClock()
+
+    # --- looking ---
+
+    def find(self, prefix: str) -> Run:
+        """The run whose id is or begins with `prefix`; `NotFound`, or `Refused` where several do."""
+        wanted = prefix.strip().lower()
+        if not wanted or not all(c in "0123456789abcdef-" for c in wanted):
+            raise NotFound(f"{prefix!r} is not a run's id", hint="List the runs with: tako runs ls")
+        found = self._store.do_sync(base.FindRuns(prefix=wanted))
+        exact = [run for run in found if run.id == wanted]
+        if not found:
+            raise NotFound(f"no run {prefix}", hint="List the runs with: tako runs ls")
+        if len(found) > 1 and not exact:
+            ids = ", ".join(run.id for run in found)
+            raise Refused(f"{prefix} is the beginning of several ids: {ids}", hint="Give more of it.")
+        return (exact or found)[0]
+
+    def list_runs(
+        self,
+        *,
+        statuses: Sequence[str] = (),
+        workflow: str | None = None,
+        since: int | None = None,
+        limit: int = 50,
+    ) -> list[Json]:
+        """Runs, newest first. `since` is an instant in microseconds."""
+        unknown = [status for status in statuses if status not in list(Status)]
+        if unknown:
+            raise InvalidValue(
+                f"no such status: {', '.join(unknown)}", hint=f"One of {', '.join(status.value for status in Status)}."
+            )
+        found = self._store.do_sync(
+            base.ListRuns(
+                statuses=[Status(status) for status in statuses],
+                workflow=workflow,
+                since_id=None if since is None else first_id_at(since),
+                limit=limit,
+            )
+        )
+        return [run_json(run) for run in found]
+
+    def show(self, prefix: str) -> Json:
+        """One run with its `steps`, its `attempts` (the one under way included) and what it is `waiting_for`."""
+        run = self.find(prefix)
+        now = self._clock.now()
+        steps = self._store.do_sync(base.Steps(seq=run.seq))
+        attempts = self._store.do_sync(base.Attempts(seq=run.seq))
+        waits = self._store.do_sync(base.OpenWaits(seq=run.seq))
+        return {
+            **run_json(run),
+            "steps": [_step_json(step, run, now) for step in steps],
+            "attempts": [_attempt_json(attempt) for attempt in attempts] + _open_attempt(run),
+            "waiting_for": [
+                {"signal": w.signal, "step": w.step, "since": clock.iso(w.since), "until": _time(w.deadline)} for w in waits
+            ],
+        }
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """Live runs by status and reason."""
+        return self._store.do_sync(base.CountRuns())
+
+    # --- acting ---
+
+    def start(
+        self,
+        flow: Declared,
+        payload: str,
+        *,
+        delay: int = 0,
+        unique_key: str | None = None,
+        priority: int = 0,
+    ) -> Run:
+        """Start a run of a declared workflow with a payload given as JSON text; the run (the live one with the unique
+        key, if there is one). Whether the payload fits is for the handler to say: a misfit ends dead at once."""
+        try:
+            payload = msgspec.json.encode(msgspec.json.decode(payload)).decode()
+        except msgspec.DecodeError as error:
+            raise InvalidValue(
+                f"the payload is not JSON: {error}", hint="""Text needs its quotes: --payload '"text"'."""
+            ) from None
+        now = self._clock.now()
+        new = NewRun(
+            id=new_id(now), workflow=flow.name, group=flow.group, payload=payload, created_at=now, due_at=now + delay,
+            retries=flow.retries, backoff_base=flow.backoff_base, backoff_max=flow.backoff_max, priority=priority,
+            unique_key=unique_key, release=release(),
+        )  # fmt: skip
+        [run_id] = self._store.do_sync(base.Enqueue(runs=[new], now=now))
+        return self.find(run_id)
+
+    def retry(self, prefix: str, from_step: str | None = None) -> Json:
+        """Let an ended run go on after its finished steps; `from_step` forgets that step and what came after it."""
+        run = self.find(prefix)
+        drop_from = None
+        if from_step is not None:
+            steps = self._store.do_sync(base.Steps(seq=run.seq))
+            drop_from = state.steps_from(steps, from_step)
+            if drop_from is None:
+                names = ", ".join(step.name for step in steps) or "it has none"
+                raise NotFound(f"run {run.id} has no step {from_step!r}", hint=f"Its steps: {names}.")
+        return self._change(run, lambda now_run: state.retry(now_run, self._clock.now(), drop_from))
+
+    def cancel(self, prefix: str, reason: str = "cancelled by an operator") -> Json:
+        """Cancel a pending or parked run now, a running one at its next step boundary."""
+        return self._change(self.find(prefix), lambda run: state.cancel(run, reason, self._clock.now()))
+
+    def signal(self, name: str, payload: str = "null") -> int:
+        """Send a signal with a payload given as JSON text; how many runs took it (0: it is kept)."""
+        check_signal_name(name)
+        try:
+            value = msgspec.json.decode(payload)
+        except msgspec.DecodeError as error:
+            raise InvalidValue(f"the payload is not JSON: {error}") from None
+        return self._store.do_sync(signal_op(name, value))
+
+    def _change(self, run: Run, decide: "Any") -> Json:
+        """Decide on the run as it stands, and again where it moved on meanwhile."""
+        for _ in range(100):
+            if self._store.do_sync(base.Apply(change=decide(run))):
+                break
+            run = self._again(run)
+        return run_json(self._again(run))
+
+    def _again(self, run: Run) -> Run:
+        found = self._store.do_sync(base.GetRun(seq=run.seq))
+        if found is None:
+            raise NotFound(f"run {run.id} is not there any more")
+        return found
+
+    def wait(self, run: Run) -> Json:
+        """Wait until the run has ended; the bell, and a look once a second, tell."""
+        return asyncio.run(self._wait(run))
+
+    async def _wait(self, run: Run) -> Json:
+        rung = asyncio.Event()
+        listener = self._store.bell.listen("c-" + new_id(self._clock.now()))
+        try:
+            listener.start(lambda topics: rung.set() if "ended" in topics else None)
+            while not Status((found := await self._get(run)).status).ended:
+                try:
+                    async with asyncio.timeout(1):
+                        await rung.wait()
+                except TimeoutError:
+                    pass
+                rung.clear()
+        finally:
+            listener.close()
+        return run_json(found)
+
+    async def _get(self, run: Run) -> Run:
+        found = await self._store.do(base.GetRun(seq=run.seq))
+        if found is None:
+            raise NotFound(f"run {run.id} is not there any more")
+        return found
+
+
+def choose(workflows: Iterable[Declared], name: str) -> Declared:
+    """The declared workflow of that name; `NotFound` with the nearest names."""
+    by_name = {flow.name: flow for flow in workflows}
+    if name not in by_name:
+        near = difflib.get_close_matches(name, by_name, n=3, cutoff=0.5)
+        known = ", ".join(sorted(by_name)) or "none"
+        hint = f"Did you mean {' or '.join(near)}?" if near else f"There is: {known}."
+        raise NotFound(f"no workflow {name!r}", hint=hint)
+    return by_name[name]
+
+
+# --- values for programs ---------------------------------------------------------------------------------------------
+
+
+def run_json(run: Run) -> Json:
+    """A run as every command and every program sees it."""
+    return {
+        "id": run.id,
+        "workflow": run.workflow,
+        "group": run.group,
+        "status": run.status,
+        "reason": run.reason,
+        "attempt": run.attempt,
+        "max_attempts": run.max_attempts,
+        "priority": run.priority,
+        "created_at": clock.iso(run.created_at),
+        "run_at": _time(run.due_at),
+        "started_at": _time(run.started_at),
+        "finished_at": _time(run.finished_at),
+        "payload": _value(run.payload),
+        "result": _value(run.result),
+        "error": _error(run.error),
+        "unique_key": run.unique_key,
+        "release": run.release,
+        "cancelling": run.cancelling,
+    }
+
+
+def _step_json(step: StepRecord, run: Run, now: int) -> Json:
+    slept = step.kind == "sleep" and step.due_at is not None and step.due_at <= (run.finished_at or now)
+    return {
+        "name": step.name,
+        "kind": step.kind,
+        "status": "done" if slept else step.status,
+        "attempt": step.attempt,
+        "started_at": clock.iso(step.started_at),
+        "finished_at": _time(step.due_at if slept else step.finished_at),
+        "until": _time(step.due_at),
+        "result": _value(step.result),
+        "error": _error(step.error),
+    }
+
+
+def _attempt_json(attempt: AttemptRecord) -> Json:
+    return {
+        "n": attempt.n,
+        "worker": attempt.worker,
+        "started_at": clock.iso(attempt.started_at),
+        "finished_at": clock.iso(attempt.finished_at),
+        "outcome": attempt.outcome,
+        "error": _error(attempt.error),
+    }
+
+
+def _open_attempt(run: Run) -> list[Json]:
+    if run.attempt_started_at is None:
+        return []
+    outcome = "running" if run.status == Status.RUNNING else run.reason
+    started = clock.iso(run.attempt_started_at)
+    return [
+        {"n": run.attempt, "worker": run.worker, "started_at": started, "finished_at": None, "outcome": outcome,
+         "error": None}
+    ]  # fmt: skip
+
+
+def _time(micros: int | None) -> str | None:
+    return None if micros is None else clock.iso(micros)
+
+
+def _value(text: bytes | None) -> Any:
+    """A stored value for programs; text that is not JSON any more is shown as it is."""
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text.decode(errors="replace")
+
+
+def _error(text: str | None) -> Json | None:
+    if text is None:
+        return None
+    found = failure.read(text)
+    return {"type": found.type, "message": found.message, "traceback": found.traceback}

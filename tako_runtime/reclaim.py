@@ -1,0 +1,38 @@
+"""Give back the runs of workers that are gone: the outcome "worker lost"."""
+
+from pathlib import Path
+
+from tako_runtime import clock, inflight
+from tako_runtime.log import emit
+from tako_runtime.run import Status, WorkerRecord
+from tako_runtime.state import WorkerLost, settle
+from tako_runtime.store.base import Apply, ListWorkers, RemoveWorker, RunsOf
+from tako_runtime.store.commit import StoreThread
+
+
+async def reclaim(store: StoreThread, app_dir: Path, now: int, *, but: str | None = None) -> int:
+    """Give back the runs of every worker whose lease has lapsed, or whose process on this machine is gone; the number of
+    runs. `but` is a worker that is not looked at (the caller's own). Safe to call from anywhere at any time: the claim
+    number decides."""
+    count = 0
+    for worker in await store.do(ListWorkers()):
+        if worker.id != but and (worker.lease_until <= now or inflight.gone(app_dir, worker.id)):
+            count += await give_back(store, app_dir, worker, now)
+    return count
+
+
+async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now: int) -> int:
+    """Give back the runs of one worker that is gone, and take it off the list."""
+    where = inflight.last_seen(app_dir, worker.id)
+    count = 0
+    for run in await store.do(RunsOf(worker=worker.id)):
+        change = settle(run, WorkerLost(where.get(run.seq, "")), now)
+        if await store.do(Apply(change=change)):
+            count += 1
+            message = f"worker died during attempt {run.attempt} {where.get(run.seq, '')}".rstrip()
+            again = "taken up at once" if change.due_at == now else f"again at {clock.iso(change.due_at or now)}"
+            then = again if change.status == Status.PENDING else str(change.status)
+            emit("run.reclaimed", run=run.id, workflow=run.workflow, attempt=run.attempt, message=message, then=then)
+    await store.do(RemoveWorker(worker=worker.id))
+    inflight.forget(app_dir, worker.id)
+    return count

@@ -1,0 +1,333 @@
+"""7. Step: run, sleep, wait_for, bail, fail.
+
+What a handler is given. Each method asks the attempt whether the step is there already, does it if not, and stores it
+before the handler goes on. There is one implementation, which is async; `SyncStep` only bridges to it.
+"""
+
+import asyncio
+import contextvars
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Coroutine
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, overload
+
+from tako_runtime import clock, codec, failure
+from tako_runtime.clock import Duration
+from tako_runtime.errors import InvalidValue, NotCarried, StepFailed, StepMisuse, StepTimeout
+from tako_runtime.failure import Failure
+from tako_runtime.log import emit
+from tako_runtime.run import StepKey, StepRecord
+from tako_runtime.state import Backoff, Bailed, Failed
+from tako_runtime.store.base import ExpireWait, OpenWait
+from tako_runtime.workflow import check_signal_name
+
+if TYPE_CHECKING:
+    from tako_runtime.attempt import Attempt
+
+T = TypeVar("T")
+
+#: A sleep shorter than this stays in its slot; a longer one parks the run.
+INLINE_SLEEP = 30 * clock.SECOND
+
+#: The step whose body this code runs in, if any.
+inside: contextvars.ContextVar[str | None] = contextvars.ContextVar("tako_step", default=None)
+
+
+class Suspension(BaseException):
+    """The handler stops here: its run is parked, handed back, lost, or has said its last word.
+
+    Not an `Exception`, so that `except Exception` around a step does not swallow it. Let it pass.
+    """
+
+
+class Step:
+    """The checkpoints of one run, given to its handler.
+
+    Names tell steps apart: a name used again gets a number in the order of the calls (`send`, `send#2`), so the calls
+    must come in the same order on every pass. Code between steps runs again on every pass.
+    """
+
+    def __init__(self, attempt: "Attempt") -> None:
+        self._attempt = attempt
+        self.log: logging.LoggerAdapter[logging.Logger] = logging.LoggerAdapter(
+            logging.getLogger(f"workflow.{attempt.run.workflow}"), {"run": attempt.run.id}
+        )
+
+    @property
+    def run_id(self) -> str:
+        return self._attempt.run.id
+
+    @property
+    def workflow(self) -> str:
+        return self._attempt.run.workflow
+
+    @property
+    def attempt(self) -> int:
+        """The number of this attempt, from 1. A parked run goes on within its attempt."""
+        return self._attempt.run.attempt
+
+    def key(self, name: str) -> str:
+        """An idempotency key for `name` in this run, the same over all attempts.
+
+        A step's body runs again if its worker died after it acted and before that was stored. Hand this key to the
+        service that it calls, and the service can tell the second call from a new one.
+        """
+        if not isinstance(name, str) or not name:
+            raise InvalidValue(f"step.key needs a name, not {name!r}")
+        return f"{self._attempt.run.id}:{name}"
+
+    @overload
+    async def run(
+        self, name: str, fn: Callable[..., Awaitable[T]], *args: Any, retries: int = 0, backoff: Backoff | None = None,
+        retry: bool = True, timeout: Duration | None = None,
+    ) -> T: ...
+    @overload
+    async def run(
+        self, name: str, fn: Callable[..., T], *args: Any, retries: int = 0, backoff: Backoff | None = None,
+        retry: bool = True, timeout: Duration | None = None,
+    ) -> T: ...  # fmt: skip
+    async def run(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        *args: Any,
+        retries: int = 0,
+        backoff: Backoff | None = None,
+        retry: bool = True,
+        timeout: Duration | None = None,
+    ) -> Any:
+        """Do `fn(*args)` once and for all, and give what it returned, now and on every replay.
+
+        `fn` is async, or sync (it runs in a thread). It is tried `retries` times more after a failure, with `backoff`
+        between; then its exception goes to the handler, which may catch it and go on: the failure is then as final as a
+        result. Uncaught, it fails the attempt, and the next attempt runs the step again, unless `retry` is False: then
+        the run is dead. `timeout` bounds each try; past it the handler gets `StepTimeout`.
+
+        The value comes back as `fn`'s return annotation says, else as plain JSON data. Raises `NotCarried` for a value
+        that cannot be stored and `TooLarge` past the size limit: those end the run, since no retry can mend them.
+        """
+        attempt = self._attempt
+        wanted = codec.returns(fn)
+        codec.decoder(wanted)  # an annotation that cannot be read back must not cost the body's side effects
+        limit = None if timeout is None else clock.duration(timeout, "timeout", least=1_000)
+        key, position, record = await attempt.begin("run", name)
+        try:
+            if record is None:
+                return await self._do(key, position, wanted, fn, args, retries, backoff or _STEP_BACKOFF, retry, limit)
+        finally:
+            attempt.leave(key)
+        if record.error is not None:
+            raise attempt.failed(failure.rebuild(failure.read(record.error)), key, final=not retry)
+        emit("step.cached", step=key.label)
+        return attempt.reading(key, record, wanted)
+
+    async def _do(
+        self,
+        key: StepKey,
+        position: int,
+        wanted: Any,
+        fn: Callable[..., Any],
+        args: tuple[Any, ...],
+        retries: int,
+        backoff: Backoff,
+        retry: bool,
+        timeout: int | None,
+    ) -> Any:
+        attempt = self._attempt
+        tries = 0
+        while True:
+            tries += 1
+            started = attempt.now()
+            try:
+                value = await _body(attempt, key, fn, args, timeout)
+                text, carried = codec.carry(value, wanted, f"step {key.name!r}", limit=attempt.max_value)
+            except Exception as error:
+                described = failure.describe(error)
+                if tries <= retries and retry and not isinstance(error, NotCarried | StepMisuse):
+                    pause = backoff.delay(tries, f"{self.run_id}:{key.name}")
+                    emit(
+                        "step.retrying", step=key.label, n=tries, tries=retries + 1, pause=clock.spell(pause),
+                        error=described.line,
+                    )  # fmt: skip
+                    await attempt.pause(key, attempt.now() + pause)
+                    continue
+                now = attempt.now()
+                record = StepRecord(
+                    "run", key.name, position, "failed", attempt.run.attempt, started, now, error=described.text()
+                )
+                await attempt.save(record)
+                emit("step.failed", step=key.label, error=described.line, took=clock.spell(now - started))
+                attempt.failed(error, key, final=not retry)
+                raise
+            now = attempt.now()
+            record = StepRecord(
+                "run", key.name, position, "done", attempt.run.attempt, started, now, result=text.encode()
+            )
+            stored = await attempt.save(record)
+            if stored is not record:  # somebody's first write won: go on with that
+                return attempt.reading(key, stored, wanted)
+            emit("step.done", step=key.label, ms=(now - started) / 1_000, took=clock.spell(now - started))
+            return carried
+
+    async def sleep(self, length: Duration, *, name: str | None = None) -> None:
+        """Sleep for a timedelta, seconds, or text such as "3d". The end is stored first: no restart moves it. From 30 s
+        on the run parks and takes up no worker meanwhile."""
+        micros = clock.duration(length, "sleep")
+        await self._sleep(name or "sleep", lambda now: now + micros)
+
+    async def sleep_until(self, when: datetime, *, name: str | None = None) -> None:
+        """Sleep until a datetime with a time zone."""
+        until = clock.instant(when, "sleep_until")
+        await self._sleep(name or "sleep", lambda _: until)
+
+    async def _sleep(self, name: str, end: Callable[[int], int]) -> None:
+        attempt = self._attempt
+        key, position, record = await attempt.begin("sleep", name)
+        try:
+            now = attempt.now()
+            if record is None:
+                until = min(end(now), clock.LATEST)
+                record = await attempt.save(
+                    StepRecord("sleep", key.name, position, "sleeping", attempt.run.attempt, now, due_at=until)
+                )
+            due = cast(int, record.due_at)
+            while (now := attempt.now()) < due:
+                await attempt.wait(key, record, parks=due - now >= INLINE_SLEEP)
+        finally:
+            attempt.leave(key)
+
+    async def wait_for(self, name: str, *, timeout: Duration | None = None) -> Any:
+        """The payload of the next signal `name`, or None once `timeout` has passed. The deadline is stored once: no
+        restart moves it. A signal that was sent before is kept and taken at once."""
+        check_signal_name(name)
+        micros = None if timeout is None else clock.duration(timeout, "timeout")
+        attempt = self._attempt
+        key, position, record = await attempt.begin("wait", name)
+        try:
+            if record is None or record.status == "waiting":
+                record = await self._wait(key, position, name, micros, record)
+                if record.status == "done":
+                    emit("wait.done", signal=name)
+                else:
+                    emit("wait.timed_out", signal=name)
+        finally:
+            attempt.leave(key)
+        return attempt.reading(key, record, Any)
+
+    async def _wait(
+        self, key: StepKey, position: int, signal: str, timeout: int | None, record: StepRecord | None
+    ) -> StepRecord:
+        attempt = self._attempt
+        now = attempt.now()
+        if record is None:
+            due = None if timeout is None else min(now + timeout, clock.LATEST)
+            record = StepRecord("wait", key.name, position, "waiting", attempt.run.attempt, now, due_at=due)
+        seq, claim = attempt.run.seq, attempt.run.claim
+        if record.due_at is None or now < record.due_at or timeout == 0:
+            op = OpenWait(seq=seq, claim=claim, step=record, signal=signal, now=now)
+            record = attempt.held(await attempt.write(op))
+        while record.status == "waiting":
+            now = attempt.now()
+            if record.due_at is not None and now >= record.due_at:
+                expire = ExpireWait(seq=seq, claim=claim, name=key.name, now=now)
+                record = attempt.held(await attempt.write(expire))
+            else:
+                await attempt.wait(key, record, parks=True)
+                record = attempt.history[key]
+        return record
+
+    def bail(self, reason: str) -> NoReturn:
+        """End the run `cancelled`, for a reason that people read; no retries."""
+        self._attempt.conclude(Bailed(str(reason)))
+
+    def fail(self, error: BaseException | str) -> NoReturn:
+        """End the run `dead`, with an exception or a text; no retries."""
+        if not isinstance(error, BaseException):
+            self._attempt.conclude(Failed(Failure(type="Failed", message=str(error))))
+        self._attempt.conclude(Failed(failure.describe(error)))
+
+
+_STEP_BACKOFF = Backoff()
+
+
+async def _body(
+    attempt: "Attempt", key: StepKey, fn: Callable[..., Any], args: tuple[Any, ...], timeout: int | None
+) -> Any:
+    """One try of a step's body. `sys.exit` in it is a failure of the step, not the end of the worker."""
+    token = inside.set(key.name)
+    try:
+        if timeout is None:
+            return await _call(attempt, fn, args)
+        async with asyncio.timeout(timeout / clock.SECOND) as scope:
+            return await _call(attempt, fn, args)
+    except TimeoutError as error:
+        if timeout is None or not scope.expired():
+            raise
+        if not inspect.iscoroutinefunction(fn):
+            emit("step.left", step=key.label)
+        raise StepTimeout(f"step {key.name!r} ran past its timeout of {clock.spell(timeout)}") from error
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise StepFailed(f"step {key.name!r} called for the end of its process: {error!r}") from None
+    finally:
+        inside.reset(token)
+
+
+async def _call(attempt: "Attempt", fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    value = fn(*args) if inspect.iscoroutinefunction(fn) else await attempt.in_thread(fn, *args)
+    return await value if inspect.isawaitable(value) else value
+
+
+class SyncStep:
+    """`Step` for a plain `def` handler: the same methods, which block. They run on the worker's event loop; this face
+    only carries the call over and waits."""
+
+    def __init__(self, step: Step, loop: asyncio.AbstractEventLoop) -> None:
+        self._step, self._loop = step, loop
+        self.log = step.log
+
+    @property
+    def run_id(self) -> str:
+        return self._step.run_id
+
+    @property
+    def workflow(self) -> str:
+        return self._step.workflow
+
+    @property
+    def attempt(self) -> int:
+        return self._step.attempt
+
+    def key(self, name: str) -> str:
+        return self._step.key(name)
+
+    def run(
+        self,
+        name: str,
+        fn: Callable[..., T],
+        *args: Any,
+        retries: int = 0,
+        backoff: Backoff | None = None,
+        retry: bool = True,
+        timeout: Duration | None = None,
+    ) -> T:
+        step = self._step.run(name, fn, *args, retries=retries, backoff=backoff, retry=retry, timeout=timeout)
+        return self._bridge(step)
+
+    def sleep(self, length: Duration, *, name: str | None = None) -> None:
+        self._bridge(self._step.sleep(length, name=name))
+
+    def sleep_until(self, when: datetime, *, name: str | None = None) -> None:
+        self._bridge(self._step.sleep_until(when, name=name))
+
+    def wait_for(self, name: str, *, timeout: Duration | None = None) -> Any:
+        return self._bridge(self._step.wait_for(name, timeout=timeout))
+
+    def bail(self, reason: str) -> NoReturn:
+        self._step.bail(reason)
+
+    def fail(self, error: BaseException | str) -> NoReturn:
+        self._step.fail(error)
+
+    def _bridge(self, step: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(step, self._loop).result()

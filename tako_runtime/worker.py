@@ -1,0 +1,310 @@
+"""5. Claim runs, run attempts, renew the lease, leave when idle.
+
+A worker is a process that executes the runs of one group. It sleeps until the bell rings, a slot comes free, or the next
+run is due; a look once a second (one number read from the store) is the net under the bell. Its lease is renewed by a
+thread of its own, which no handler can block.
+"""
+
+import asyncio
+import os
+import socket
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tako_runtime import clock, codec, inflight
+from tako_runtime.attempt import Attempt
+from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.errors import StoreBusy, StoreError
+from tako_runtime.log import emit
+from tako_runtime.run import Claimed, Run, WorkerRecord, new_id
+from tako_runtime.store.base import (
+    AddWorker,
+    ClaimRuns,
+    DataVersion,
+    Demand,
+    RemoveWorker,
+    RenewLease,
+    RunsOf,
+)
+from tako_runtime.store.commit import StoreThread
+from tako_runtime.workflow import Workflow, release
+
+#: The net under the bell, in seconds.
+LOOK = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a worker works. Durations are microseconds."""
+
+    group: str = "default"
+    concurrency: int = 10
+    idle_timeout: int | None = None
+    grace: int = 30 * clock.SECOND
+    lease: int = 15 * clock.SECOND
+    max_value: int = codec.MAX_VALUE
+
+
+class Worker:
+    """One worker of one group, until it is told to stop, has been idle for long, or loses its lease."""
+
+    def __init__(
+        self,
+        store: StoreThread,
+        app_dir: Path,
+        workflows: Mapping[str, Workflow[..., Any]],
+        settings: Settings,
+        clock: Clock | None = None,
+    ) -> None:
+        self.store = store
+        self.clock: Clock = clock or SystemClock()
+        self.settings = settings
+        self.max_value = settings.max_value
+        self.id = "w-" + new_id(self.clock.now())
+        self.handlers = ThreadPoolExecutor(settings.concurrency, "tako-handler")
+        self.bodies = ThreadPoolExecutor(max(32, 4 * settings.concurrency), "tako-step")
+        self._app_dir = app_dir
+        self._workflows = {name: flow for name, flow in workflows.items() if flow.group == settings.group}
+        self._attempts: dict[int, tuple[Attempt, asyncio.Task[None]]] = {}
+        self._inflight: inflight.InFlight | None = None
+        self._lease_until = 0
+        self._lost_lease = False
+        self._stopping = ""
+        self._wake = asyncio.Event()
+        self._topics: set[str] = set()
+        self._more = True  # there may be due runs that were not claimed yet
+        self._claimed_ever = False
+
+    async def run(self) -> str:
+        """Work until told to stop; why it stopped: "drained", "idle" or "lost lease"."""
+        settings = self.settings
+        loop = asyncio.get_running_loop()
+        listener = self.store.bell.listen(self.id)
+        self._inflight = inflight.InFlight(self._app_dir, self.id, settings.concurrency)
+        now = self.clock.now()
+        self._lease_until = now + settings.lease
+        await self.store.do(
+            AddWorker(
+                worker=WorkerRecord(
+                    self.id, settings.group, socket.gethostname(), os.getpid(), release(), now, self._lease_until
+                )
+            )
+        )
+        ended = threading.Event()
+        renewal = threading.Thread(target=self._renew, args=(loop, ended), name="tako-lease", daemon=True)
+        renewal.start()
+        listener.start(self._heard)
+        emit(
+            "worker.started", worker=self.id, group=settings.group, concurrency=settings.concurrency,
+            workflows=", ".join(sorted(self._workflows)) or "none",
+        )  # fmt: skip
+        try:
+            reason = await self._work()
+            await self._drain()
+        finally:
+            ended.set()
+            listener.close()
+        if not self._lost_lease:
+            await self._leave()
+        self._inflight.close()
+        self.handlers.shutdown(wait=False, cancel_futures=True)
+        self.bodies.shutdown(wait=False, cancel_futures=True)
+        emit("worker.stopped", worker=self.id, group=settings.group, reason=reason)
+        return reason
+
+    def stop(self, reason: str = "drained") -> None:
+        """Claim nothing more; let attempts reach their end or their next step boundary. Call it in the event loop."""
+        self._stopping = self._stopping or reason
+        self._wake.set()
+
+    @property
+    def runs_in_hand(self) -> int:
+        return len(self._attempts)
+
+    # --- the loop ---
+
+    async def _work(self) -> str:
+        data_version = await self.store.do(DataVersion())
+        active_at = self.clock.now()
+        next_at: int | None = None
+        while not self._stopping:
+            now = self.clock.now()
+            try:
+                if next_at is not None and next_at <= now:
+                    self._more = True
+                if self._more and len(self._attempts) < self.settings.concurrency:
+                    next_at = await self._claim()
+                if "cancel" in self._topics:
+                    await self._look_for_cancellations()
+                if "signal" in self._topics:
+                    await self._look_for_signals()
+                self._topics.clear()
+            except StoreBusy as error:
+                emit("store.busy", error=str(error))
+            if self._attempts:
+                active_at = self.clock.now()
+            elif self._is_idle(active_at, next_at):
+                return "idle"
+            pause = LOOK
+            if next_at is not None:
+                pause = min(pause, max(0, next_at - self.clock.now()) / clock.SECOND)
+            if self._more and len(self._attempts) < self.settings.concurrency:
+                continue
+            if await self._sleep(pause):
+                continue
+            seen = await self._data_version(data_version)
+            if seen != data_version:  # somebody has written and no bell was heard: look at everything
+                data_version = seen
+                self._more = True
+                self._topics |= {"cancel", "signal"}
+        return self._stopping
+
+    async def _sleep(self, seconds: float) -> bool:
+        """Sleep; True if something woke it before."""
+        if not self._wake.is_set():
+            handle = asyncio.get_running_loop().call_later(seconds, self._wake.set)
+            await self._wake.wait()
+            woken = handle.when() > asyncio.get_running_loop().time()
+            handle.cancel()
+        else:
+            woken = True
+        self._wake.clear()
+        return woken
+
+    async def _data_version(self, last: int) -> int:
+        try:
+            return await self.store.do(DataVersion())
+        except StoreBusy:
+            return last
+
+    def _is_idle(self, active_at: int, next_at: int | None) -> bool:
+        timeout = self.settings.idle_timeout
+        return timeout is not None and not self._more and self.clock.now() - active_at >= timeout
+
+    def _heard(self, topics: set[str]) -> None:
+        if f"due:{self.settings.group}" in topics or "later" in topics:
+            self._more = True
+        self._topics |= topics & {"cancel", "signal"}
+        if self._more or self._topics:
+            self._wake.set()
+
+    # --- claiming ---
+
+    async def _claim(self) -> int | None:
+        """Claim for every free slot, begin the attempts; when the next run is due."""
+        free = self.settings.concurrency - len(self._attempts)
+        now = self.clock.now()
+        self._more = False
+        claimed = await self.store.do(
+            ClaimRuns(
+                worker=self.id, group=self.settings.group, workflows=tuple(self._workflows), limit=free, now=now
+            )
+        )
+        for each in claimed:
+            self._begin(each)
+        if len(claimed) == free:
+            self._more = True
+            return None
+        return (await self.store.do(Demand(now=now))).next_at
+
+    def _begin(self, claimed: Claimed) -> None:
+        assert self._inflight is not None
+        seq = claimed.run.seq
+        attempt = Attempt(claimed, self._workflows[claimed.run.workflow], self)
+        self._inflight.take(seq)
+        self._inflight.note(seq, "before its first step")
+        task = asyncio.get_running_loop().create_task(attempt.perform())
+        self._attempts[seq] = attempt, task
+        task.add_done_callback(lambda _: self._ended(seq))
+        if claimed.run.cancelling is not None:
+            attempt.cancel(claimed.run.cancelling)
+
+    def _ended(self, seq: int) -> None:
+        assert self._inflight is not None
+        self._attempts.pop(seq, None)
+        self._inflight.give_up(seq)
+        self._wake.set()
+
+    # --- what attempts ask for (`attempt.Desk`) ---
+
+    def lease_holds(self, now: int) -> bool:
+        return now < self._lease_until and not self._lost_lease
+
+    async def confirm_lease(self) -> bool:
+        """After a stop longer than the lease (a suspended process, a laptop's lid) only the store can tell."""
+        if not self._lost_lease:
+            until = self.clock.now() + self.settings.lease
+            if await self.store.do(RenewLease(worker=self.id, until=until)):
+                self._lease_until = until
+                return True
+            self._lose_lease()
+        return False
+
+    def note(self, run: Run, where: str) -> None:
+        assert self._inflight is not None
+        self._inflight.note(run.seq, where)
+
+    # --- news from outside ---
+
+    async def _look_for_cancellations(self) -> None:
+        if self._attempts:
+            for run in await self.store.do(RunsOf(worker=self.id)):
+                held = self._attempts.get(run.seq)
+                if held and run.cancelling is not None:
+                    held[0].cancel(run.cancelling)
+
+    async def _look_for_signals(self) -> None:
+        for attempt, _ in list(self._attempts.values()):
+            if attempt.waits_for_signals:
+                await attempt.look()
+
+    # --- the lease ---
+
+    def _renew(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
+        """In a thread of its own, so that a handler that blocks the event loop does not cost its worker the lease."""
+        while not ended.wait(self.settings.lease / 3 / clock.SECOND):
+            until = self.clock.now() + self.settings.lease
+            try:
+                held = self.store.do_sync(RenewLease(worker=self.id, until=until))
+            except StoreBusy:
+                continue
+            except StoreError:
+                return
+            if not held:
+                loop.call_soon_threadsafe(self._lose_lease)
+                return
+            self._lease_until = until
+
+    def _lose_lease(self) -> None:
+        if not self._lost_lease and not self._stopping_is_done():
+            self._lost_lease = True
+            emit("worker.lost_lease", worker=self.id, group=self.settings.group, runs=len(self._attempts))
+            for attempt, _ in list(self._attempts.values()):
+                attempt.lose()
+            self.stop("lost lease")
+
+    def _stopping_is_done(self) -> bool:
+        return self._stopping == "gone"
+
+    # --- leaving ---
+
+    async def _drain(self) -> None:
+        """Attempts end, or stop at their next step boundary. Whoever started this process bounds the time."""
+        if self._attempts and not self._lost_lease:
+            emit("worker.draining", worker=self.id, group=self.settings.group, runs=len(self._attempts))
+        for attempt, _ in list(self._attempts.values()):
+            attempt.interrupt()
+        while self._attempts:
+            await asyncio.wait([task for _, task in self._attempts.values()])
+
+    async def _leave(self) -> None:
+        """Off the list; a write that fails is made good by the lapse of the lease."""
+        self._stopping = "gone"
+        try:
+            await self.store.do(RemoveWorker(worker=self.id))
+        except StoreError as error:
+            emit("store.busy", error=str(error))
