@@ -1,4 +1,5 @@
-"""tako: durable workflows, checkpointed step by step, next to your app. The public names; `workflow.py` is where to begin."""
+"""tako: durable workflows, checkpointed step by step, next to your app. The public names; `workflow.py` is where to
+begin."""
 
 from tako_runtime.errors import (
     ConfigError,

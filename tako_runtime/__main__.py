@@ -12,6 +12,9 @@ import msgspec
 
 from tako_runtime import clock, log, store
 from tako_runtime.errors import TakoError
+from tako_runtime.manifest import discover, manifest
+from tako_runtime.worker import Settings, Worker
+from tako_runtime.workflow import registry
 
 LEVELS = {"debug": log.DEBUG, "info": log.INFO, "warning": log.WARNING}
 
@@ -37,7 +40,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _manifest(args: argparse.Namespace) -> int:
-    from tako_runtime.manifest import manifest
 
     out = os.dup(1)  # what a module prints at import must not end up in the JSON
     os.dup2(2, 1)
@@ -56,9 +58,6 @@ def _worker(args: argparse.Namespace) -> int:
 
 
 def _work(args: argparse.Namespace) -> int:
-    from tako_runtime.manifest import discover
-    from tako_runtime.worker import Settings
-    from tako_runtime.workflow import registry
 
     settings = Settings(
         group=args.group,
@@ -68,26 +67,26 @@ def _work(args: argparse.Namespace) -> int:
     )
     lifeline = os.dup(0)  # our supervisor holds the other end: when it closes, the supervisor is gone
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdout, sys.stderr = log.Output("stdout"), log.Output("stderr")  # type: ignore[assignment]
+    sys.stdout, sys.stderr = log.Output("stdout"), log.Output("stderr")
     logging.basicConfig(level=logging.INFO, handlers=[log.LoggingHandler()], force=True)
     mistakes = discover(Path.cwd(), args.dir)
     for mistake in mistakes:
-        log.emit("file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback)
-    mine = {name: flow for name, flow in registry.items() if flow.group == settings.group}
-    if mistakes and not mine:
+        log.emit(
+            "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
+        )
+    if mistakes and not any(flow.group == settings.group for flow in registry.values()):
         return 3
-    opened = store.current()
+    opened, app_dir = store.current(), store.locate().app_dir
     reason = "lost lease"
     while reason == "lost lease":  # start over with a new identity
-        reason = asyncio.run(_until_stopped(opened, mine, settings, lifeline))
+        worker = Worker(opened, app_dir, registry, settings)
+        reason = asyncio.run(_until_stopped(worker, lifeline))
     opened.close()
     return 0
 
 
-async def _until_stopped(opened: store.StoreThread, mine: object, settings: object, lifeline: int) -> str:
-    from tako_runtime.worker import Worker
+async def _until_stopped(worker: Worker, lifeline: int) -> str:
 
-    worker = Worker(opened, store.locate().app_dir, mine, settings)  # type: ignore[arg-type]
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.stop)

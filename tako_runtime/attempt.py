@@ -2,12 +2,14 @@
 
     read the payload -> call the handler -> let what is in flight end -> settle -> write
 
-The handler runs in this task. Its steps come back here: what is done already, what may begin, what must stop. When every
-step call in progress is a sleep or a wait, and nothing else of the handler can move, the run parks and its slot is free.
+The handler runs in this task. Its steps come back here: what is done already, what may begin, what must stop. When
+every step call in progress is a sleep or a wait, and nothing else of the handler can move, the run parks and its slot
+is free.
 """
 
 import asyncio
 import contextvars
+import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -148,11 +150,8 @@ class Attempt:
         handler: Callable[..., Any] = self._workflow.handler
         if not self._workflow.blocking:
             return await handler(*given, step)
-        context = contextvars.copy_context()
-        call = self._loop.run_in_executor(
-            self._desk.handlers, context.run, handler, *given, SyncStep(step, self._loop)
-        )
-        return await call
+        call = functools.partial(contextvars.copy_context().run, handler, *given, SyncStep(step, self._loop))
+        return await self._loop.run_in_executor(self._desk.handlers, call)
 
     def _outcome(self, value: Any, raised: BaseException | None) -> Outcome | None:
         if self._lost:
@@ -241,7 +240,7 @@ class Attempt:
         key = StepKey(kind, name if uses == 1 else f"{name}#{uses}")
         self._position += 1
         position = self._position
-        if self._stop is not None or self._handler_ended or self._lost:
+        if self._must_stop():
             await self._refuse()
         if not self._forked and not self._workflow.blocking and asyncio.current_task() is not self._task:
             self._forked = True
@@ -305,8 +304,8 @@ class Attempt:
 
     async def in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Call `fn` in a thread, with this code's context."""
-        context = contextvars.copy_context()
-        return await self._loop.run_in_executor(self._desk.bodies, context.run, fn, *args)
+        call = functools.partial(contextvars.copy_context().run, fn, *args)
+        return await self._loop.run_in_executor(self._desk.bodies, call)
 
     async def pause(self, key: StepKey, until: int) -> None:
         """Wait in the slot, between two tries of a step."""
@@ -315,7 +314,7 @@ class Attempt:
 
     async def wait(self, key: StepKey, record: StepRecord | None, *, parks: bool, until: int | None = None) -> None:
         """Wait until the record is due, or a look finds news of it, or the attempt must stop: then it raises."""
-        if self._stop is not None or self._handler_ended or self._lost:
+        if self._must_stop():
             await self._refuse()
         due = record.due_at if record is not None else until
         timer = None
@@ -330,7 +329,7 @@ class Attempt:
             del self._waiting[key]
             if timer is not None:
                 timer.cancel()
-        if self._stop is not None or self._handler_ended or self._lost:
+        if self._must_stop():  # it may be why the future was resolved
             await self._refuse()
         self._in_flight[key] = True
 
@@ -378,6 +377,9 @@ class Attempt:
         if self._stop is None and not self._handler_ended:
             self._stop = outcome
             self._release()
+
+    def _must_stop(self) -> bool:
+        return self._stop is not None or self._handler_ended or self._lost
 
     def _release(self) -> None:
         """Let every sleep and wait go: each finds that it must stop, and raises."""

@@ -1,8 +1,8 @@
 """Wake-ups between processes: one datagram to each socket in the app's bell folder.
 
 Who has made something due rings after the commit, with the topics of the batch (`store.base.Topics`); who listens looks
-at the store. A ring is a hint: one that is lost (a full buffer, a folder that cannot be reached) costs at most a second,
-since every listener also looks once a second.
+at the store. A ring is a hint: one that is lost (a full buffer, a folder that cannot be reached) costs at most a
+second, since every listener also looks once a second.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ class Bell:
         """Tell every listener of `topics`. Never raises, never blocks."""
         message = " ".join(sorted(topics)).encode()[:4096]
         try:
-            listeners = os.listdir(self._folder)
+            listeners = list(self._folder.iterdir())
         except OSError:
             return
         if not listeners:
@@ -36,13 +36,12 @@ class Bell:
         if self._socket is None:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             self._socket.setblocking(False)
-        for name in listeners:
-            path = f"{self._folder}/{name}"
+        for path in listeners:
             try:
-                self._socket.sendto(message, path)
+                self._socket.sendto(message, str(path))
             except ConnectionRefusedError:  # its listener is gone
                 with contextlib.suppress(OSError):
-                    os.unlink(path)
+                    path.unlink()
             except OSError:  # its buffer is full: it has been rung already
                 pass
 

@@ -94,7 +94,7 @@ def returns(fn: Callable[..., Any]) -> Any:
         fn = fn.func
     if not inspect.isroutine(fn) and not inspect.isclass(fn):
         fn = type(fn).__call__
-    code = fn if inspect.isclass(fn) else getattr(fn, "__func__", fn)
+    code: Any = fn if inspect.isclass(fn) else getattr(fn, "__func__", fn)
     try:
         return _returns(code)
     except TypeError:  # unhashable callable
@@ -135,11 +135,12 @@ def _encode_foreign(value: Any) -> Any:
     raise TypeError(f"no way to carry {_name(type(value))}")
 
 
-def _decode_foreign(wanted: type, value: Any) -> Any:
+def _decode_foreign(wanted: Any, value: Any) -> Any:
     pydantic = sys.modules.get("pydantic")
-    if pydantic is not None and isinstance(wanted, type) and issubclass(wanted, pydantic.BaseModel):
+    if pydantic is not None and inspect.isclass(wanted) and issubclass(wanted, pydantic.BaseModel):
+        model: Any = wanted
         try:
-            return wanted.model_validate_json(msgspec.json.encode(value))
+            return model.model_validate_json(msgspec.json.encode(value))
         except pydantic.ValidationError as error:
             places = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']}" for e in error.errors())
             raise ValueError(places) from None

@@ -13,7 +13,7 @@ import ipaddress
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -48,7 +48,10 @@ def _shown(value: object) -> str:
 
 
 def _text(pattern: str, what: str, hint: str = "") -> Reader:
-    return _reader(what, lambda value: value if isinstance(value, str) and re.fullmatch(pattern, value) else None, hint)
+    def accept(value: object) -> str | None:
+        return value if isinstance(value, str) and re.fullmatch(pattern, value) and "\0" not in value else None
+
+    return _reader(what, accept, hint)
 
 
 def _whole(least: int, most: int) -> Reader:
@@ -56,13 +59,13 @@ def _whole(least: int, most: int) -> Reader:
     return _reader(what, lambda value: value if type(value) is int and least <= value <= most else None)
 
 
-def _list(item: Reader, what: str, *, least: int = 0, distinct: bool = True) -> Reader:
+def _list(item: Reader, what: str, *, least: int = 0, twice: bool = False) -> Reader:
     def accept(value: object) -> tuple[object, ...] | None:
         try:
-            items = tuple(item(one) for one in value) if isinstance(value, list) and len(value) >= least else None
+            items = tuple(map(item, value)) if isinstance(value, list) and len(value) >= least else None
         except InvalidValue:
             return None
-        return None if items and distinct and len(set(items)) < len(items) else items
+        return items if items is None or twice or len(set(items)) == len(items) else None
 
     return _reader(what, accept)
 
@@ -90,7 +93,7 @@ def _size(value: object) -> int | None:
 
 
 def _folder(value: object) -> str | None:
-    folder = PurePosixPath(value) if isinstance(value, str) and "\0" not in value else PurePosixPath()
+    folder = PurePosixPath(value if isinstance(value, str) and "\0" not in value else "")
     return str(folder) if folder.parts and not folder.is_absolute() and ".." not in folder.parts else None
 
 
@@ -116,15 +119,18 @@ def _listen(value: object) -> str | None:
     return f"{host}:{port}" if loopback and re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65535 else None
 
 
+_flag = _reader("true or false", lambda value: value if isinstance(value, bool) else None)
 _name = _text(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", "a name: a-z, 0-9 and '-', a letter first, no '-' last, 63 at most")
-_loopback = _reader('a loopback address such as "127.0.0.1:9000", or the absolute path of a socket', _listen)
+_variable = _text("[A-Za-z_][A-Za-z0-9_]*", "a name that an environment variable can have")
+_inside = _reader("a folder inside the project, relative to it, without '..'", _folder)
+_value_size = _reader('a size from 1KiB to 256MiB, such as "512KiB", "1MiB" or a number of bytes', _size)
+_command = _list(_text("(?s:.+)", "a word"), "a list of words, the program first", least=1, twice=True)
 _servers = _list(_name, "a list of server names, each once, at least one", least=1)
 _secrets = _list(_text("[A-Z][A-Z0-9_]*", "a name"), "a list of names in UPPER_SNAKE, each once")
-_command = _list(_text(r"[^\0]+", "a word"), "a list of words, the program first", least=1, distinct=False)
-_host = _text(r"[^\s\0-][^\s\0]*", "a host that ssh understands")  # a dash first would reach ssh as an option
-_data_dir = _text(r"~?/[^\0\n]*", "a path from / or ~/")
-_flag = _reader("true or false", lambda value: value if type(value) is bool else None)
-_variable = _text("[A-Za-z_][A-Za-z0-9_]*", "a name that an environment variable can have")
+_health = _text(r"/\S*", "a path that starts with /")
+_host = _text(r"[^\s-]\S*", "a host that ssh understands")  # a dash first would reach ssh as an option
+_data_dir = _text("~?/.*", "a path that starts with / or ~/")
+_loopback = _reader('a loopback address such as "127.0.0.1:9000", or the absolute path of a socket', _listen)
 
 REQUIRED = object()
 
@@ -142,18 +148,16 @@ class Setting:
         return None if self.default is None else self.read(self.default)
 
 
-VARIABLE = Setting(_text(r"[^\0]*", "text", "Variables are text: put it in quotes."), None, "an environment variable")
+VARIABLE = Setting(_text("(?s:.*)", "text", "Put it in quotes: variables are text."), None, "an environment variable")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class App:
     """`[app]`: your own process, next to the workers."""
 
-    command: Annotated[
-        tuple[str, ...], Setting(_command, REQUIRED, "program and arguments; {fd} or {port} to listen on")
-    ]
+    command: Annotated[tuple[str, ...], Setting(_command, REQUIRED, "the program; {fd} or {port} to listen on")]
     port: Annotated[int, Setting(_whole(1, 65535), 8000, "where it listens")]
-    health: Annotated[str | None, Setting(_text(r"/\S*", "a path from /"), None, "answers 200 when ready; unset: none")]
+    health: Annotated[str | None, Setting(_health, None, "answers 200 when ready; unset: none")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,13 +182,9 @@ class Group(Lane):
 class Workflows(Lane):
     """`[workflows]`: what groups start from, and what all of them share. `max_value` is in bytes."""
 
-    dir: Annotated[
-        str, Setting(_reader("a folder inside the project", _folder), "workflows", "the folder of workflows")
-    ]
-    signal_retention: Annotated[
-        int, Setting(_duration("1s", "3650d"), "7d", "how long a signal that nobody took is kept")
-    ]
-    max_value: Annotated[int, Setting(_reader("a size from 1KiB to 256MiB", _size), "1MiB", "the largest stored value")]
+    dir: Annotated[str, Setting(_inside, "workflows", "the folder of workflows, inside the project")]
+    signal_retention: Annotated[int, Setting(_duration("1s", "3650d"), "7d", "how long a signal waits to be taken")]
+    max_value: Annotated[int, Setting(_value_size, "1MiB", "the largest payload, result or signal")]
     lease: Annotated[int, Setting(_duration("1s", "1h"), "15s", "how long a silent worker keeps its runs")]
 
 
@@ -279,8 +279,8 @@ class Config:
         return {**self.vars, **_variables(self.stated, ("vars", env))}
 
     def explain(self, env: str | None = None, server: str | None = None) -> list[tuple[str, object, str]]:
-        """Each effective value: its dotted key, the value as the file would have it, and where it comes from: "built-in"
-        or "tako.toml:12 [workflows.email]". `env` and `server` narrow it down to what holds there."""
+        """Each effective value: its dotted key, the value as the file would have it, and where it comes from:
+        "built-in", or "tako.toml:12 [workflows.email]". `env` says whose variables, `server` whose groups."""
         rows: list[tuple[str, object, str]] = []
 
         def add(at: KeyPath, known: Mapping[str, Setting], layers: Iterable[KeyPath] = ()) -> None:
@@ -294,22 +294,21 @@ class Config:
         add(("workflows",), {key: one for key, one in settings(Workflows).items() if key not in settings(Lane)})
         for name in self.group_names(server):
             add(("workflows", name), settings(Lane), self._layers(name, server))
-        add(("storage",), settings(Storage))
         variables = self.vars if env is None else self.variables(env)
         add(("vars",), dict.fromkeys(variables, VARIABLE), [("vars", env or ""), ("vars",)])
-        for name in self.envs if env is None else self.envs.keys() & {env}:
-            add(("envs", name), settings(Env))
-        for name in self.servers if server is None else (server,):
-            add(("servers", name), settings(Server))
-        for section, kind in (("secrets", Secrets), ("deploy", Deploy), ("metrics", Metrics)):
-            add((section,), settings(kind))
+        for at, one in self.stated.items():
+            if at[:1] in (("envs",), ("servers",)) and len(at) == 2 and isinstance(one.written, dict):
+                add(at, settings(TABLES[at[0], NAME]))
+        for section in ("storage", "secrets", "deploy", "metrics"):
+            add((section,), settings(TABLES[section,]))
         return rows
 
     def _layers(self, group: str, server: str | None) -> list[KeyPath]:
         """The tables that may state a setting of a group, the strongest first."""
         shared: list[KeyPath] = [("workflows", group), ("workflows",)]
         if server is not None and server not in self.servers:
-            raise ConfigError(f"{self.path}: there is no server {server!r}", hint=_nearest(server, self.servers))
+            hint = _meant(("servers", server), self.servers)
+            raise ConfigError(f"{self.path}: there is no server {_shown(server)}", hint=hint)
         return [("servers", server, *layer) for layer in shared if server is not None] + shared
 
     def _effective(self, key: str, setting: Setting, layers: Iterable[KeyPath]) -> tuple[Any, object, str]:
@@ -320,30 +319,24 @@ class Config:
         return setting.builtin(), setting.default, "built-in"
 
 
-class Variables:
-    """`[vars]`: keys of the user's own."""
-
-
 @cache
 def settings(kind: type) -> Mapping[str, Setting]:
     """The keys of a table, by name."""
     hints = get_type_hints(kind, include_extras=True)
-    return {
-        key: one for key, hint in hints.items() for one in getattr(hint, "__metadata__", ()) if type(one) is Setting
-    }
+    return {key: s for key, hint in hints.items() for s in getattr(hint, "__metadata__", ()) if isinstance(s, Setting)}
 
 
 NAME = "NAME"  # in a key path: a name of the user's own
 
-#: Every table that a file can have, and what it holds.
+#: Every table that a file can have, and what its keys are; a `dict` has variables, an `object` only tables.
 TABLES: Mapping[KeyPath, type] = {
     (): Config,
     ("app",): App,
     ("workflows",): Workflows,
     ("workflows", NAME): Lane,
     ("storage",): Storage,
-    ("vars",): Variables,
-    ("vars", NAME): Variables,
+    ("vars",): dict,
+    ("vars", NAME): dict,
     ("envs",): object,
     ("envs", NAME): Env,
     ("servers",): object,
@@ -365,23 +358,21 @@ def find(start: Path | None = None) -> Path | None:
 def load(path: Path) -> Config:
     """The values of a tako.toml. Raises `ConfigError`, whose message has one line for each mistake in the file."""
     try:
-        data = path.read_bytes()
-        return parse(data.decode(), path)
+        return parse(path.read_bytes(), path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8: {error.reason}", hint="Save the file as UTF-8.") from error
 
 
-def parse(text: str, path: Path) -> Config:
-    """The values of a tako.toml with this text. Raises `ConfigError` as `load` does."""
+def parse(data: bytes, path: Path) -> Config:
+    """The values of a tako.toml with these bytes. Raises `ConfigError` as `load` does."""
     try:
+        text = data.decode()
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
-        at = re.search(r"\(at (?:line (\d+)|end)", str(error))
-        line = int(at[1] or text.count("\n") + 1) if at else 1
-        raise ConfigError(f"{path}:{line}: not TOML: {error}", hint="Text goes in quotes.") from error
+        at = re.search(r"\(at line (\d+)", str(error))
+        read = error.start if isinstance(error, UnicodeDecodeError) else len(data)
+        line = at[1] if at else data.count(b"\n", 0, read) + 1
+        raise ConfigError(f"{path}:{line}: not valid TOML: {error}") from error
     reading = _Reading(_lines(text))
     reading.table((), (), document)
     reading.servers_of_envs()
@@ -389,27 +380,21 @@ def parse(text: str, path: Path) -> Config:
         mistakes = sorted(reading.mistakes, key=lambda mistake: mistake[0])
         hints = dict.fromkeys(hint for _, _, hint in mistakes if hint)
         raise ConfigError("\n".join(f"{path}:{line}: {what}" for line, what, _ in mistakes), hint="\n".join(hints))
-    stated, file = reading.stated, path.absolute()
+    return _built(reading.stated, path.absolute())
 
+
+def _built(stated: Mapping[KeyPath, Stated], path: Path) -> Config:
     def build(kind: type, *at: str, **given: object) -> Any:
         read = {key: one.value if (one := stated.get((*at, key))) else s.builtin() for key, s in settings(kind).items()}
         return kind(**read, **given)
 
-    return build(  # type: ignore[no-any-return]
-        Config,
-        path=file,
-        root=file.parent,
-        app=build(App, "app") if ("app",) in stated else None,
-        workflows=build(Workflows, "workflows"),
-        storage=build(Storage, "storage"),
-        vars=_variables(stated, ("vars",)),
-        envs={name: build(Env, "envs", name, name=name) for name in _tables_in(stated, ("envs",))},
-        servers={name: build(Server, "servers", name, name=name) for name in _tables_in(stated, ("servers",))},
-        secrets=build(Secrets, "secrets"),
-        deploy=build(Deploy, "deploy"),
-        metrics=build(Metrics, "metrics"),
-        stated=stated,
-    )
+    sections = {name: build(TABLES[name,], name) for name in ("workflows", "storage", "secrets", "deploy", "metrics")}
+    sections["app"] = build(App, "app") if ("app",) in stated else None
+    for name in ("envs", "servers"):
+        sections[name] = {one: build(TABLES[name, NAME], name, one, name=one) for one in _tables_in(stated, (name,))}
+    variables = _variables(stated, ("vars",))
+    config: Config = build(Config, path=path, root=path.parent, stated=stated, vars=variables, **sections)
+    return config
 
 
 class _Reading:
@@ -427,63 +412,59 @@ class _Reading:
     def wrong(self, at: KeyPath, what: object, hint: str = "") -> None:
         self.mistakes.append((self.line(at), f"{_dotted(at)}: {what}", hint))
 
+    def read(self, at: KeyPath, read: Reader, written: object, what: str = "") -> Any:
+        try:
+            return read(written)
+        except InvalidValue as error:
+            group = at[:1] == ("workflows",) and isinstance(written, dict)
+            self.wrong(at, f"{what}{error}", "A group cannot have the name of a setting." if group else error.hint)
+
     def table(self, at: KeyPath, place: KeyPath, written: object) -> None:
         """Reads a table; `place` is its key in TABLES."""
         if not isinstance(written, dict):
-            return self.wrong(at, f"must be a table, not {_shown(written)}", f"Write [{_dotted(at)}] and its keys.")
+            self.wrong(at, f"must be a table, not {_shown(written)}", f"Write [{_dotted(at)}], and its keys below it.")
+            return
         self.stated[at] = Stated(written, None, self.line(at))
         keys, each = settings(TABLES[place]), (*place, NAME)
         for key, value in written.items():
-            own, here = (*place, key), (*at, key)
+            here, own = (*at, key), (*place, key)
             if key in keys:
-                self.setting(here, keys[key], value)
+                self.stated[here] = Stated(value, self.read(here, keys[key].read, value), self.line(here))
             elif own in TABLES and own != each:
                 self.table(here, own, value)
-            elif TABLES[place] is Variables and not isinstance(value, dict):
-                self.key(here, _variable)
-                self.setting(here, VARIABLE, value)
+            elif TABLES[place] is dict and not (isinstance(value, dict) and each in TABLES):
+                self.read(here, _variable, key, "the key ")
+                self.stated[here] = Stated(value, self.read(here, VARIABLE.read, value), self.line(here))
             elif each in TABLES and (isinstance(value, dict) or not keys):
-                self.key(here, _name)
+                self.read(here, _name, key, "the key ")
                 self.table(here, each, value)
             else:
-                self.wrong(here, "unknown key", _better_key(key, place))
+                elsewhere = [_dotted((*table, key)) for table, kind in TABLES.items() if key in settings(kind)]
+                inner = [table[-1] for table in TABLES if table[:-1] == place != table and table != each]
+                self.wrong(here, "unknown key", _meant(here, [*keys, *inner], elsewhere))
         for key in keys:
             if keys[key].default is REQUIRED and key not in written:
                 self.wrong((*at, key), "is missing", f"{_dotted((*at, key))}: {keys[key].doc}.")
 
-    def setting(self, at: KeyPath, setting: Setting, written: object) -> None:
-        try:
-            self.stated[at] = Stated(written, setting.read(written), self.line(at))
-        except InvalidValue as error:
-            group = at[0] == "workflows" and isinstance(written, dict)
-            self.wrong(at, error, "A group cannot have the name of a setting." if group else error.hint)
-
-    def key(self, at: KeyPath, read: Reader) -> None:
-        try:
-            read(at[-1])
-        except InvalidValue as error:
-            self.wrong(at, f"the key {error}")
-
     def servers_of_envs(self) -> None:
         servers = _tables_in(self.stated, ("servers",))
-        for at, one in self.stated.items():
-            if at[0:1] == ("envs",) and len(at) == 3:
-                for name in one.value:
-                    if name not in servers:
-                        self.wrong(at, f"there is no server {_shown(name)}", _nearest(name, servers))
+        for env in _tables_in(self.stated, ("envs",)):
+            one = self.stated.get(("envs", env, "servers"))
+            for name in one.value or () if one else ():
+                if name not in servers:
+                    hint = _meant(("servers", name), servers)
+                    self.wrong(("envs", env, "servers"), f"there is no server {_shown(name)}", hint)
 
 
-def _better_key(key: str, place: KeyPath) -> str:
-    """What an unknown key may have been meant to be: a key of another table, or the nearest one of this."""
-    tables = [f"[{_dotted(table)}]" if table else "the top" for table, kind in TABLES.items() if key in settings(kind)]
-    inner = [table[-1] for table in TABLES if table and table[:-1] == place and table[-1] != NAME]
-    return f"{key} belongs in {' or '.join(tables)}." if tables else _nearest(key, [*settings(TABLES[place]), *inner])
-
-
-def _nearest(word: str, names: Iterable[str]) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(word, names, 1, 0.5)
-    return f"Did you mean {near[0]}?" if near else f"There is: {', '.join(names) or 'none'}."
+def _meant(at: KeyPath, names: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
+    """A hint: what the last key of `at` may have been meant to be."""
+    if elsewhere:
+        return f"Did you mean {elsewhere[0]}?"
+    near = difflib.get_close_matches(at[-1], known := list(names), 1, 0.5)
+    table = _dotted(at[:-1]) or "the file"
+    return (
+        f"Did you mean {_dotted((*at[:-1], near[0]))}?" if near else f"In {table} go: {', '.join(known) or 'none yet'}."
+    )
 
 
 def _tables_in(stated: Mapping[KeyPath, Stated], at: KeyPath) -> list[str]:
@@ -499,45 +480,30 @@ def _dotted(path: KeyPath) -> str:
     return ".".join(key if re.fullmatch("[A-Za-z0-9_-]+", key) else json.dumps(key) for key in path)
 
 
-_TOKEN = re.compile(
-    r"""\#[^\n]* | (?P<quoted> \"{3}(?:\\.|[^\\])*?\"{3,5} | '{3}.*?'{3,5} | "(?:\\.|[^"\\])*" | '[^']*' )
-      | (?P<bare> [\w+-]+ ) | (?P<mark> [][{}=,\n] )""",
-    re.VERBOSE | re.DOTALL,
-)
-
-
 def _lines(text: str) -> dict[KeyPath, int]:
-    """The line of each table and key. tomllib keeps none; it has read the text before, so this takes it to be valid."""
+    """The line of each table and key of a valid file. tomllib keeps none, so this has it read each statement alone."""
     lines: dict[KeyPath, int] = {}
     table: KeyPath = ()
-    at: KeyPath = ()  # the key whose value comes next
-    key: list[str] = []
-    open_: list[tuple[str, KeyPath]] = []  # the brackets around a value, and whose they are
-    line, in_key = 1, True
-
-    def note(path: KeyPath) -> None:
-        for end in range(1, len(path) + 1):
-            lines.setdefault(path[:end], line)
-
-    for token in _TOKEN.finditer(text):
-        word = token[0]
-        if token["quoted"] or token["bare"]:
-            if in_key:
-                key.append(tomllib.loads(f"k={word}")["k"] if token["quoted"] else word)
-        elif word == "=":
-            at = (open_[-1][1] if open_ else table) + tuple(key)
-            in_key = False
-            note(at)
-        elif word == "]" and in_key:  # the end of a [table]
-            table, key = tuple(key) or table, []
-            note(table)
-        elif word in ("{", "[") and not in_key:
-            open_.append((word, at))
-            in_key, key = word == "{", []
-        elif word in ("]", "}"):
-            open_.pop()
-            in_key = False
-        elif word == "," or (word == "\n" and not open_):
-            in_key, key = not open_ or open_[-1][0] == "{", []
-        line += word.count("\n")
+    statement: list[str] = []
+    for number, row in enumerate(text.split("\n"), 1):
+        statement.append(row)
+        try:
+            paths = list(_key_paths(tomllib.loads("\n".join([*statement, ""]))))
+        except ValueError:  # its value goes on in the next row
+            continue
+        if row.lstrip().startswith("[") and len(statement) == 1:
+            table = paths.pop()  # a header: all that it reads as is the way to its table
+            paths = [table[:end] for end in range(1, len(table) + 1)]
+        else:
+            paths = [table + path for path in paths]
+        for path in paths:
+            lines.setdefault(path, number - len(statement) + 1)
+        statement = []
     return lines
+
+
+def _key_paths(written: object, above: KeyPath = ()) -> Iterator[KeyPath]:
+    """The paths of all keys, outer ones first, as deep as any setting is."""
+    for key, value in written.items() if isinstance(written, dict) and len(above) < 6 else ():
+        yield (*above, key)
+        yield from _key_paths(value, (*above, key))

@@ -1,7 +1,7 @@
 """What an operator may ask: list, show, start, retry, signal, cancel. Values in, values out.
 
-The command line, and later the same commands over SSH, only turn these values into tables or JSON. Every time in them is
-ISO 8601 in UTC.
+The command line, and later the same commands over SSH, only turn these values into tables or JSON. Every time in them
+is ISO 8601 in UTC.
 """
 
 import asyncio
@@ -82,7 +82,8 @@ class Control:
             "steps": [_step_json(step, run, now) for step in steps],
             "attempts": [_attempt_json(attempt) for attempt in attempts] + _open_attempt(run),
             "waiting_for": [
-                {"signal": w.signal, "step": w.step, "since": clock.iso(w.since), "until": _time(w.deadline)} for w in waits
+                {"signal": w.signal, "step": w.step, "since": clock.iso(w.since), "until": _time(w.deadline)}
+                for w in waits
             ],
         }
 

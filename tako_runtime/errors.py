@@ -70,7 +70,9 @@ class NotCarried(TakoError, TypeError):
     """A value cannot be stored and read back the same."""
 
     code = "not_carried"
-    hint = "Return plain data: dataclasses, dicts, lists, text, numbers, datetimes; keep handles and clients in the step."
+    hint = (
+        "Return plain data: dataclasses, dicts, lists, text, numbers, datetimes; keep handles and clients in the step."
+    )
 
 
 class TooLarge(NotCarried):

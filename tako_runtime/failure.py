@@ -18,7 +18,8 @@ _HERE = str(Path(__file__).parent)
 
 
 class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What is stored of an exception: `type` as people read it, `message`, `traceback` as text; the rest rebuilds it."""
+    """What is stored of an exception: `type` as people read it, `message`, `traceback` as text; the rest rebuilds
+    it."""
 
     type: str
     message: str

@@ -1,8 +1,9 @@
 """What a worker has in hand, where a SIGKILL cannot erase it.
 
-Each worker keeps one small file, `{app_dir}/workers/<id>`: mapped into memory, a slot for each run, with the step it is in.
-The kernel keeps what was written there when the process is gone, at no cost to the run. The worker holds a lock on the
-file as long as it lives, so whoever can take that lock knows that the worker is gone: no process id has to be believed.
+Each worker keeps one small file, `{app_dir}/workers/<id>`: mapped into memory, a slot for each run, with the step it is
+in. The kernel keeps what was written there when the process is gone, at no cost to the run. The worker holds a lock on
+the file as long as it lives, so whoever can take that lock knows that the worker is gone: no process id has to be
+believed.
 """
 
 import fcntl

@@ -48,7 +48,10 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.lost_lease": (ERROR, "worker {worker} lost its lease: its {runs} runs are given up here"),
     "worker.died": (WARNING, "worker {worker} (pid {pid}) is gone: {how}"),
     "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
-    "group.paused": (ERROR, "group {group}: {failures} workers in a row ended before they did anything; next in {pause}"),
+    "group.paused": (
+        ERROR,
+        "group {group}: {failures} workers in a row ended before they did anything; next in {pause}",
+    ),
     "file.broken": (ERROR, "{file}:{line} cannot be imported: {error}"),
     "output": (INFO, "{text}"),
 }

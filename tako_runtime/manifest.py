@@ -1,7 +1,7 @@
 """What `workflows/` declares: discovery, and the manifest as JSON.
 
-The manifest is read by importing the project's workflows in a short-lived process, so that an import error stops a deploy
-or shows up in the log, and never takes a supervisor down. One bad file does not hide the others.
+The manifest is read by importing the project's workflows in a short-lived process, so that an import error stops a
+deploy or shows up in the log, and never takes a supervisor down. One bad file does not hide the others.
 """
 
 import importlib

@@ -11,9 +11,9 @@ from tako_runtime.store.commit import StoreThread
 
 
 async def reclaim(store: StoreThread, app_dir: Path, now: int, *, but: str | None = None) -> int:
-    """Give back the runs of every worker whose lease has lapsed, or whose process on this machine is gone; the number of
-    runs. `but` is a worker that is not looked at (the caller's own). Safe to call from anywhere at any time: the claim
-    number decides."""
+    """Give back the runs of every worker whose lease has lapsed, or whose process on this machine is gone; the number
+    of runs. `but` is a worker that is not looked at (the caller's own). Safe to call from anywhere at any time: the
+    claim number decides."""
     count = 0
     for worker in await store.do(ListWorkers()):
         if worker.id != but and (worker.lease_until <= now or inflight.gone(app_dir, worker.id)):

@@ -79,8 +79,14 @@ class Step:
 
     @overload
     async def run(
-        self, name: str, fn: Callable[..., Awaitable[T]], *args: Any, retries: int = 0, backoff: Backoff | None = None,
-        retry: bool = True, timeout: Duration | None = None,
+        self,
+        name: str,
+        fn: Callable[..., Awaitable[T]],
+        *args: Any,
+        retries: int = 0,
+        backoff: Backoff | None = None,
+        retry: bool = True,
+        timeout: Duration | None = None,
     ) -> T: ...
     @overload
     async def run(

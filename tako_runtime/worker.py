@@ -1,8 +1,8 @@
 """5. Claim runs, run attempts, renew the lease, leave when idle.
 
-A worker is a process that executes the runs of one group. It sleeps until the bell rings, a slot comes free, or the next
-run is due; a look once a second (one number read from the store) is the net under the bell. Its lease is renewed by a
-thread of its own, which no handler can block.
+A worker is a process that executes the runs of one group. It sleeps until the bell rings, a slot comes free, or the
+next run is due; a look once a second (one number read from the store) is the net under the bell. Its lease is renewed
+by a thread of its own, which no handler can block.
 """
 
 import asyncio
@@ -200,9 +200,7 @@ class Worker:
         now = self.clock.now()
         self._more = False
         claimed = await self.store.do(
-            ClaimRuns(
-                worker=self.id, group=self.settings.group, workflows=tuple(self._workflows), limit=free, now=now
-            )
+            ClaimRuns(worker=self.id, group=self.settings.group, workflows=tuple(self._workflows), limit=free, now=now)
         )
         for each in claimed:
             self._begin(each)

@@ -48,9 +48,10 @@ def workflow(
 ) -> "Callable[[Callable[P, R]], Workflow[P, R]]":
     """Make a handler a workflow.
 
-    The handler takes `(payload, step)`, or `(step)` alone; `async def` or plain `def` (that one runs in a thread, and its
-    step methods block). `retries=4` is five attempts. `timeout` bounds one attempt's running time, parked time not
-    counted. `schedule` is a cron expression in `timezone` (UTC unless said). `group` is the lane of workers that run it.
+    The handler takes `(payload, step)`, or `(step)` alone; `async def` or plain `def` (that one runs in a thread, and
+    its step methods block). `retries=4` is five attempts. `timeout` bounds one attempt's running time, parked time not
+    counted. `schedule` is a cron expression in `timezone` (UTC unless said). `group` is the lane of workers that run
+    it.
 
     Raises `InvalidValue` for what cannot be meant, `DuplicateWorkflow` where the name is taken.
     """
@@ -116,8 +117,8 @@ class Workflow(Generic[P, R]):
     ) -> str:
         """Start a run, now, after `delay` or at `run_at`; answers its id once it is on disk.
 
-        While a run of this workflow with the same `unique_key` is alive, answers that one's id and starts none. A higher
-        `priority` is claimed first. Raises `PayloadRefused` for a payload that the handler could not take and
+        While a run of this workflow with the same `unique_key` is alive, answers that one's id and starts none. A
+        higher `priority` is claimed first. Raises `PayloadRefused` for a payload that the handler could not take and
         `InvalidValue` for a time that cannot be meant, with nothing stored; `TakoUnavailable` where no store is found.
         """
         op = self._enqueue([payload], run_at, delay, retries, lambda _: unique_key, priority)

@@ -1,8 +1,8 @@
 """Where an app's store is, and the one that this process has open.
 
-An app, a script or a worker finds its store from `TAKO_APP_NAME` and `TAKO_DATA_DIR` (the supervisor sets both), else from
-the nearest `tako.toml` upwards, whose project keeps a development store under `.tako/`. It is opened at first use, once
-per process; a forked child opens its own.
+An app, a script or a worker finds its store from `TAKO_APP_NAME` and `TAKO_DATA_DIR` (the supervisor sets both), else
+from the nearest `tako.toml` upwards, whose project keeps a development store under `.tako/`. It is opened at first use,
+once per process; a forked child opens its own.
 """
 
 import os

@@ -4,8 +4,8 @@ An operation is handed to the store thread (`commit.py`) with `await store.do(op
 gives all that is queued to `Store.execute`, which runs it in one transaction: when a caller gets its answer, what it
 wrote has been synced. Every operation is atomic, and may be given twice without harm where its docstring says so.
 
-Time is an argument (`now`, microseconds): no store reads a clock. A write by a worker names `(seq, claim)`; it lands only
-while that claim holds, and says whether it did.
+Time is an argument (`now`, microseconds): no store reads a clock. A write by a worker names `(seq, claim)`; it lands
+only while that claim holds, and says whether it did.
 """
 
 from abc import ABC, abstractmethod
@@ -62,8 +62,8 @@ class SaveStep(Operation[StepRecord | None], frozen=True):
 
 class OpenWait(Operation[StepRecord | None], frozen=True):
     """Begin to wait: take the oldest kept signal of that name, or else be found by the next one. Answers the stored
-    record (`done` with the payload, or `waiting`), the one of the first call whenever it is called again; None where the
-    claim is lost."""
+    record (`done` with the payload, or `waiting`), the one of the first call whenever it is called again; None where
+    the claim is lost."""
 
     seq: int
     claim: int

@@ -1,11 +1,12 @@
 """The store thread: one thread owns the connection, and one synced commit carries what many callers queued.
 
 Callers, async or sync, queue operations and wait. The thread takes everything that is queued, runs it in one
-transaction, rings the bell, then resolves the futures. What one pass of an event loop queues travels together: a hundred
-handlers that go on in the same pass make one batch, not a hundred.
+transaction, rings the bell, then resolves the futures. What one pass of an event loop queues travels together: a
+hundred handlers that go on in the same pass make one batch, not a hundred.
 """
 
 import asyncio
+import contextlib
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -157,10 +158,8 @@ class _Parcel:
         if self.loop is None:
             _resolve(self.futures, answers)
             return
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop was closed, and its callers are gone with it
             self.loop.call_soon_threadsafe(_resolve, self.futures, answers)
-        except RuntimeError:  # the loop was closed while its callers were gone
-            pass
 
 
 def _resolve(futures: list[Any], answers: Sequence[Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import apsw
 import msgspec
@@ -76,8 +76,8 @@ def migrations() -> list[tuple[int, str]]:
 class SqliteStore(Store):
     """The store in the file `path`, made if it is not there (0600, in folders of 0700).
 
-    `queueing` is how writers of several processes take turns: `"turnstile"`, or `"busy"` for SQLite's own handler, which
-    only the benchmark asks for.
+    `queueing` is how writers of several processes take turns: `"turnstile"`, or `"busy"` for SQLite's own handler,
+    which only the benchmark asks for.
     """
 
     def __init__(self, path: Path, queueing: Literal["turnstile", "busy"] = "turnstile") -> None:
@@ -151,20 +151,21 @@ class SqliteStore(Store):
         return self._turnstile or nullcontext()
 
     def _run(self, batch: Sequence[Operation[Any]], topics: Topics) -> list[Any]:
-        """The answers, in the order of `batch`. Saves and plain ends come in numbers: they are written in bulk first."""
+        """The answers, in the order of `batch`. Saves and plain ends come in numbers: they are written in bulk
+        first."""
         answers: list[Any] = [None] * len(batch)
-        saves = [i for i, op in enumerate(batch) if type(op) is base.SaveStep]
-        ends = [i for i, op in enumerate(batch) if type(op) is base.Apply]
+        saves = [(i, op) for i, op in enumerate(batch) if isinstance(op, base.SaveStep)]
+        ends = [(i, op) for i, op in enumerate(batch) if isinstance(op, base.Apply)]
         if saves:
-            self._save_steps([(i, batch[i]) for i in saves], answers)
+            self._save_steps(saves, answers)
         if ends:
-            self._apply_all([(i, batch[i]) for i in ends], answers, topics)
+            self._apply_all(ends, answers, topics)
         if len(saves) + len(ends) < len(batch):
             for i, op in enumerate(batch):
                 handler = self._handlers.get(type(op))
                 if handler is not None:
                     answers[i] = handler(self, op, topics)
-                elif type(op) is not base.SaveStep and type(op) is not base.Apply:
+                elif not isinstance(op, base.SaveStep | base.Apply):
                     raise StoreError(f"this store cannot do {type(op).__name__}")
         return answers
 
@@ -206,7 +207,7 @@ class SqliteStore(Store):
                 "workflows": _json_list(op.workflows),
             },
         ).fetchall()  # fmt: skip
-        runs = [Run(*row) for row in rows]
+        runs = [_run(row) for row in rows]
         runs.sort(key=lambda run: (-run.priority, run.due_at, run.seq))
         return [Claimed(run, self._steps_of(run.seq) if run.claim > 1 else ()) for run in runs]
 
@@ -246,7 +247,7 @@ class SqliteStore(Store):
             self._db.execute("RELEASE bulk")
             if not landed:
                 return
-        for i, op in ops:
+        for i, _ in ops:
             answers[i] = landed
         if landed:
             used = [_attempt_row(op.change) for _, op in ops if op.change.used]
@@ -278,15 +279,15 @@ class SqliteStore(Store):
     # --- waits and signals ---
 
     def _open_wait(self, op: base.OpenWait, topics: Topics) -> StepRecord | None:
-        at = {"seq": op.seq, "kind": op.step.kind, "name": op.step.name}
         self._db.execute(Q["save_step"], _step_row(op))
         stored = self._stored(op.seq, op.claim, op.step.kind, op.step.name)
         if stored is None or stored.status != "waiting":
             return stored
         kept = self._db.execute(Q["take_kept"], {"signal": op.signal, "now": op.now}).fetchone()
         if kept is not None:
-            self._end_wait(op.seq, op.step.name, "done", kept[0].decode(errors="replace"), op.now)
-            return self._step(**at)
+            payload = cast(bytes, kept[0]).decode(errors="replace")
+            self._end_wait(op.seq, op.step.name, "done", payload, op.now)
+            return self._step(op.seq, "wait", op.step.name)
         self._db.execute(
             Q["insert_wait"],
             {
@@ -308,7 +309,7 @@ class SqliteStore(Store):
 
     def _send_signal(self, op: base.SendSignal, topics: Topics) -> int:
         waiting = self._db.execute(Q["waiting_runs"], {"name": op.name, "now": op.now}).fetchall()
-        for seq, name in waiting:
+        for seq, name in cast("list[tuple[int, str]]", waiting):
             self._end_wait(seq, name, "done", op.payload, op.now)
             woken = self._value("wake", {"seq": seq, "now": op.now})
             topics.add(f"due:{woken}" if woken else "signal")
@@ -436,7 +437,8 @@ def _run(row: Sequence[Any]) -> Run:
 
 
 def _step(row: Sequence[Any]) -> StepRecord:
-    return StepRecord(*row[:10], rerun=bool(row[10]))
+    record: Callable[..., StepRecord] = StepRecord
+    return record(*row[:-1], bool(row[-1]))
 
 
 def _step_row(op: base.SaveStep | base.OpenWait) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+# Every target does its own set-up: a virtual environment in .venv, with uv where it is there, else with venv and pip.
+PYTHON ?= python3
+BIN := .venv/bin
+INPUTS := pyproject.toml README.md
+
+.PHONY: help setup demo test quick lint types bench clean
+help:  ## what there is to make
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+setup: .venv/ready  ## make .venv with tako and its tools
+
+.venv/ready: $(INPUTS)
+	@if command -v uv >/dev/null 2>&1; then \
+	    uv venv --quiet --allow-existing --python $(PYTHON) .venv && \
+	    uv pip install --quiet --python $(BIN)/python -e . --group dev; \
+	else \
+	    $(PYTHON) -m venv .venv && \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1' && \
+	    $(BIN)/python -m pip install --quiet --disable-pip-version-check -e . --group dev; \
+	fi
+	@touch $@
+
+demo: setup  ## the main job, from an empty folder to a run that survived its worker's death
+	@$(BIN)/python -m demo
+
+test: lint types  ## everything that CI runs
+	$(BIN)/python -m pytest
+
+quick: setup  ## the fast tests
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup  ## the engine beside the floor (QUICK=1 for a short run)
+	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
