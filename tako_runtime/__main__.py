@@ -5,6 +5,7 @@ import asyncio
 import logging
 import os
 import signal
+import stat
 import sys
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from tako_runtime.errors import TakoError
 from tako_runtime.manifest import discover, manifest
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
+
+#: A worker whose supervisor is gone has this many seconds to reach a step boundary; then it takes all it started along.
+ORPHAN_GRACE = 4.0
 
 LEVELS = {"debug": log.DEBUG, "info": log.INFO, "warning": log.WARNING}
 
@@ -86,26 +90,25 @@ def _work(args: argparse.Namespace) -> int:
 
 
 async def _until_stopped(worker: Worker, lifeline: int) -> str:
-
+    """Work until a signal or the end of the supervisor says stop."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, worker.stop)
-    if os.isatty(lifeline):
-        return await worker.run()
 
     def look_at_lifeline() -> None:
         if not os.read(lifeline, 4096):
             loop.remove_reader(lifeline)
             worker.stop("supervisor gone")
+            loop.call_later(ORPHAN_GRACE, os.killpg, os.getpgrp(), signal.SIGKILL)
 
-    try:
+    supervised = stat.S_IFMT(os.fstat(lifeline).st_mode) in (stat.S_IFIFO, stat.S_IFSOCK)
+    if supervised:
         loop.add_reader(lifeline, look_at_lifeline)
-    except PermissionError:  # a plain file or /dev/null cannot be watched, and does not end
-        return await worker.run()
     try:
         return await worker.run()
     finally:
-        loop.remove_reader(lifeline)
+        if supervised:
+            loop.remove_reader(lifeline)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ class Desk(Protocol):
 
     def lease_holds(self, now: int) -> bool: ...
     async def confirm_lease(self) -> bool: ...
+    def handler_ended(self) -> None: ...
     def note(self, run: Run, where: str) -> None: ...
 
 
@@ -106,8 +107,10 @@ class Attempt:
         """All of it. Never raises: what goes wrong is written to the run."""
         run = self.run
         with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt):
-            emit("run.started", max_attempts=run.max_attempts, group=run.group)
+            began = "run.resumed" if self.history else "run.started"
+            emit(began, max_attempts=run.max_attempts, group=run.group, done=len(self.history))
             outcome = self._misfit() or await self._call()
+            self._desk.handler_ended()
             if outcome is None or self._lost:
                 emit("run.lost")
                 return
@@ -206,8 +209,7 @@ class Attempt:
     def _announce(self, outcome: Outcome, change: Change) -> None:
         match change.status:
             case Status.SUCCEEDED:
-                took = change.now - (self.run.started_at or change.now)
-                emit("run.succeeded", took=clock.spell(took), ms=took / 1_000)
+                emit("run.succeeded", ms=(change.now - (self.run.started_at or change.now)) / 1_000)
             case Status.CANCELLED:
                 emit("run.cancelled", reason=change.reason)
             case Status.DEAD:

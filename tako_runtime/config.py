@@ -129,7 +129,7 @@ _servers = _list(_name, "a list of server names, each once, at least one", least
 _secrets = _list(_text("[A-Z][A-Z0-9_]*", "a name"), "a list of names in UPPER_SNAKE, each once")
 _health = _text(r"/\S*", "a path that starts with /")
 _host = _text(r"[^\s-]\S*", "a host that ssh understands")  # a dash first would reach ssh as an option
-_data_dir = _text("~?/.*", "a path that starts with / or ~/")
+_data_dir = _text("~?/.+", "a path that starts with / or ~/")
 _loopback = _reader('a loopback address such as "127.0.0.1:9000", or the absolute path of a socket', _listen)
 
 REQUIRED = object()
@@ -223,7 +223,7 @@ class Deploy:
     """`[deploy]`: how a release gets to a server."""
 
     vendor: Annotated[bool, Setting(_flag, False, "ship wheels too, for a server without an index")]
-    data_dir: Annotated[str | None, Setting(_data_dir, None, "unset: the server's usual place")]
+    data_dir: Annotated[str | None, Setting(_data_dir, None, "where a server keeps its data; unset: its usual place")]
     keep_releases: Annotated[int, Setting(_whole(1, 100), 5, "releases that stay on a server")]
 
 
@@ -315,7 +315,8 @@ class Config:
         """A setting's value, as written, and where it comes from."""
         for table in layers:
             if (one := self.stated.get((*table, key))) is not None:
-                return one.value, one.written, f"{self.path.name}:{one.line}" + f" [{_dotted(table)}]" * bool(table)
+                header = f" [{_dotted(table)}]" if table else ""
+                return one.value, one.written, f"{self.path.name}:{one.line}{header}"
         return setting.builtin(), setting.default, "built-in"
 
 
@@ -416,7 +417,7 @@ class _Reading:
         try:
             return read(written)
         except InvalidValue as error:
-            group = at[:1] == ("workflows",) and isinstance(written, dict)
+            group = at[-2:-1] == ("workflows",) and isinstance(written, dict)
             self.wrong(at, f"{what}{error}", "A group cannot have the name of a setting." if group else error.hint)
 
     def table(self, at: KeyPath, place: KeyPath, written: object) -> None:
@@ -435,7 +436,7 @@ class _Reading:
             elif TABLES[place] is dict and not (isinstance(value, dict) and each in TABLES):
                 self.read(here, _variable, key, "the key ")
                 self.stated[here] = Stated(value, self.read(here, VARIABLE.read, value), self.line(here))
-            elif each in TABLES and (isinstance(value, dict) or not keys):
+            elif each in TABLES and (not keys or (isinstance(value, dict) and key not in settings(Workflows))):
                 self.read(here, _name, key, "the key ")
                 self.table(here, each, value)
             else:
@@ -489,7 +490,7 @@ def _lines(text: str) -> dict[KeyPath, int]:
         statement.append(row)
         try:
             paths = list(_key_paths(tomllib.loads("\n".join([*statement, ""]))))
-        except ValueError:  # its value goes on in the next row
+        except (ValueError, RecursionError):  # its value goes on in the next row
             continue
         if row.lstrip().startswith("[") and len(statement) == 1:
             table = paths.pop()  # a header: all that it reads as is the way to its table

@@ -12,24 +12,26 @@ import os
 from pathlib import Path
 
 _SLOT = 256
+_SLOTS = 1024
 
 
 class InFlight:
     """The worker's own side."""
 
-    def __init__(self, app_dir: Path, worker: str, slots: int) -> None:
+    def __init__(self, app_dir: Path, worker: str) -> None:
         folder = app_dir / "workers"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = folder / worker
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(self._file, _SLOT * slots)
-        self._map = mmap.mmap(self._file, _SLOT * slots)
-        self._free = list(range(slots))
+        os.ftruncate(self._file, _SLOT * _SLOTS)
+        self._map = mmap.mmap(self._file, _SLOT * _SLOTS)
+        self._free = list(range(_SLOTS))
         self._slots: dict[int, int] = {}
 
     def take(self, seq: int) -> None:
-        self._slots[seq] = self._free.pop()
+        if self._free:  # with more runs in hand than slots, some go without: their loss is told less exactly
+            self._slots[seq] = self._free.pop()
 
     def note(self, seq: int, where: str) -> None:
         """`where`: "in step charge"."""

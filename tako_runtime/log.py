@@ -24,6 +24,7 @@ LEVELS = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
 #: event: (level, sentence). The sentence's fields are facts of the event.
 WORDS: dict[str, tuple[int, str]] = {
     "run.started": (INFO, "attempt {attempt} of {max_attempts} started"),
+    "run.resumed": (INFO, "goes on in attempt {attempt} of {max_attempts}, {done} steps done before"),
     "run.succeeded": (INFO, "succeeded in {took}"),
     "run.retrying": (WARNING, "attempt {attempt} of {max_attempts} failed, again in {pause}: {error}"),
     "run.sleeping": (INFO, "sleeps until {until}"),
@@ -169,5 +170,7 @@ def _level(number: int) -> int:
 
 
 class _Lenient(dict[str, Any]):
+    """The facts; `took` is spelled from `ms` only where somebody reads it."""
+
     def __missing__(self, key: str) -> str:
-        return "?"
+        return clock.spell(round(self["ms"] * 1_000)) if key == "took" and "ms" in self else "?"

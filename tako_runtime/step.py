@@ -163,7 +163,7 @@ class Step:
                     "run", key.name, position, "failed", attempt.run.attempt, started, now, error=described.text()
                 )
                 await attempt.save(record)
-                emit("step.failed", step=key.label, error=described.line, took=clock.spell(now - started))
+                emit("step.failed", step=key.label, error=described.line, ms=(now - started) / 1_000)
                 attempt.failed(error, key, final=not retry)
                 raise
             now = attempt.now()
@@ -173,7 +173,7 @@ class Step:
             stored = await attempt.save(record)
             if stored is not record:  # somebody's first write won: go on with that
                 return attempt.reading(key, stored, wanted)
-            emit("step.done", step=key.label, ms=(now - started) / 1_000, took=clock.spell(now - started))
+            emit("step.done", step=key.label, ms=(now - started) / 1_000)
             return carried
 
     async def sleep(self, length: Duration, *, name: str | None = None) -> None:

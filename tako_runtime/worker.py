@@ -33,8 +33,11 @@ from tako_runtime.store.base import (
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import Workflow, release
 
-#: The net under the bell, in seconds.
-LOOK = 1.0
+#: The net under the bell.
+LOOK = clock.SECOND
+
+#: Attempts that were abandoned get this long to unwind before their worker starts over without them.
+UNWIND = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,22 +72,23 @@ class Worker:
         self.bodies = ThreadPoolExecutor(max(32, 4 * settings.concurrency), "tako-step")
         self._app_dir = app_dir
         self._workflows = {name: flow for name, flow in workflows.items() if flow.group == settings.group}
+        self._busy = 0  # attempts whose handler has not ended
         self._attempts: dict[int, tuple[Attempt, asyncio.Task[None]]] = {}
         self._inflight: inflight.InFlight | None = None
         self._lease_until = 0
         self._lost_lease = False
+        self._left = False
         self._stopping = ""
         self._wake = asyncio.Event()
         self._topics: set[str] = set()
         self._more = True  # there may be due runs that were not claimed yet
-        self._claimed_ever = False
 
     async def run(self) -> str:
         """Work until told to stop; why it stopped: "drained", "idle" or "lost lease"."""
         settings = self.settings
         loop = asyncio.get_running_loop()
         listener = self.store.bell.listen(self.id)
-        self._inflight = inflight.InFlight(self._app_dir, self.id, settings.concurrency)
+        self._inflight = inflight.InFlight(self._app_dir, self.id)
         now = self.clock.now()
         self._lease_until = now + settings.lease
         await self.store.do(
@@ -128,60 +132,49 @@ class Worker:
     # --- the loop ---
 
     async def _work(self) -> str:
-        data_version = await self.store.do(DataVersion())
-        active_at = self.clock.now()
+        version = await self.store.do(DataVersion())
+        active_at = looked_at = self.clock.now()
         next_at: int | None = None
         while not self._stopping:
             now = self.clock.now()
             try:
-                if next_at is not None and next_at <= now:
-                    self._more = True
-                if self._more and len(self._attempts) < self.settings.concurrency:
+                if now - looked_at >= LOOK:
+                    looked_at, last, version = now, version, await self.store.do(DataVersion())
+                    if version != last:  # somebody has written; in case its bell was not heard, look at everything
+                        self._more = True
+                        self._topics |= {"cancel", "signal"}
+                if self._free and (self._more or (next_at is not None and next_at <= now)):
                     next_at = await self._claim()
-                if "cancel" in self._topics:
+                topics, self._topics = self._topics, set()
+                if "cancel" in topics:
                     await self._look_for_cancellations()
-                if "signal" in self._topics:
+                if "signal" in topics:
                     await self._look_for_signals()
-                self._topics.clear()
             except StoreBusy as error:
                 emit("store.busy", error=str(error))
             if self._attempts:
                 active_at = self.clock.now()
-            elif self._is_idle(active_at, next_at):
+            elif self._is_idle(active_at):
                 return "idle"
-            pause = LOOK
-            if next_at is not None:
-                pause = min(pause, max(0, next_at - self.clock.now()) / clock.SECOND)
-            if self._more and len(self._attempts) < self.settings.concurrency:
-                continue
-            if await self._sleep(pause):
-                continue
-            seen = await self._data_version(data_version)
-            if seen != data_version:  # somebody has written and no bell was heard: look at everything
-                data_version = seen
-                self._more = True
-                self._topics |= {"cancel", "signal"}
+            if not (self._more and self._free):
+                await self._sleep(next_at)
         return self._stopping
 
-    async def _sleep(self, seconds: float) -> bool:
-        """Sleep; True if something woke it before."""
-        if not self._wake.is_set():
-            handle = asyncio.get_running_loop().call_later(seconds, self._wake.set)
-            await self._wake.wait()
-            woken = handle.when() > asyncio.get_running_loop().time()
-            handle.cancel()
-        else:
-            woken = True
+    @property
+    def _free(self) -> int:
+        """Free slots. A run whose handler has ended holds none, though its end may still be on its way to the disk: so
+        the next claim travels with it, in one commit."""
+        return self.settings.concurrency - self._busy
+
+    async def _sleep(self, next_at: int | None) -> None:
+        """Until something wakes it, the next run is due, or it is time for a look."""
+        pause = LOOK if next_at is None else max(0, min(LOOK, next_at - self.clock.now()))
+        timer = asyncio.get_running_loop().call_later(pause / clock.SECOND, self._wake.set)
+        await self._wake.wait()
+        timer.cancel()
         self._wake.clear()
-        return woken
 
-    async def _data_version(self, last: int) -> int:
-        try:
-            return await self.store.do(DataVersion())
-        except StoreBusy:
-            return last
-
-    def _is_idle(self, active_at: int, next_at: int | None) -> bool:
+    def _is_idle(self, active_at: int) -> bool:
         timeout = self.settings.idle_timeout
         return timeout is not None and not self._more and self.clock.now() - active_at >= timeout
 
@@ -196,8 +189,7 @@ class Worker:
 
     async def _claim(self) -> int | None:
         """Claim for every free slot, begin the attempts; when the next run is due."""
-        free = self.settings.concurrency - len(self._attempts)
-        now = self.clock.now()
+        free, now = self._free, self.clock.now()
         self._more = False
         claimed = await self.store.do(
             ClaimRuns(worker=self.id, group=self.settings.group, workflows=tuple(self._workflows), limit=free, now=now)
@@ -215,6 +207,7 @@ class Worker:
         attempt = Attempt(claimed, self._workflows[claimed.run.workflow], self)
         self._inflight.take(seq)
         self._inflight.note(seq, "before its first step")
+        self._busy += 1
         task = asyncio.get_running_loop().create_task(attempt.perform())
         self._attempts[seq] = attempt, task
         task.add_done_callback(lambda _: self._ended(seq))
@@ -241,6 +234,10 @@ class Worker:
                 return True
             self._lose_lease()
         return False
+
+    def handler_ended(self) -> None:
+        self._busy -= 1
+        self._wake.set()
 
     def note(self, run: Run, where: str) -> None:
         assert self._inflight is not None
@@ -278,15 +275,12 @@ class Worker:
             self._lease_until = until
 
     def _lose_lease(self) -> None:
-        if not self._lost_lease and not self._stopping_is_done():
+        if not self._lost_lease and not self._left:
             self._lost_lease = True
             emit("worker.lost_lease", worker=self.id, group=self.settings.group, runs=len(self._attempts))
             for attempt, _ in list(self._attempts.values()):
                 attempt.lose()
             self.stop("lost lease")
-
-    def _stopping_is_done(self) -> bool:
-        return self._stopping == "gone"
 
     # --- leaving ---
 
@@ -297,11 +291,14 @@ class Worker:
         for attempt, _ in list(self._attempts.values()):
             attempt.interrupt()
         while self._attempts:
-            await asyncio.wait([task for _, task in self._attempts.values()])
+            tasks = [task for _, task in self._attempts.values()]
+            done, _ = await asyncio.wait(tasks, timeout=UNWIND if self._lost_lease else None)
+            if not done:
+                return
 
     async def _leave(self) -> None:
         """Off the list; a write that fails is made good by the lapse of the lease."""
-        self._stopping = "gone"
+        self._left = True
         try:
             await self.store.do(RemoveWorker(worker=self.id))
         except StoreError as error:
