@@ -1,7 +1,7 @@
 """The world outside: payments, warehouse, carrier, mail. Fakes, so that the project runs as it is; put yours here.
 
 These are plain functions that know nothing of workflows. A step may run one again when the machine stopped before its
-result was stored, so each takes something that names the work: an order's id, or a key.
+result was stored, so what changes something also gets a name for it: an order's id, a charge, a key.
 """
 
 import asyncio
@@ -24,6 +24,10 @@ class Charge:
 class Sales:
     orders: int
     revenue: Decimal
+
+
+async def check_stock(items: list[str]) -> None:
+    await _work(f"stock: there are {', '.join(items)}")
 
 
 async def charge_card(amount: Decimal, key: str) -> Charge:
@@ -60,15 +64,15 @@ def yesterday() -> date:
 
 def sales_of(day: date) -> Sales:
     time.sleep(PAUSE)  # a slow query; blocking is fine in a plain function
-    print(f"database: sales of {day}", flush=True)
+    print(f"database: sales of {day}")
     return Sales(orders=20 + day.day, revenue=Decimal("49.90") * (20 + day.day))
 
 
 def mail_report(day: date, sales: Sales) -> None:
     time.sleep(PAUSE)
-    print(f"mail: {day}: {sales.orders} orders, {sales.revenue} in sales", flush=True)
+    print(f"mail: {day}: {sales.orders} orders, {sales.revenue} in sales")
 
 
 async def _work(line: str) -> None:
     await asyncio.sleep(PAUSE)
-    print(line, flush=True)
+    print(line)

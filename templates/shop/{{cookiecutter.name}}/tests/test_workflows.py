@@ -67,9 +67,9 @@ def test_a_small_order_is_charged_and_shipped_without_approval():
     receipt = asyncio.run(fulfill_order(order("499.00"), step))
     assert receipt.order_id == 42
     assert receipt.tracking == "TRACK-000042"
-    assert step.ran[0] == "charge"
-    assert sorted(step.ran[1:4]) == FAN_OUT
-    assert step.ran[4:] == ["ship"]
+    assert step.ran[:2] == ["check-stock", "charge"]
+    assert sorted(step.ran[2:5]) == FAN_OUT
+    assert step.ran[5:] == ["ship"]
 
 
 def test_a_large_order_is_shipped_once_it_is_approved():
@@ -90,7 +90,7 @@ def test_a_large_order_that_is_not_approved_is_refunded(signals, reason):
     step = StandInStep(**signals)
     with pytest.raises(Bailed, match=reason):
         asyncio.run(fulfill_order(order("649.00"), step))
-    assert step.ran == ["charge", "refund"]
+    assert step.ran == ["check-stock", "charge", "refund"]
 
 
 def test_the_same_key_gives_the_same_charge():

@@ -1,12 +1,11 @@
-"""Take an order from payment to parcel. It may take a week, and survives every restart in between."""
-
 import asyncio
 from dataclasses import dataclass
 from datetime import timedelta
 from decimal import Decimal
 
-from services import charge_card, notify_warehouse, refund, reserve_stock, send_receipt, ship
 from tako_runtime import Step, workflow
+
+from services import charge_card, check_stock, notify_warehouse, refund, reserve_stock, send_receipt, ship
 
 APPROVAL_ABOVE = 500
 
@@ -29,6 +28,10 @@ class Receipt:
 
 @workflow("fulfill-order", retries=4)
 async def fulfill_order(payload: Order, step: Step) -> Receipt:
+    """Take an order from payment to parcel. It may take a week, and survives every restart in between."""
+
+    await step.run("check-stock", check_stock, payload.items)
+
     # A finished step is never run again. But should the machine stop after the card was charged and before that was
     # stored, the step has to run again; the key is still the same then, so the provider does not charge twice.
     charge = await step.run("charge", charge_card, payload.total, step.key("charge"))
