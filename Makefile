@@ -21,7 +21,7 @@ setup: .venv/ready  ## make .venv with tako and its tools
 	@touch $@
 
 demo: setup  ## the main job, from an empty folder to a run that survived its worker's death
-	@$(BIN)/python -m demo
+	@$(BIN)/python tests/demo.py
 
 test: lint types  ## everything that CI runs
 	$(BIN)/python -m pytest

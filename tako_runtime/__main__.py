@@ -99,7 +99,7 @@ async def _until_stopped(worker: Worker, lifeline: int) -> str:
         if not os.read(lifeline, 4096):
             loop.remove_reader(lifeline)
             worker.stop("supervisor gone")
-            loop.call_later(ORPHAN_GRACE, os.killpg, os.getpgrp(), signal.SIGKILL)
+            loop.call_later(ORPHAN_GRACE, _end_now)
 
     supervised = stat.S_IFMT(os.fstat(lifeline).st_mode) in (stat.S_IFIFO, stat.S_IFSOCK)
     if supervised:
@@ -109,6 +109,13 @@ async def _until_stopped(worker: Worker, lifeline: int) -> str:
     finally:
         if supervised:
             loop.remove_reader(lifeline)
+
+
+def _end_now() -> None:
+    """With all that the steps have started, where a supervisor gave this process a group of its own."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,10 @@ def duration(value: Duration, what: str = "duration", *, least: int | None = 0) 
         micros = _from_text(value, what)
     elif isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidValue(f"{what} must be a timedelta, seconds, or text like '3d', not {value!r}")
-    elif not math.isfinite(value):
+    elif isinstance(value, float) and not math.isfinite(value):
         raise InvalidValue(f"{what} must be a finite number of seconds, not {value!r}")
+    elif abs(value) * SECOND > LATEST:
+        raise InvalidValue(f"{what} reaches past the year 9999: {value:.3g} seconds")
     else:
         micros = round(value * SECOND)
     if least is not None and micros < least:
@@ -82,7 +84,7 @@ def _from_text(text: str, what: str) -> int:
             f"{what} {text!r} is not a duration",
             hint="Write a number and a unit: 500ms, 90s, 15m, 1h30m, 3d, 2w.",
         )
-    return sign * round(micros)
+    return sign * round(min(micros, 2.0 * LATEST))
 
 
 def instant(value: datetime, what: str = "time") -> int:

@@ -1,0 +1,1 @@
+"""What the engine costs, beside what the disk and SQLite cost anyway. `python -m benchmarks`; see `__main__.py`."""
