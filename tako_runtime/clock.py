@@ -58,13 +58,13 @@ def duration(value: Duration, what: str = "duration", *, least: int | None = 0) 
     elif isinstance(value, float) and not math.isfinite(value):
         raise InvalidValue(f"{what} must be a finite number of seconds, not {value!r}")
     elif abs(value) * SECOND > LATEST:
-        raise InvalidValue(f"{what} reaches past the year 9999: {value:.3g} seconds")
+        raise InvalidValue(f"{what} reaches past the year 9999")
     else:
         micros = round(value * SECOND)
     if least is not None and micros < least:
         raise InvalidValue(f"{what} must be at least {spell(least)}, not {value!r}")
     if micros > LATEST:
-        raise InvalidValue(f"{what} reaches past the year 9999: {value!r}")
+        raise InvalidValue(f"{what} reaches past the year 9999")
     return micros
 
 

@@ -1,7 +1,7 @@
 """The main job, told as it happens: `make demo`.
 
-Scaffolds a shop in a temporary folder, starts `tako dev`, starts an order, kills its worker with SIGKILL in the middle of
-a step, watches a new worker go on, approves the order, and prints the run's timeline. Exit 0 if all of it was as it
+Scaffolds a shop in a temporary folder, starts `tako dev`, starts an order, kills its worker with SIGKILL in the middle
+of a step, watches a new worker go on, approves the order, and prints the run's timeline. Exit 0 if all of it was as it
 should be; `tests/test_demo.py` runs it too.
 """
 
