@@ -19,7 +19,7 @@ import msgspec
 
 from tako_runtime import clock, codec, failure, log
 from tako_runtime.clock import Clock
-from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy, StoreError
+from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy
 from tako_runtime.failure import Failure
 from tako_runtime.log import emit
 from tako_runtime.run import Claimed, Run, Status, StepKey, StepRecord
@@ -104,7 +104,7 @@ class Attempt:
     # --- the stages ---
 
     async def perform(self) -> None:
-        """All of it. Never raises: what goes wrong is written to the run."""
+        """All of it. What goes wrong is written to the run; raises only where that cannot be written."""
         run = self.run
         with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt):
             began = "run.resumed" if self.history else "run.started"
@@ -200,9 +200,6 @@ class Attempt:
                     return
         except ClaimLost:
             emit("run.lost")
-            return
-        except StoreError as error:
-            emit("run.unmended", error=str(error))
             return
         self._announce(outcome, change)
 

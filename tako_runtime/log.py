@@ -34,7 +34,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "run.dead": (ERROR, "dead: {reason}"),
     "run.lost": (WARNING, "claim lost: somebody else has this run, nothing more is written here"),
     "run.reclaimed": (WARNING, "{message}; {then}"),
-    "run.unmended": (ERROR, "the end of the attempt could not be written: {error}"),
+    "worker.broken": (ERROR, "worker {worker} cannot go on and gives itself up: {error}"),
     "step.done": (DEBUG, "step {step} done in {took}"),
     "step.cached": (DEBUG, "step {step} was done already"),
     "step.retrying": (WARNING, "step {step} failed, try {n} of {tries}, again in {pause}: {error}"),
@@ -47,7 +47,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.draining": (INFO, "worker {worker} drains: {runs} runs in hand"),
     "worker.stopped": (INFO, "worker {worker} stopped: {reason}"),
     "worker.lost_lease": (ERROR, "worker {worker} lost its lease: its {runs} runs are given up here"),
-    "worker.died": (WARNING, "worker {worker} (pid {pid}) is gone: {how}"),
+    "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
     "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
     "group.paused": (
         ERROR,

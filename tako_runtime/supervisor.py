@@ -6,9 +6,13 @@ the next due time and a look once a second wake it.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
+import subprocess
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,15 +81,75 @@ def decide(seen: Seen, wanted: Mapping[str, Group], now: int) -> list[str]:
     return starts
 
 
-@dataclass(slots=True)
 class _Child:
-    """A worker process of ours."""
+    """A worker process of ours: what it says, line by line, and its end.
 
-    group: Group
-    process: asyncio.subprocess.Process
-    task: "asyncio.Task[None]"
-    began: bool = False
-    last_lines: list[str] = field(default_factory=list)
+    Its end is waited for in a thread, not read off its pipe: what a step has started may hold that open for long.
+    """
+
+    def __init__(self, group: Group, words: list[str], cwd: Path, environment: Mapping[str, str]) -> None:
+        self.group = group
+        self.began = False
+        self.last_lines: deque[str] = deque(maxlen=30)
+        self._process = subprocess.Popen(
+            words,
+            cwd=cwd,
+            env=dict(environment),
+            stdin=subprocess.PIPE,  # its end tells the worker that we are gone
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.pid = self._process.pid
+        self._rest = b""
+
+    async def follow(self, say: Callable[[str], None]) -> int:
+        """Pass on each line that it says; its exit code, negative for a signal."""
+        loop = asyncio.get_running_loop()
+        assert self._process.stdout is not None
+        assert self._process.stdin is not None
+        pipe = self._process.stdout.fileno()
+        os.set_blocking(pipe, False)
+        loop.add_reader(pipe, self._read, pipe, say)
+        try:
+            ended: asyncio.Future[int] = loop.create_future()
+            threading.Thread(target=self._wait, args=(loop, ended), name="tako-child", daemon=True).start()
+            code = await asyncio.shield(ended)
+            while self._read(pipe, say):
+                pass
+        finally:
+            loop.remove_reader(pipe)
+            self._process.stdout.close()
+            self._process.stdin.close()
+        if self._rest:
+            say(self._rest.decode(errors="replace"))
+        return code
+
+    def _wait(self, loop: asyncio.AbstractEventLoop, ended: "asyncio.Future[int]") -> None:
+        code = self._process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody wants to know
+            loop.call_soon_threadsafe(ended.set_result, code)
+
+    def _read(self, pipe: int, say: Callable[[str], None]) -> bool:
+        try:
+            data = os.read(pipe, 1 << 16)
+        except BlockingIOError:
+            return False
+        if not data:
+            asyncio.get_running_loop().remove_reader(pipe)
+            return False
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        for line in lines:
+            say(line.decode(errors="replace"))
+        return True
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """At once, with all that its steps have started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
 
 class Supervisor:
@@ -110,7 +174,7 @@ class Supervisor:
         self._wanted, self._default = dict(wanted), default or Group()
         self._show, self._lease, self._log_level = show, lease, log_level
         self._clock: Clock = clock or SystemClock()
-        self._children: list[_Child] = []
+        self._children: dict[_Child, asyncio.Task[None]] = {}
         self._failures: dict[str, int] = {}
         self._paused_until: dict[str, int] = {}
         self._wake = asyncio.Event()
@@ -134,7 +198,12 @@ class Supervisor:
 
     @property
     def pids(self) -> list[int]:
-        return [child.process.pid for child in self._children]
+        return [child.pid for child in self._children]
+
+    def kill(self) -> None:
+        """End every worker at once, with what it has started. Their runs go on at the next start."""
+        for child in self._children:
+            child.kill()
 
     # --- the loop ---
 
@@ -160,7 +229,7 @@ class Supervisor:
                 live[child.group.name] = live.get(child.group.name, 0) + 1
             seen = Seen(seen_due, live, self._paused_until)
             for name in decide(seen, self._groups(seen_due), now):
-                await self._start(self._group(name))
+                self._start(self._group(name))
             times = [at for at in (next_at, *self._paused_until.values()) if at is not None and at > now]
             pause = min([LOOK, *((at - now) / clock.SECOND for at in times)])
             await self._sleep(pause)
@@ -188,49 +257,34 @@ class Supervisor:
 
     # --- workers ---
 
-    async def _start(self, group: Group) -> None:
+    def _start(self, group: Group) -> None:
         words = [
             sys.executable, "-m", "tako_runtime", "worker", "--group", group.name, "--dir", self._folder,
             "--concurrency", str(group.concurrency), "--lease", f"{self._lease}us", "--log-level", self._log_level,
         ]  # fmt: skip
         if not group.workers:
             words += ["--idle-timeout", f"{group.idle_timeout}us"]
-        process = await asyncio.create_subprocess_exec(
-            *words,
-            cwd=self._root,
-            env={**os.environ, **self._home.environment(), "PYTHONUNBUFFERED": "1"},
-            stdin=asyncio.subprocess.PIPE,  # its end tells the worker that we are gone
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,
-            limit=1 << 22,
-        )
-        child = _Child(group, process, None)  # type: ignore[arg-type]
-        child.task = asyncio.get_running_loop().create_task(self._follow(child))
-        self._children.append(child)
-        emit("worker.spawned", pid=process.pid, group=group.name)
+        environment = {**os.environ, **self._home.environment(), "PYTHONUNBUFFERED": "1"}
+        child = _Child(group, words, self._root, environment)
+        self._children[child] = asyncio.get_running_loop().create_task(self._follow(child))
+        emit("worker.spawned", pid=child.pid, group=group.name)
 
     async def _follow(self, child: _Child) -> None:
         """Pass on what a worker says, until it ends; then give back what it had in hand."""
-        assert child.process.stdout is not None
-        while line := await child.process.stdout.readline():
-            self._say(child, line.decode(errors="replace").rstrip("\n"))
-        code = await child.process.wait()
-        self._children.remove(child)
+        code = await child.follow(lambda line: self._say(child, line))
+        del self._children[child]
         group = child.group.name
         if code != 0:
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            emit("worker.died", worker=group, pid=child.process.pid, how=how, group=group)
+            emit("worker.died", pid=child.pid, how=how, group=group)
         if child.began:
             self._failures.pop(group, None)
         elif code != 0:
             failures = self._failures[group] = self._failures.get(group, 0) + 1
-            pause = min(FIRST_PAUSE << (failures - 1), LONGEST_PAUSE)
+            pause = min(FIRST_PAUSE << min(failures - 1, 10), LONGEST_PAUSE)
             self._paused_until[group] = self._clock.now() + pause
-            emit(
-                "group.paused", group=group, failures=failures, pause=clock.spell(pause),
-                last_lines="\n".join(child.last_lines[-30:]),
-            )  # fmt: skip
+            lines = "\n".join(child.last_lines)
+            emit("group.paused", group=group, failures=failures, pause=clock.spell(pause), last_lines=lines)
         await self._give_back()
         self._dirty = True
         self._wake.set()
@@ -249,32 +303,17 @@ class Supervisor:
         if isinstance(event, dict) and "event" in event:
             child.began = child.began or event["event"] == "worker.started"
         else:
-            child.last_lines = [*child.last_lines[-29:], line]
+            child.last_lines.append(line)
             event = {"at": clock.iso(self._clock.now()), "level": "info", "event": "output", "message": line}
         self._show(child.group.name, event)
 
     async def _end_children(self) -> None:
-        """SIGTERM, the group's grace, then SIGKILL for the whole process group."""
-        tasks = [asyncio.get_running_loop().create_task(self._end(child)) for child in list(self._children)]
-        if tasks:
-            await asyncio.wait(tasks)
+        """SIGTERM, the group's grace, then SIGKILL for what is left, grandchildren included."""
+        if self._children:
+            await asyncio.gather(*(self._end(child, followed) for child, followed in self._children.items()))
 
-    async def _end(self, child: _Child) -> None:
-        _signal(child.process, signal.SIGTERM)
-        try:
-            async with asyncio.timeout(child.group.grace / clock.SECOND):
-                await asyncio.shield(child.task)
-        except TimeoutError:
-            _signal(child.process, signal.SIGKILL, whole_group=True)
-            await child.task
-        _signal(child.process, signal.SIGKILL, whole_group=True)  # what its steps have started and left
-
-
-def _signal(process: asyncio.subprocess.Process, number: signal.Signals, *, whole_group: bool = False) -> None:
-    try:
-        if whole_group:
-            os.killpg(process.pid, number)
-        elif process.returncode is None:
-            process.send_signal(number)
-    except ProcessLookupError:
-        pass
+    async def _end(self, child: _Child, followed: "asyncio.Task[None]") -> None:
+        child.terminate()
+        await asyncio.wait([followed], timeout=child.group.grace / clock.SECOND)
+        child.kill()
+        await followed

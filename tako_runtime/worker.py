@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tako_runtime import clock, codec, inflight
+from tako_runtime import clock, codec, failure, inflight
 from tako_runtime.attempt import Attempt
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.errors import StoreBusy, StoreError
@@ -78,6 +78,7 @@ class Worker:
         self._lease_until = 0
         self._lost_lease = False
         self._left = False
+        self._broken: BaseException | None = None
         self._stopping = ""
         self._wake = asyncio.Event()
         self._topics: set[str] = set()
@@ -112,6 +113,9 @@ class Worker:
         finally:
             ended.set()
             listener.close()
+        if self._broken is not None:
+            emit("worker.broken", worker=self.id, group=settings.group, error=failure.describe(self._broken).line)
+            raise self._broken
         if not self._lost_lease:
             await self._leave()
         self._inflight.close()
@@ -210,12 +214,16 @@ class Worker:
         self._busy += 1
         task = asyncio.get_running_loop().create_task(attempt.perform())
         self._attempts[seq] = attempt, task
-        task.add_done_callback(lambda _: self._ended(seq))
+        task.add_done_callback(lambda task: self._ended(seq, task))
         if claimed.run.cancelling is not None:
             attempt.cancel(claimed.run.cancelling)
 
-    def _ended(self, seq: int) -> None:
+    def _ended(self, seq: int, task: "asyncio.Task[None]") -> None:
         assert self._inflight is not None
+        broken = None if task.cancelled() else task.exception()
+        if broken is not None:  # it could not be written: give all back by leaving, rather than hold a run for ever
+            self._broken = self._broken or broken
+            self.stop("broken")
         self._attempts.pop(seq, None)
         self._inflight.give_up(seq)
         self._wake.set()
@@ -227,9 +235,15 @@ class Worker:
 
     async def confirm_lease(self) -> bool:
         """After a stop longer than the lease (a suspended process, a laptop's lid) only the store can tell."""
-        if not self._lost_lease:
+        while not self._lost_lease:
             until = self.clock.now() + self.settings.lease
-            if await self.store.do(RenewLease(worker=self.id, until=until)):
+            try:
+                held = await self.store.do(RenewLease(worker=self.id, until=until))
+            except StoreBusy as error:
+                emit("store.busy", error=str(error))
+                await asyncio.sleep(1)
+                continue
+            if held:
                 self._lease_until = until
                 return True
             self._lose_lease()

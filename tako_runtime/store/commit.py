@@ -44,10 +44,10 @@ class StoreThread:
 
     async def do(self, op: Operation[R]) -> R:
         """Run `op`; the answer comes after the commit that carries it. Raises `StoreBusy` for what may work later."""
+        self._check_open()
         loop = asyncio.get_running_loop()
         outbox = self._outboxes.get(loop)
         if outbox is None:
-            self._check_open()
             outbox = self._outboxes[loop] = _Outbox(loop, self._queue)
             self._outboxes = {lp: box for lp, box in self._outboxes.items() if not lp.is_closed()}
         return cast(R, await outbox.send(op))
