@@ -1,6 +1,5 @@
 -- Every query of every store. `-- name:` begins one and names it; the comment below says what it is for. Parameters are
--- `:name`; `{run}` and `{step}` stand for the columns of a run and of a step, as the dialect reads them; `{name_list}`
--- style words stand for what only a dialect can say. Loaded and translated once (`load` in `sqlite.py`).
+-- `:name`; `{word}` stands for what a dialect has to say: `{run}` and `{step}` for the columns as it reads them. Loaded and translated once (`queries.py`).
 
 -- ===== a run's life, in order ========================================================================================
 

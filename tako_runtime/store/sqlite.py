@@ -6,12 +6,9 @@ bounds to each one's turn. `benchmarks/contention.py` shows both.
 """
 
 import errno
-import fcntl
 import os
-import re
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -21,8 +18,10 @@ import msgspec
 from tako_runtime.errors import Refused, StoreBusy, StoreError, StoreTooNew
 from tako_runtime.run import RUN_COLUMNS, AttemptRecord, Claimed, Run, StepRecord, WorkerRecord
 from tako_runtime.state import Change
-from tako_runtime.store import base
+from tako_runtime.store import base, rows
 from tako_runtime.store.base import Operation, Store, Topics
+from tako_runtime.store.queries import load, migrations
+from tako_runtime.store.turnstile import Turnstile
 
 #: How long SQLite waits for a lock that is not ours to queue for (a backup tool, a shell), in milliseconds.
 BUSY_TIMEOUT = 10_000
@@ -52,25 +51,7 @@ _WORDS = {
 }
 
 
-def load(words: dict[str, str]) -> dict[str, str]:
-    """The queries of `queries.sql` by name, with a dialect's `words` put in."""
-    text = resources.files(__package__).joinpath("queries.sql").read_text("utf-8")
-    found = re.findall(r"^-- name: (\w+)\n(.*?;)$", text, re.MULTILINE | re.DOTALL)
-    queries = {}
-    for name, body in found:
-        lines = [line for line in body.splitlines() if not line.startswith("--")]
-        query = " ".join(" ".join(lines).split()).rstrip(";")
-        queries[name] = re.sub(r"\{(\w+)\}", lambda word: words[word[1]], query)
-    return queries
-
-
 Q = load(_WORDS)
-
-
-def migrations() -> list[tuple[int, str]]:
-    """The numbered steps that lead from an empty file to the current schema."""
-    files = sorted(resources.files(__package__).joinpath("migrations").iterdir(), key=lambda file: file.name)
-    return [(int(file.name[:4]), file.read_text("utf-8")) for file in files if file.name.endswith(".sql")]
 
 
 class SqliteStore(Store):
@@ -82,11 +63,11 @@ class SqliteStore(Store):
 
     def __init__(self, path: Path, queueing: Literal["turnstile", "busy"] = "turnstile") -> None:
         self.path = path
-        self._turnstile: _Turnstile | None = None
+        self._turnstile: Turnstile | None = None
         try:
             _make_private(path)
             if queueing == "turnstile":
-                self._turnstile = _Turnstile(path)
+                self._turnstile = Turnstile(path)
             self._db = apsw.Connection(str(path))
             self._db.set_busy_timeout(BUSY_TIMEOUT)
             self._db.execute("PRAGMA journal_mode = WAL").fetchall()
@@ -172,7 +153,7 @@ class SqliteStore(Store):
     # --- a run's life ---
 
     def _enqueue(self, op: base.Enqueue, topics: Topics) -> list[str]:
-        ids, rows = [], []
+        ids, new = [], []
         keyed: dict[tuple[str, str], str] = {}
         for run in op.runs:
             if run.unique_key is not None:
@@ -185,7 +166,7 @@ class SqliteStore(Store):
                     continue
                 keyed[place] = run.id
             ready = run.due_at <= op.now
-            rows.append(
+            new.append(
                 {
                     "id": run.id, "workflow": run.workflow, "group": run.group, "priority": run.priority,
                     "due_at": run.due_at, "retries": run.retries, "backoff_base": run.backoff_base,
@@ -195,28 +176,28 @@ class SqliteStore(Store):
             )  # fmt: skip
             ids.append(run.id)
             topics.add(f"due:{run.group}" if ready else "later")
-        self._db.executemany(Q["insert_run"], rows)
+        self._db.executemany(Q["insert_run"], new)
         return ids
 
     def _claim(self, op: base.ClaimRuns, topics: Topics) -> list[Claimed]:
         self._db.execute(Q["promote"], {"now": op.now})
-        rows = self._db.execute(
+        found = self._db.execute(
             Q["claim"],
             {
                 "worker": op.worker, "group": op.group, "now": op.now, "limit": op.limit,
-                "workflows": _json_list(op.workflows),
+                "workflows": msgspec.json.encode(op.workflows).decode(),
             },
         ).fetchall()  # fmt: skip
-        runs = [_run(row) for row in rows]
+        runs = [rows.run(row) for row in found]
         runs.sort(key=lambda run: (-run.priority, run.due_at, run.seq))
         return [Claimed(run, self._steps_of(run.seq) if run.claim > 1 else ()) for run in runs]
 
     def _steps_of(self, seq: int) -> tuple[StepRecord, ...]:
-        return tuple(_step(row) for row in self._db.execute(Q["steps_of"], {"seq": seq}))
+        return tuple(rows.step(row) for row in self._db.execute(Q["steps_of"], {"seq": seq}))
 
     def _save_steps(self, ops: Sequence[tuple[int, base.SaveStep]], answers: list[Any]) -> None:
         before = self._db.total_changes()
-        self._db.executemany(Q["save_step"], [_step_row(op) for _, op in ops])
+        self._db.executemany(Q["save_step"], [rows.step_row(op) for _, op in ops])
         if self._db.total_changes() - before == len(ops):
             for i, op in ops:
                 answers[i] = op.step
@@ -231,13 +212,13 @@ class SqliteStore(Store):
 
     def _step(self, seq: int, kind: str, name: str) -> StepRecord | None:
         row = self._db.execute(Q["step"], {"seq": seq, "kind": kind, "name": name}).fetchone()
-        return _step(row) if row else None
+        return rows.step(row) if row else None
 
     def _apply_all(self, ops: Sequence[tuple[int, base.Apply]], answers: list[Any], topics: Topics) -> None:
         if len(ops) > 1:
             self._db.execute("SAVEPOINT bulk")
         before = self._db.total_changes()
-        self._db.executemany(Q["apply"], [_change_row(op.change) for _, op in ops])
+        self._db.executemany(Q["apply"], [rows.change_row(op.change) for _, op in ops])
         landed = self._db.total_changes() - before == len(ops)
         if len(ops) > 1:
             if not landed:  # at least one came too late: take them one by one, to learn which
@@ -250,7 +231,7 @@ class SqliteStore(Store):
         for i, _ in ops:
             answers[i] = landed
         if landed:
-            used = [_attempt_row(op.change) for _, op in ops if op.change.used]
+            used = [rows.attempt_row(op.change) for _, op in ops if op.change.used]
             self._db.executemany(Q["insert_attempt"], used)
             for _, op in ops:
                 self._follow_up(op.change, topics)
@@ -279,7 +260,7 @@ class SqliteStore(Store):
     # --- waits and signals ---
 
     def _open_wait(self, op: base.OpenWait, topics: Topics) -> StepRecord | None:
-        self._db.execute(Q["save_step"], _step_row(op))
+        self._db.execute(Q["save_step"], rows.step_row(op))
         stored = self._stored(op.seq, op.claim, op.step.kind, op.step.name)
         if stored is None or stored.status != "waiting":
             return stored
@@ -344,7 +325,7 @@ class SqliteStore(Store):
         return [WorkerRecord(*row) for row in self._db.execute(Q["list_workers"])]
 
     def _runs_of(self, op: base.RunsOf, topics: Topics) -> list[Run]:
-        return [_run(row) for row in self._db.execute(Q["runs_of"], {"worker": op.worker})]
+        return [rows.run(row) for row in self._db.execute(Q["runs_of"], {"worker": op.worker})]
 
     # --- what is there ---
 
@@ -361,11 +342,11 @@ class SqliteStore(Store):
 
     def _get_run(self, op: base.GetRun, topics: Topics) -> Run | None:
         row = self._db.execute(Q["run_by_seq"], {"seq": op.seq}).fetchone()
-        return _run(row) if row else None
+        return rows.run(row) if row else None
 
     def _find_runs(self, op: base.FindRuns, topics: Topics) -> list[Run]:
         where = {"prefix": op.prefix, "beyond": op.prefix + "\U0010ffff", "limit": op.limit}
-        return [_run(row) for row in self._db.execute(Q["find_runs"], where)]
+        return [rows.run(row) for row in self._db.execute(Q["find_runs"], where)]
 
     def _list_runs(self, op: base.ListRuns, topics: Topics) -> list[Run]:
         where = {"since_id": op.since_id or "", "limit": op.limit, "workflow": op.workflow}
@@ -379,7 +360,7 @@ class SqliteStore(Store):
                 else "list_runs"
             )  # fmt: skip
             bound = {**where, "status": status}
-            found += [_run(row) for row in self._db.execute(Q[name], bound)]
+            found += [rows.run(row) for row in self._db.execute(Q[name], bound)]
         found.sort(key=lambda run: run.id, reverse=True)
         return found[: op.limit]
 
@@ -395,8 +376,8 @@ class SqliteStore(Store):
         return [base.Wait(*row) for row in self._db.execute(Q["all_waits"], {"limit": op.limit})]
 
     def _kept_signals(self, op: base.KeptSignals, topics: Topics) -> list[base.KeptSignal]:
-        rows = self._db.execute(Q["kept_signals"], {"now": op.now, "limit": op.limit})
-        return [base.KeptSignal(*row) for row in rows]
+        kept = self._db.execute(Q["kept_signals"], {"now": op.now, "limit": op.limit})
+        return [base.KeptSignal(*row) for row in kept]
 
     def _count_runs(self, op: base.CountRuns, topics: Topics) -> dict[tuple[str, str], int]:
         return {(status, reason): n for status, reason, n in self._db.execute(Q["count_live"])}
@@ -429,53 +410,6 @@ class SqliteStore(Store):
     }
 
 
-# --- rows <-> values -------------------------------------------------------------------------------------------------
-
-
-def _run(row: Sequence[Any]) -> Run:
-    return Run(*row)
-
-
-def _step(row: Sequence[Any]) -> StepRecord:
-    record: Callable[..., StepRecord] = StepRecord
-    return record(*row[:-1], bool(row[-1]))
-
-
-def _step_row(op: base.SaveStep | base.OpenWait) -> dict[str, Any]:
-    step = op.step
-    return {
-        "seq": op.seq, "claim": op.claim, "kind": step.kind, "name": step.name, "position": step.position,
-        "status": step.status, "attempt": step.attempt, "started_at": step.started_at,
-        "finished_at": step.finished_at, "due_at": step.due_at, "error": step.error,
-        "result": step.result.decode() if step.result is not None else None,
-    }  # fmt: skip
-
-
-def _change_row(change: Change) -> dict[str, Any]:
-    pending = change.status == "pending"
-    return {
-        "seq": change.seq, "claim": change.claim, "seen_status": change.seen_status, "status": change.status,
-        "reason": change.reason, "due_at": change.due_at, "attempt_started_at": change.attempt_started_at,
-        "finished_at": change.finished_at, "losses": change.losses, "max_attempts": change.max_attempts,
-        "cancelling": change.cancelling, "result": change.result, "error": change.error,
-        "worker": change.worker, "goes_on": pending,
-        "ready": int(change.due_at is not None and change.due_at <= change.now) if pending else None,
-    }  # fmt: skip
-
-
-def _attempt_row(change: Change) -> dict[str, Any]:
-    used = change.used
-    assert used is not None
-    return {
-        "seq": change.seq, "n": used.n, "worker": used.worker, "started_at": used.started_at,
-        "finished_at": used.finished_at, "outcome": used.outcome, "error": used.error,
-    }  # fmt: skip
-
-
-def _json_list(values: Sequence[str]) -> str:
-    return msgspec.json.encode(list(values)).decode()
-
-
 # --- the file and its lock -------------------------------------------------------------------------------------------
 
 
@@ -483,30 +417,6 @@ def _make_private(path: Path) -> None:
     """The file 0600 and its folders 0700, before SQLite opens it: its WAL takes the same mode."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
-
-
-class _Turnstile(AbstractContextManager[None]):
-    """A fair lock between processes. Who wants the write lock stands at the gate first, and goes through it only once
-    the lock is his: so who has just let go queues behind who was waiting already. Both locks end with their process."""
-
-    def __init__(self, path: Path) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        self._gate = os.open(f"{path}-gate", flags, 0o600)
-        self._lock = os.open(f"{path}-lock", flags, 0o600)
-
-    def __enter__(self) -> None:
-        fcntl.flock(self._gate, fcntl.LOCK_EX)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-        finally:
-            fcntl.flock(self._gate, fcntl.LOCK_UN)
-
-    def __exit__(self, *_: object) -> None:
-        fcntl.flock(self._lock, fcntl.LOCK_UN)
-
-    def close(self) -> None:
-        os.close(self._gate)
-        os.close(self._lock)
 
 
 def _translated(error: apsw.Error | OSError, path: Path) -> StoreError | Refused:
