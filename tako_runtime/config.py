@@ -9,129 +9,19 @@ A setting of a group comes from the first of these tables that states it: `[serv
 """
 
 import difflib
-import ipaddress
 import json
 import re
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
-from urllib.parse import parse_qsl
 
-from tako_runtime import clock
+from tako_runtime import values
 from tako_runtime.errors import ConfigError, InvalidValue
 
 KeyPath = tuple[str, ...]
-Reader = Callable[[object], Any]  # the value as the file has it -> as the code wants it, or InvalidValue("must be ...")
-
-
-def _reader(what: str, accept: Callable[[object], object], hint: str = "") -> Reader:
-    """A reader of what `accept` gives a value for; None means no."""
-
-    def read(value: object) -> object:
-        if (accepted := accept(value)) is None:
-            raise InvalidValue(f"must be {what}, not {_shown(value)}", hint=hint)
-        return accepted
-
-    return read
-
-
-def _shown(value: object) -> str:
-    """A value as a message shows it: short, on one line."""
-    try:
-        text = "a table" if isinstance(value, dict) else json.dumps(value, ensure_ascii=False, default=str)
-    except (ValueError, RecursionError):  # a hexadecimal number may have more digits than Python agrees to spell out
-        text = "a value too large to show"
-    return text if len(text) <= 70 else text[:67] + "..."
-
-
-def _text(pattern: str, what: str, hint: str = "") -> Reader:
-    def accept(value: object) -> str | None:
-        return value if isinstance(value, str) and re.fullmatch(pattern, value) and "\0" not in value else None
-
-    return _reader(what, accept, hint)
-
-
-def _whole(least: int, most: int) -> Reader:
-    what = f"a whole number from {least} to {most}"
-    return _reader(what, lambda value: value if type(value) is int and least <= value <= most else None)
-
-
-def _list(item: Reader, what: str, *, least: int = 0, twice: bool = False) -> Reader:
-    def accept(value: object) -> tuple[object, ...] | None:
-        try:
-            items = tuple(map(item, value)) if isinstance(value, list) and len(value) >= least else None
-        except InvalidValue:
-            return None
-        return items if items is None or twice or len(set(items)) == len(items) else None
-
-    return _reader(what, accept)
-
-
-def _duration(least: str, most: str) -> Reader:
-    def accept(value: object) -> int | None:
-        try:
-            micros = clock.duration(value, least=None) if isinstance(value, str | int | float) else -1
-        except (InvalidValue, OverflowError):
-            return None
-        return micros if clock.duration(least) <= micros <= clock.duration(most) else None
-
-    hint = "Write a number and a unit (500ms, 90s, 15m, 1h30m, 3d), or a number of seconds."
-    return _reader(f"a duration from {least} to {most}", accept, hint)
-
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib": 2**20}
-
-
-def _size(value: object) -> int | None:
-    count = value if type(value) is int else 0
-    if isinstance(value, str) and (part := re.fullmatch(r"([0-9]{1,12}) ?([a-z]*)", value.strip().lower())):
-        count = int(part[1]) * _UNITS.get(part[2], 0)
-    return count if 2**10 <= count <= 2**28 else None
-
-
-def _folder(value: object) -> str | None:
-    folder = PurePosixPath(value if isinstance(value, str) and "\0" not in value else "")
-    return str(folder) if folder.parts and not folder.is_absolute() and ".." not in folder.parts else None
-
-
-def _storage_url(value: object) -> str:
-    """No message repeats the value: what is wrong with it may be a password."""
-    url = value if isinstance(value, str) else ""
-    if re.match(r"\w+://[^@]*:[^@]*@", url) or any("password" in key for key, _ in parse_qsl(url.partition("?")[2])):
-        hint = 'Put the whole url into the secret DATABASE_URL and write url = "postgres" here.'
-        raise InvalidValue("must not hold a password: this file gets committed", hint=hint)
-    if url in ("sqlite", "postgres") or re.fullmatch(r"postgresql://[^\s\0]+", url):
-        return url
-    raise InvalidValue('must be "sqlite", "postgres", or a postgresql:// url without a password')
-
-
-def _listen(value: object) -> str | None:
-    host, _, port = value.rpartition(":") if isinstance(value, str) else ("", "", "")
-    if isinstance(value, str) and re.fullmatch(r"/[^\0\n]+", value):
-        return value if len(value.encode()) <= 100 else None  # the system's limit for the path of a socket
-    try:
-        loopback = host == "localhost" or ipaddress.ip_address(re.sub(r"^\[(.*:.*)\]$", r"\1", host)).is_loopback
-    except ValueError:
-        return None
-    return f"{host}:{port}" if loopback and re.fullmatch("[0-9]{1,5}", port) and 1 <= int(port) <= 65535 else None
-
-
-_flag = _reader("true or false", lambda value: value if isinstance(value, bool) else None)
-_name = _text(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", "a name: a-z, 0-9 and '-', a letter first, no '-' last, 63 at most")
-_variable = _text("[A-Za-z_][A-Za-z0-9_]*", "a name that an environment variable can have")
-_inside = _reader("a folder inside the project, relative to it, without '..'", _folder)
-_value_size = _reader('a size from 1KiB to 256MiB, such as "512KiB", "1MiB" or a number of bytes', _size)
-_command = _list(_text("(?s:.+)", "a word"), "a list of words, the program first", least=1, twice=True)
-_servers = _list(_name, "a list of server names, each once, at least one", least=1)
-_secrets = _list(_text("[A-Z][A-Z0-9_]*", "a name"), "a list of names in UPPER_SNAKE, each once")
-_health = _text(r"/\S*", "a path that starts with /")
-_host = _text(r"[^\s-]\S*", "a host that ssh understands")  # a dash first would reach ssh as an option
-_data_dir = _text("~?/.+", "a path that starts with / or ~/")
-_loopback = _reader('a loopback address such as "127.0.0.1:9000", or the absolute path of a socket', _listen)
-
 REQUIRED = object()
 
 
@@ -139,7 +29,7 @@ REQUIRED = object()
 class Setting:
     """One key. `default` is as the file would have it; None leaves it unset, REQUIRED makes the file say it."""
 
-    read: Reader
+    read: values.Reader
     default: object
     doc: str
 
@@ -148,27 +38,31 @@ class Setting:
         return None if self.default is None else self.read(self.default)
 
 
-VARIABLE = Setting(_text("(?s:.*)", "text", "Put it in quotes: variables are text."), None, "an environment variable")
+VARIABLE = Setting(
+    values.text("(?s:.*)", "text", "Put it in quotes: variables are text."), None, "an environment variable"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class App:
     """`[app]`: your own process, next to the workers."""
 
-    command: Annotated[tuple[str, ...], Setting(_command, REQUIRED, "the program; {fd} or {port} to listen on")]
-    port: Annotated[int, Setting(_whole(1, 65535), 8000, "where it listens")]
-    health: Annotated[str | None, Setting(_health, None, "answers 200 when ready; unset: none")]
+    command: Annotated[tuple[str, ...], Setting(values.command, REQUIRED, "the program; {fd} or {port} to listen on")]
+    port: Annotated[int, Setting(values.whole(1, 65535), 8000, "where it listens")]
+    health: Annotated[str | None, Setting(values.health, None, "answers 200 when ready; unset: none")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lane:
     """What a group may set. Durations are microseconds."""
 
-    workers: Annotated[int, Setting(_whole(0, 1000), 0, "processes; 0 starts one when work is due")]
-    concurrency: Annotated[int, Setting(_whole(1, 10_000), 10, "runs that one worker has in hand")]
-    idle_timeout: Annotated[int, Setting(_duration("0s", "365d"), "5m", "workers = 0: how long an idle one stays")]
-    grace: Annotated[int, Setting(_duration("0s", "1h"), "30s", "what a stopping worker gives its attempts")]
-    retention: Annotated[int, Setting(_duration("1s", "3650d"), "30d", "how long an ended run is kept")]
+    workers: Annotated[int, Setting(values.whole(0, 1000), 0, "processes; 0 starts one when work is due")]
+    concurrency: Annotated[int, Setting(values.whole(1, 10_000), 10, "runs that one worker has in hand")]
+    idle_timeout: Annotated[
+        int, Setting(values.duration("0s", "365d"), "5m", "workers = 0: how long an idle one stays")
+    ]
+    grace: Annotated[int, Setting(values.duration("0s", "1h"), "30s", "what a stopping worker gives its attempts")]
+    retention: Annotated[int, Setting(values.duration("1s", "3650d"), "30d", "how long an ended run is kept")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,17 +76,21 @@ class Group(Lane):
 class Workflows(Lane):
     """`[workflows]`: what groups start from, and what all of them share. `max_value` is in bytes."""
 
-    dir: Annotated[str, Setting(_inside, "workflows", "the folder of workflows, inside the project")]
-    signal_retention: Annotated[int, Setting(_duration("1s", "3650d"), "7d", "how long a signal waits to be taken")]
-    max_value: Annotated[int, Setting(_value_size, "1MiB", "the largest payload, result or signal")]
-    lease: Annotated[int, Setting(_duration("1s", "1h"), "15s", "how long a silent worker keeps its runs")]
+    dir: Annotated[str, Setting(values.inside, "workflows", "the folder of workflows, inside the project")]
+    signal_retention: Annotated[
+        int, Setting(values.duration("1s", "3650d"), "7d", "how long a signal waits to be taken")
+    ]
+    max_value: Annotated[int, Setting(values.value_size, "1MiB", "the largest payload, result or signal")]
+    lease: Annotated[int, Setting(values.duration("1s", "1h"), "15s", "how long a silent worker keeps its runs")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
     """`[storage]`: where runs are kept."""
 
-    url: Annotated[str, Setting(_storage_url, "sqlite", "sqlite, postgres (secret DATABASE_URL), or postgresql://...")]
+    url: Annotated[
+        str, Setting(values.storage_url, "sqlite", "sqlite, postgres (secret DATABASE_URL), or postgresql://...")
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +98,7 @@ class Env:
     """`[envs.NAME]`: where one environment runs."""
 
     name: str
-    servers: Annotated[tuple[str, ...], Setting(_servers, REQUIRED, "names of [servers]")]
+    servers: Annotated[tuple[str, ...], Setting(values.servers, REQUIRED, "names of [servers]")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,30 +106,32 @@ class Server:
     """`[servers.NAME]`: one machine."""
 
     name: str
-    host: Annotated[str, Setting(_host, REQUIRED, "anything that ssh understands")]
+    host: Annotated[str, Setting(values.host, REQUIRED, "anything that ssh understands")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Secrets:
     """`[secrets]`: which ones there must be; never their values."""
 
-    required: Annotated[tuple[str, ...], Setting(_secrets, [], "without these, no deploy")]
+    required: Annotated[tuple[str, ...], Setting(values.secrets, [], "without these, no deploy")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deploy:
     """`[deploy]`: how a release gets to a server."""
 
-    vendor: Annotated[bool, Setting(_flag, False, "ship wheels too, for a server without an index")]
-    data_dir: Annotated[str | None, Setting(_data_dir, None, "where a server keeps its data; unset: its usual place")]
-    keep_releases: Annotated[int, Setting(_whole(1, 100), 5, "releases that stay on a server")]
+    vendor: Annotated[bool, Setting(values.flag, False, "ship wheels too, for a server without an index")]
+    data_dir: Annotated[
+        str | None, Setting(values.data_dir, None, "where a server keeps its data; unset: its usual place")
+    ]
+    keep_releases: Annotated[int, Setting(values.whole(1, 100), 5, "releases that stay on a server")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
     """`[metrics]`: numbers for a monitoring agent."""
 
-    listen: Annotated[str | None, Setting(_loopback, None, "a loopback address or a socket's path; unset: off")]
+    listen: Annotated[str | None, Setting(values.loopback, None, "a loopback address or a socket's path; unset: off")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +150,7 @@ class Config:
 
     path: Path
     root: Path
-    name: Annotated[str, Setting(_name, REQUIRED, "the app's name")]
+    name: Annotated[str, Setting(values.name, REQUIRED, "the app's name")]
     app: App | None
     workflows: Workflows
     storage: Storage
@@ -308,7 +208,7 @@ class Config:
         shared: list[KeyPath] = [("workflows", group), ("workflows",)]
         if server is not None and server not in self.servers:
             hint = _meant(("servers", server), self.servers)
-            raise ConfigError(f"{self.path}: there is no server {_shown(server)}", hint=hint)
+            raise ConfigError(f"{self.path}: there is no server {values.shown(server)}", hint=hint)
         return [("servers", server, *layer) for layer in shared if server is not None] + shared
 
     def _effective(self, key: str, setting: Setting, layers: Iterable[KeyPath]) -> tuple[Any, object, str]:
@@ -413,7 +313,7 @@ class _Reading:
     def wrong(self, at: KeyPath, what: object, hint: str = "") -> None:
         self.mistakes.append((self.line(at), f"{_dotted(at)}: {what}", hint))
 
-    def read(self, at: KeyPath, read: Reader, written: object, what: str = "") -> Any:
+    def read(self, at: KeyPath, read: values.Reader, written: object, what: str = "") -> Any:
         try:
             return read(written)
         except InvalidValue as error:
@@ -423,7 +323,9 @@ class _Reading:
     def table(self, at: KeyPath, place: KeyPath, written: object) -> None:
         """Reads a table; `place` is its key in TABLES."""
         if not isinstance(written, dict):
-            self.wrong(at, f"must be a table, not {_shown(written)}", f"Write [{_dotted(at)}], and its keys below it.")
+            self.wrong(
+                at, f"must be a table, not {values.shown(written)}", f"Write [{_dotted(at)}], and its keys below it."
+            )
             return
         self.stated[at] = Stated(written, None, self.line(at))
         keys, each = settings(TABLES[place]), (*place, NAME)
@@ -434,10 +336,10 @@ class _Reading:
             elif own in TABLES and own != each:
                 self.table(here, own, value)
             elif TABLES[place] is dict and not (isinstance(value, dict) and each in TABLES):
-                self.read(here, _variable, key, "the key ")
+                self.read(here, values.variable, key, "the key ")
                 self.stated[here] = Stated(value, self.read(here, VARIABLE.read, value), self.line(here))
             elif each in TABLES and (not keys or (isinstance(value, dict) and key not in settings(Workflows))):
-                self.read(here, _name, key, "the key ")
+                self.read(here, values.name, key, "the key ")
                 self.table(here, each, value)
             else:
                 elsewhere = [_dotted((*table, key)) for table, kind in TABLES.items() if key in settings(kind)]
@@ -454,7 +356,7 @@ class _Reading:
             for name in one.value or () if one else ():
                 if name not in servers:
                     hint = _meant(("servers", name), servers)
-                    self.wrong(("envs", env, "servers"), f"there is no server {_shown(name)}", hint)
+                    self.wrong(("envs", env, "servers"), f"there is no server {values.shown(name)}", hint)
 
 
 def _meant(at: KeyPath, names: Iterable[str], elsewhere: Sequence[str] = ()) -> str:
