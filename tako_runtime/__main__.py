@@ -81,31 +81,40 @@ def _work(args: argparse.Namespace) -> int:
     if mistakes and not any(flow.group == settings.group for flow in registry.values()):
         return 3
     opened, app_dir = store.current(), store.locate().app_dir
-    reason = "lost lease"
-    while reason == "lost lease":  # start over with a new identity
+    told_to_stop = False
+    while not told_to_stop:
         worker = Worker(opened, app_dir, registry, settings)
-        reason = asyncio.run(_until_stopped(worker, lifeline))
+        reason, told_to_stop = asyncio.run(_until_stopped(worker, lifeline))
+        if reason != "lost lease":  # with a lost one, start over with a new identity
+            break
     opened.close()
     return 0
 
 
-async def _until_stopped(worker: Worker, lifeline: int) -> str:
-    """Work until a signal or the end of the supervisor says stop."""
+async def _until_stopped(worker: Worker, lifeline: int) -> tuple[str, bool]:
+    """Work until a signal or the end of the supervisor says stop: why it ended, and whether it was told to."""
     loop = asyncio.get_running_loop()
+    told_to_stop = False
+
+    def stop(reason: str) -> None:
+        nonlocal told_to_stop
+        told_to_stop = True
+        worker.stop(reason)
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, worker.stop)
+        loop.add_signal_handler(number, stop, "drained")
 
     def look_at_lifeline() -> None:
         if not os.read(lifeline, 4096):
             loop.remove_reader(lifeline)
-            worker.stop("supervisor gone")
+            stop("supervisor gone")
             loop.call_later(ORPHAN_GRACE, _end_now)
 
     supervised = stat.S_IFMT(os.fstat(lifeline).st_mode) in (stat.S_IFIFO, stat.S_IFSOCK)
     if supervised:
         loop.add_reader(lifeline, look_at_lifeline)
     try:
-        return await worker.run()
+        return await worker.run(), told_to_stop
     finally:
         if supervised:
             loop.remove_reader(lifeline)

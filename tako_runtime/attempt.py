@@ -15,11 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
 
-import msgspec
-
 from tako_runtime import clock, codec, failure, log
 from tako_runtime.clock import Clock
-from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy
+from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy, Unreadable
 from tako_runtime.failure import Failure
 from tako_runtime.log import emit
 from tako_runtime.run import Claimed, Run, Status, StepKey, StepRecord
@@ -43,8 +41,8 @@ from tako_runtime.workflow import Workflow
 
 R = TypeVar("R")
 
-#: Passes of the event loop in which a handler with tasks of its own may come to its next step call before it counts as
-#: quiet. Each gather or task group between a step's end and the next call costs one or two.
+#: Passes of the event loop in which another branch of a handler may come to its next step call before the handler
+#: counts as quiet. Each gather or task group between a step's end and the next call costs one or two.
 QUIET_PASSES = 20
 
 
@@ -59,7 +57,7 @@ class Desk(Protocol):
 
     def lease_holds(self, now: int) -> bool: ...
     async def confirm_lease(self) -> bool: ...
-    def handler_ended(self) -> None: ...
+    def handler_ended(self, attempt: "Attempt") -> None: ...
     def note(self, run: Run, where: str) -> None: ...
 
 
@@ -90,11 +88,9 @@ class Attempt:
         self._task: asyncio.Task[Any] | None = None
         self._uses: dict[tuple[str, str], int] = {}
         self._position = 0
-        self._in_flight: dict[StepKey, bool] = {}  # step calls in progress that neither sleep nor wait
+        self._in_flight: set[StepKey] = set()  # step calls in progress that neither sleep nor wait
         self._waiting: dict[StepKey, _Waiting] = {}
         self._quiet: asyncio.Event | None = None
-        self._forked = False  # a step was called outside the handler's own task: it may do several things at once
-        self._begun = 0
         self._failures: list[tuple[BaseException, StepKey, bool, int]] = []
         self._stop: Outcome | None = None  # what must end this attempt at its next step boundary
         self._lost = False
@@ -109,8 +105,11 @@ class Attempt:
         with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt):
             began = "run.resumed" if self.history else "run.started"
             emit(began, max_attempts=run.max_attempts, group=run.group, done=len(self.history))
-            outcome = self._misfit() or await self._call()
-            self._desk.handler_ended()
+            try:
+                outcome = self._misfit() or await self._call()
+            except Exception as error:  # noqa: BLE001 -- the last net: what no stage expected ends the run, not the worker
+                outcome = Failed(failure.describe(error))
+            self._desk.handler_ended(self)
             if outcome is None or self._lost:
                 emit("run.lost")
                 return
@@ -123,7 +122,7 @@ class Attempt:
             return None
         try:
             self._payload = codec.decode(self.run.payload, self._workflow.payload_type)
-        except msgspec.MsgspecError as error:
+        except Unreadable as error:
             message = f"the payload does not fit the handler of {self.run.workflow!r}: {error}"
             return Failed(Failure(type="PayloadRefused", message=message))
         return None
@@ -153,7 +152,9 @@ class Attempt:
         handler: Callable[..., Any] = self._workflow.handler
         if not self._workflow.blocking:
             return await handler(*given, step)
-        call = functools.partial(contextvars.copy_context().run, handler, *given, SyncStep(step, self._loop))
+        call = functools.partial(
+            contextvars.copy_context().run, _contained, handler, *given, SyncStep(step, self._loop)
+        )
         return await self._loop.run_in_executor(self._desk.handlers, call)
 
     def _outcome(self, value: Any, raised: BaseException | None) -> Outcome | None:
@@ -178,8 +179,8 @@ class Attempt:
         to_blame = [final for failed, _, final, _ in self._failures if any(failed is link for link in chain)]
         rerun = tuple(
             key
-            for failed, key, _, begun in self._failures
-            if begun == self._begun or any(failed is link for link in chain)
+            for failed, key, _, position in self._failures
+            if position == self._position or any(failed is link for link in chain)
         )
         final = any(to_blame) or isinstance(error, NotCarried | StepMisuse)
         return Raised(failure.describe(error), final, rerun)
@@ -241,22 +242,20 @@ class Attempt:
         position = self._position
         if self._must_stop():
             await self._refuse()
-        if not self._forked and not self._workflow.blocking and asyncio.current_task() is not self._task:
-            self._forked = True
-        record = self.history.get(key)
-        self._in_flight[key] = True
-        if record is None:
-            if not self._desk.lease_holds(self.now()) and not await self._desk.confirm_lease():
-                self.leave(key)
-                self.lose()
-                raise ClaimLost
-            self._begun += 1
-            self._desk.note(self.run, f"in step {key.name}")
-        return key, position, record
+        self._in_flight.add(key)
+        return key, position, self.history.get(key)
+
+    async def starting(self, key: StepKey) -> None:
+        """A step's body is about to run. After a stop longer than the lease, only the store can tell whether it may."""
+        if not self._desk.lease_holds(self.now()) and not await self._desk.confirm_lease():
+            self.lose()
+        if self._lost:
+            raise ClaimLost
+        self._desk.note(self.run, f"in step {key.name}")
 
     def leave(self, key: StepKey) -> None:
         """The step call is over, or goes to sleep."""
-        self._in_flight.pop(key, None)
+        self._in_flight.discard(key)
         if not self._in_flight:
             if self._quiet is not None:
                 self._quiet.set()
@@ -264,14 +263,14 @@ class Attempt:
 
     def failed(self, error: Exception, key: StepKey, final: bool) -> Exception:
         """Remember which step an exception comes from."""
-        self._failures.append((error, key, final, self._begun))
+        self._failures.append((error, key, final, self._position))
         return error
 
     def reading(self, key: StepKey, record: StepRecord, wanted: Any) -> Any:
         """The stored result as `wanted`. One that cannot be read any more ends the run: no retry can mend it."""
         try:
             return codec.decode(record.result if record.result is not None else b"null", wanted)
-        except msgspec.MsgspecError as error:
+        except Unreadable as error:
             message = f"the stored result of step {key.label!r} cannot be read: {error}"
             self.conclude(Failed(Failure(type="Unreadable", message=message)))
 
@@ -303,7 +302,7 @@ class Attempt:
 
     async def in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Call `fn` in a thread, with this code's context."""
-        call = functools.partial(contextvars.copy_context().run, fn, *args)
+        call = functools.partial(contextvars.copy_context().run, _contained, fn, *args)
         return await self._loop.run_in_executor(self._desk.bodies, call)
 
     async def pause(self, key: StepKey, until: int) -> None:
@@ -314,6 +313,7 @@ class Attempt:
     async def wait(self, key: StepKey, record: StepRecord | None, *, parks: bool, until: int | None = None) -> None:
         """Wait until the record is due, or a look finds news of it, or the attempt must stop: then it raises."""
         if self._must_stop():
+            self.leave(key)  # what waits for the others to become quiet must not be one of them
             await self._refuse()
         due = record.due_at if record is not None else until
         timer = None
@@ -330,7 +330,7 @@ class Attempt:
                 timer.cancel()
         if self._must_stop():  # it may be why the future was resolved
             await self._refuse()
-        self._in_flight[key] = True
+        self._in_flight.add(key)
 
     def conclude(self, verdict: Bailed | Failed) -> NoReturn:
         """The handler has said its last word. The first one counts, even where it is swallowed."""
@@ -401,16 +401,13 @@ class Attempt:
 
     def _consider_parking(self) -> None:
         if self._stop is None and not self._handler_ended and self._can_park():
-            if self._forked:
-                self._loop.call_soon(self._park_if_still_quiet, self._position, QUIET_PASSES)
-            else:
-                self._park()
+            self._loop.call_soon(self._park_if_still_quiet, self._position, QUIET_PASSES)
 
     def _can_park(self) -> bool:
         return not self._in_flight and bool(self._waiting) and all(w.parks for w in self._waiting.values())
 
     def _park_if_still_quiet(self, position: int, passes: int) -> None:
-        """A handler with several branches may be on its way to another step call: give it time to make it."""
+        """Another branch of the handler may be on its way to its next step call: give it time to make it."""
         if self._stop is not None or self._handler_ended or self._position != position or not self._can_park():
             return
         if passes:
@@ -424,6 +421,14 @@ class Attempt:
         waits = tuple(record.name for record in records if record.kind == "wait")
         self._stop = Waits(waits, due) if waits else Sleeps(due or self.now())
         self._release()
+
+
+def _contained(fn: Callable[..., Any], *args: Any) -> Any:
+    """Call `fn` in a thread. A StopIteration cannot leave it through a future: it would never be heard of."""
+    try:
+        return fn(*args)
+    except StopIteration as error:
+        raise RuntimeError(f"{getattr(fn, '__qualname__', fn)} raised StopIteration") from error
 
 
 def _wake(future: "asyncio.Future[None]") -> None:

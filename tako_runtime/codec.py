@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from tako_runtime.errors import NotCarried, PayloadRefused, TooLarge
+from tako_runtime.errors import NotCarried, PayloadRefused, TooLarge, Unreadable
 
 #: The largest value that is stored, in bytes of its JSON text: 1 MiB unless the app says otherwise.
 MAX_VALUE = 1 << 20
@@ -41,13 +41,15 @@ def encode(value: object, what: str, *, limit: int = MAX_VALUE) -> str:
 
 
 def decode(text: str | bytes, annotation: object = Any) -> Any:
-    """The value of stored text, as `annotation`. Raises `msgspec.DecodeError` where it is not JSON and
-    `msgspec.ValidationError` where it does not fit.
+    """The value of stored text, as `annotation`. Raises `Unreadable` where it is not JSON, or does not fit.
 
     >>> decode('["a", "b"]', tuple[str, str])
     ('a', 'b')
     """
-    return decoder(annotation)(text)
+    try:
+        return decoder(annotation)(text)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise Unreadable(str(error) or type(error).__name__) from None
 
 
 def carry(value: object, annotation: object, what: str, *, limit: int = MAX_VALUE) -> tuple[str, Any]:

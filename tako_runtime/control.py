@@ -11,9 +11,9 @@ from typing import Any
 
 import msgspec
 
-from tako_runtime import clock, failure, state
+from tako_runtime import clock, codec, failure, state
 from tako_runtime.clock import Clock, SystemClock
-from tako_runtime.errors import InvalidValue, NotFound, Refused
+from tako_runtime.errors import InvalidValue, NotFound, Refused, Unreadable
 from tako_runtime.manifest import Declared
 from tako_runtime.run import AttemptRecord, NewRun, Run, Status, StepRecord, first_id_at, new_id
 from tako_runtime.store import base
@@ -133,7 +133,7 @@ class Control:
 
     def cancel(self, prefix: str, reason: str = "cancelled by an operator") -> Json:
         """Cancel a pending or parked run now, a running one at its next step boundary."""
-        return self._change(self.find(prefix), lambda run: state.cancel(run, reason, self._clock.now()))
+        return self._change(self.find(prefix), lambda run: state.cancel(run, failure.clean(reason), self._clock.now()))
 
     def signal(self, name: str, payload: str = "null") -> int:
         """Send a signal with a payload given as JSON text; how many runs took it (0: it is kept)."""
@@ -269,8 +269,8 @@ def _value(text: bytes | None) -> Any:
     if text is None:
         return None
     try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
+        return codec.decode(text)
+    except Unreadable:
         return text.decode(errors="replace")
 
 

@@ -8,6 +8,7 @@
     ├── InvalidValue (ValueError)   an argument that cannot be meant: a NaN duration, a naive datetime, a bad name
     ├── NotCarried (TypeError)      a value that cannot go through the store and come back the same
     │   └── TooLarge                a value over the size limit
+    ├── Unreadable (ValueError)     a stored value that is damaged, or does not fit its type any more
     ├── PayloadRefused (ValueError) a payload that does not fit the handler's annotation
     ├── DuplicateWorkflow           two workflows with one name
     ├── StepMisuse (RuntimeError)   a step inside a step's body, a name with "#"
@@ -80,6 +81,12 @@ class TooLarge(NotCarried):
 
     code = "too_large"
     hint = "Put the data where it belongs (a file, an object store, a table) and return its key."
+
+
+class Unreadable(TakoError, ValueError):
+    """A stored value cannot be read."""
+
+    code = "unreadable"
 
 
 class PayloadRefused(TakoError, ValueError):

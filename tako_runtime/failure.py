@@ -41,13 +41,13 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
 def describe(error: BaseException) -> Failure:
     """What to store of `error`. Never raises, whatever `error` does when it is printed or encoded."""
     try:
-        message = _clean(str(error))
+        message = clean(str(error))
     except Exception as broken:  # noqa: BLE001 -- a user's __str__ may raise anything
         message = f"<no message: {type(broken).__name__} in __str__>"
     return Failure(
         type=type(error).__qualname__,
         message=message,
-        traceback=_clean(_traceback(error)),
+        traceback=clean(_traceback(error)),
         module=type(error).__module__,
         args=_carried(list(error.args)),
         state=_carried(vars(error) or None) if hasattr(error, "__dict__") else None,
@@ -78,7 +78,7 @@ def rebuild(failure: Failure) -> Exception:
     return StepFailed(failure.line)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Without lone surrogates (from undecodable file names, for instance), which no store takes."""
     return text.encode("utf-8", "backslashreplace").decode()
 

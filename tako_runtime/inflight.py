@@ -11,6 +11,9 @@ import mmap
 import os
 from pathlib import Path
 
+#: A run's `seq` and the number of the claim: the same run may be claimed anew while its last attempt still ends here.
+Claim = tuple[int, int]
+
 _SLOT = 256
 _SLOTS = 1024
 
@@ -27,22 +30,21 @@ class InFlight:
         os.ftruncate(self._file, _SLOT * _SLOTS)
         self._map = mmap.mmap(self._file, _SLOT * _SLOTS)
         self._free = list(range(_SLOTS))
-        self._slots: dict[int, int] = {}
+        self._slots: dict[Claim, int] = {}
 
-    def take(self, seq: int) -> None:
-        if self._free:  # with more runs in hand than slots, some go without: their loss is told less exactly
-            self._slots[seq] = self._free.pop()
-
-    def note(self, seq: int, where: str) -> None:
-        """`where`: "in step charge"."""
-        slot = self._slots.get(seq)
+    def note(self, claim: Claim, where: str) -> None:
+        """`where`: "in step charge". With more runs in hand than slots, some go without: their loss is told less
+        exactly."""
+        slot = self._slots.get(claim)
+        if slot is None and self._free:
+            slot = self._slots[claim] = self._free.pop()
         if slot is not None:
-            text = f"{seq} {where}".encode()[: _SLOT - 1]
+            text = f"{claim[0]} {where}".encode()[: _SLOT - 1]
             at = slot * _SLOT
             self._map[at : at + len(text) + 1] = text + b"\0"
 
-    def give_up(self, seq: int) -> None:
-        slot = self._slots.pop(seq, None)
+    def give_up(self, claim: Claim) -> None:
+        slot = self._slots.pop(claim, None)
         if slot is not None:
             self._map[slot * _SLOT] = 0
             self._free.append(slot)

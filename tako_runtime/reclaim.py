@@ -25,14 +25,15 @@ async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now
     """Give back the runs of one worker that is gone, and take it off the list."""
     where = inflight.last_seen(app_dir, worker.id)
     count = 0
-    for run in await store.do(RunsOf(worker=worker.id)):
-        change = settle(run, WorkerLost(where.get(run.seq, "")), now)
-        if await store.do(Apply(change=change)):
+    while not await store.do(RemoveWorker(worker=worker.id)):  # one that is only slow may still claim until it is off
+        for run in await store.do(RunsOf(worker=worker.id)):
+            change = settle(run, WorkerLost(where.get(run.seq, "")), now)
+            if not await store.do(Apply(change=change)):
+                continue
             count += 1
             message = f"worker died during attempt {run.attempt} {where.get(run.seq, '')}".rstrip()
             again = "taken up at once" if change.due_at == now else f"again at {clock.iso(change.due_at or now)}"
             then = again if change.status == Status.PENDING else str(change.status)
             emit("run.reclaimed", run=run.id, workflow=run.workflow, attempt=run.attempt, message=message, then=then)
-    await store.do(RemoveWorker(worker=worker.id))
     inflight.forget(app_dir, worker.id)
     return count

@@ -144,6 +144,7 @@ class Step:
         tries = 0
         while True:
             tries += 1
+            await attempt.starting(key)
             started = attempt.now()
             try:
                 value = await _body(attempt, key, fn, args, timeout)
@@ -245,12 +246,12 @@ class Step:
 
     def bail(self, reason: str) -> NoReturn:
         """End the run `cancelled`, for a reason that people read; no retries."""
-        self._attempt.conclude(Bailed(str(reason)))
+        self._attempt.conclude(Bailed(failure.clean(str(reason))))
 
     def fail(self, error: BaseException | str) -> NoReturn:
         """End the run `dead`, with an exception or a text; no retries."""
         if not isinstance(error, BaseException):
-            self._attempt.conclude(Failed(Failure(type="Failed", message=str(error))))
+            self._attempt.conclude(Failed(Failure(type="Failed", message=failure.clean(str(error)))))
         self._attempt.conclude(Failed(failure.describe(error)))
 
 

@@ -9,7 +9,7 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from tako_runtime import clock, codec, failure, inflight
 from tako_runtime.attempt import Attempt
 from tako_runtime.clock import Clock, SystemClock
-from tako_runtime.errors import StoreBusy, StoreError
+from tako_runtime.errors import StepFailed, StoreBusy, StoreError
 from tako_runtime.log import emit
 from tako_runtime.run import Claimed, Run, WorkerRecord, new_id
 from tako_runtime.store.base import (
@@ -33,8 +33,8 @@ from tako_runtime.store.base import (
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import Workflow, release
 
-#: The net under the bell.
-LOOK = clock.SECOND
+#: The net under the bell, in seconds.
+LOOK = 1.0
 
 #: Attempts that were abandoned get this long to unwind before their worker starts over without them.
 UNWIND = 5.0
@@ -73,7 +73,7 @@ class Worker:
         self._app_dir = app_dir
         self._workflows = {name: flow for name, flow in workflows.items() if flow.group == settings.group}
         self._busy = 0  # attempts whose handler has not ended
-        self._attempts: dict[int, tuple[Attempt, asyncio.Task[None]]] = {}
+        self._attempts: dict[Attempt, asyncio.Task[None]] = {}
         self._inflight: inflight.InFlight | None = None
         self._lease_until = 0
         self._lost_lease = False
@@ -88,6 +88,7 @@ class Worker:
         """Work until told to stop; why it stopped: "drained", "idle" or "lost lease"."""
         settings = self.settings
         loop = asyncio.get_running_loop()
+        loop.set_task_factory(_task)
         listener = self.store.bell.listen(self.id)
         self._inflight = inflight.InFlight(self._app_dir, self.id)
         now = self.clock.now()
@@ -136,14 +137,16 @@ class Worker:
     # --- the loop ---
 
     async def _work(self) -> str:
+        loop = asyncio.get_running_loop()
         version = await self.store.do(DataVersion())
-        active_at = looked_at = self.clock.now()
+        active_at, looked_at = self.clock.now(), loop.time()
         next_at: int | None = None
+        busy = 0.0
         while not self._stopping:
             now = self.clock.now()
             try:
-                if now - looked_at >= LOOK:
-                    looked_at, last, version = now, version, await self.store.do(DataVersion())
+                if loop.time() - looked_at >= LOOK:
+                    looked_at, last, version = loop.time(), version, await self.store.do(DataVersion())
                     if version != last:  # somebody has written; in case its bell was not heard, look at everything
                         self._more = True
                         self._topics |= {"cancel", "signal"}
@@ -154,8 +157,13 @@ class Worker:
                     await self._look_for_cancellations()
                 if "signal" in topics:
                     await self._look_for_signals()
+                busy = 0.0
             except StoreBusy as error:
                 emit("store.busy", error=str(error))
+                self._more = True  # what was asked for is not done: ask again, with growing pauses
+                self._topics |= {"cancel", "signal"}
+                busy = min(max(busy * 2, 0.05), 1.0)
+                await asyncio.sleep(busy)
             if self._attempts:
                 active_at = self.clock.now()
             elif self._is_idle(active_at):
@@ -172,8 +180,8 @@ class Worker:
 
     async def _sleep(self, next_at: int | None) -> None:
         """Until something wakes it, the next run is due, or it is time for a look."""
-        pause = LOOK if next_at is None else max(0, min(LOOK, next_at - self.clock.now()))
-        timer = asyncio.get_running_loop().call_later(pause / clock.SECOND, self._wake.set)
+        pause = LOOK if next_at is None else max(0.0, min(LOOK, (next_at - self.clock.now()) / clock.SECOND))
+        timer = asyncio.get_running_loop().call_later(pause, self._wake.set)
         await self._wake.wait()
         timer.cancel()
         self._wake.clear()
@@ -198,6 +206,8 @@ class Worker:
         claimed = await self.store.do(
             ClaimRuns(worker=self.id, group=self.settings.group, workflows=tuple(self._workflows), limit=free, now=now)
         )
+        if self._lost_lease:  # it came too late, and whoever has reclaimed this worker gives it back
+            return None
         for each in claimed:
             self._begin(each)
         if len(claimed) == free:
@@ -207,25 +217,23 @@ class Worker:
 
     def _begin(self, claimed: Claimed) -> None:
         assert self._inflight is not None
-        seq = claimed.run.seq
-        attempt = Attempt(claimed, self._workflows[claimed.run.workflow], self)
-        self._inflight.take(seq)
-        self._inflight.note(seq, "before its first step")
+        run = claimed.run
+        attempt = Attempt(claimed, self._workflows[run.workflow], self)
+        self._inflight.note((run.seq, run.claim), "before its first step")
         self._busy += 1
-        task = asyncio.get_running_loop().create_task(attempt.perform())
-        self._attempts[seq] = attempt, task
-        task.add_done_callback(lambda task: self._ended(seq, task))
+        task = self._attempts[attempt] = asyncio.get_running_loop().create_task(attempt.perform())
+        task.add_done_callback(lambda task: self._ended(attempt, task))
         if claimed.run.cancelling is not None:
             attempt.cancel(claimed.run.cancelling)
 
-    def _ended(self, seq: int, task: "asyncio.Task[None]") -> None:
+    def _ended(self, attempt: Attempt, task: "asyncio.Task[None]") -> None:
         assert self._inflight is not None
         broken = None if task.cancelled() else task.exception()
         if broken is not None:  # it could not be written: give all back by leaving, rather than hold a run for ever
             self._broken = self._broken or broken
             self.stop("broken")
-        self._attempts.pop(seq, None)
-        self._inflight.give_up(seq)
+        del self._attempts[attempt]
+        self._inflight.give_up((attempt.run.seq, attempt.run.claim))
         self._wake.set()
 
     # --- what attempts ask for (`attempt.Desk`) ---
@@ -249,25 +257,28 @@ class Worker:
             self._lose_lease()
         return False
 
-    def handler_ended(self) -> None:
+    def handler_ended(self, attempt: Attempt) -> None:
         self._busy -= 1
         self._wake.set()
 
     def note(self, run: Run, where: str) -> None:
         assert self._inflight is not None
-        self._inflight.note(run.seq, where)
+        self._inflight.note((run.seq, run.claim), where)
 
     # --- news from outside ---
 
     async def _look_for_cancellations(self) -> None:
         if self._attempts:
-            for run in await self.store.do(RunsOf(worker=self.id)):
-                held = self._attempts.get(run.seq)
-                if held and run.cancelling is not None:
-                    held[0].cancel(run.cancelling)
+            asked = {
+                (r.seq, r.claim): r.cancelling for r in await self.store.do(RunsOf(worker=self.id)) if r.cancelling
+            }
+            for attempt in self._attempts:
+                reason = asked.get((attempt.run.seq, attempt.run.claim))
+                if reason is not None:
+                    attempt.cancel(reason)
 
     async def _look_for_signals(self) -> None:
-        for attempt, _ in list(self._attempts.values()):
+        for attempt in list(self._attempts):
             if attempt.waits_for_signals:
                 await attempt.look()
 
@@ -292,7 +303,7 @@ class Worker:
         if not self._lost_lease and not self._left:
             self._lost_lease = True
             emit("worker.lost_lease", worker=self.id, group=self.settings.group, runs=len(self._attempts))
-            for attempt, _ in list(self._attempts.values()):
+            for attempt in self._attempts:
                 attempt.lose()
             self.stop("lost lease")
 
@@ -302,11 +313,10 @@ class Worker:
         """Attempts end, or stop at their next step boundary. Whoever started this process bounds the time."""
         if self._attempts and not self._lost_lease:
             emit("worker.draining", worker=self.id, group=self.settings.group, runs=len(self._attempts))
-        for attempt, _ in list(self._attempts.values()):
+        for attempt in self._attempts:
             attempt.interrupt()
         while self._attempts:
-            tasks = [task for _, task in self._attempts.values()]
-            done, _ = await asyncio.wait(tasks, timeout=UNWIND if self._lost_lease else None)
+            done, _ = await asyncio.wait(self._attempts.values(), timeout=UNWIND if self._lost_lease else None)
             if not done:
                 return
 
@@ -317,3 +327,15 @@ class Worker:
             await self.store.do(RemoveWorker(worker=self.id))
         except StoreError as error:
             emit("store.busy", error=str(error))
+
+
+def _task(loop: asyncio.AbstractEventLoop, coroutine: Any, **rest: Any) -> "asyncio.Task[Any]":
+    """Every task of the worker's loop: a `sys.exit` in one that a handler made must not end the worker."""
+    return asyncio.Task(_contained(coroutine), loop=loop, **rest)
+
+
+async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        return await coroutine
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise StepFailed(f"a task called for the end of its process: {error!r}") from None

@@ -42,7 +42,8 @@ class Enqueue(Operation[list[str]], frozen=True):
 
 class ClaimRuns(Operation[list[Claimed]], frozen=True):
     """Claim up to `limit` due runs of `group` whose workflow is one of `workflows`: highest priority first, then the
-    oldest due, then in order of insertion. Each claim has a new number. Starts an attempt where none is open."""
+    oldest due, then in order of insertion. Each claim has a new number. Starts an attempt where none is open. A worker
+    that is not on the list (`AddWorker`) any more gets none."""
 
     worker: str
     group: str
@@ -112,8 +113,9 @@ class RenewLease(Operation[bool], frozen=True):
     until: int
 
 
-class RemoveWorker(Operation[None], frozen=True):
-    """Take the worker off, once its runs have been given back. May be given twice."""
+class RemoveWorker(Operation[bool], frozen=True):
+    """Take the worker off the list; False, and nothing done, where it has runs in hand that must be given back first.
+    May be given twice."""
 
     worker: str
 

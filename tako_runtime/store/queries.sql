@@ -26,6 +26,7 @@ UPDATE runs
        attempt_started_at = COALESCE(attempt_started_at, :now), started_at = COALESCE(started_at, :now)
  WHERE seq IN (SELECT seq FROM runs
                 WHERE ready = 1 AND "group" = :group AND workflow IN ({workflows})
+                  AND EXISTS (SELECT 1 FROM workers WHERE id = :worker)
                 ORDER BY priority DESC, due_at, seq LIMIT :limit {lock})
 RETURNING {claimed};
 
@@ -127,7 +128,11 @@ VALUES (:id, :group, :host, :pid, :release, :started_at, :lease_until);
 UPDATE workers SET lease_until = :until WHERE id = :worker;
 
 -- name: delete_worker
-DELETE FROM workers WHERE id = :worker;
+DELETE FROM workers WHERE id = :worker
+   AND NOT EXISTS (SELECT 1 FROM runs WHERE status = 'running' AND worker = :worker);
+
+-- name: worker_is_there
+SELECT 1 FROM workers WHERE id = :worker;
 
 -- name: list_workers
 SELECT id, "group", host, pid, release, started_at, lease_until FROM workers ORDER BY started_at, id;

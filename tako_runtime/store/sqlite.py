@@ -318,8 +318,9 @@ class SqliteStore(Store):
         self._db.execute(Q["renew_lease"], {"worker": op.worker, "until": op.until})
         return self._db.changes() == 1
 
-    def _remove_worker(self, op: base.RemoveWorker, topics: Topics) -> None:
+    def _remove_worker(self, op: base.RemoveWorker, topics: Topics) -> bool:
         self._db.execute(Q["delete_worker"], {"worker": op.worker})
+        return self._value("worker_is_there", {"worker": op.worker}) is None
 
     def _list_workers(self, op: base.ListWorkers, topics: Topics) -> list[WorkerRecord]:
         return [WorkerRecord(*row) for row in self._db.execute(Q["list_workers"])]
