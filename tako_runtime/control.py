@@ -214,6 +214,7 @@ def run_json(run: Run) -> Json:
         "run_at": _time(run.due_at),
         "started_at": _time(run.started_at),
         "finished_at": _time(run.finished_at),
+        "scheduled_at": _time(run.scheduled_at),
         "payload": _value(run.payload),
         "result": _value(run.result),
         "error": _error(run.error),

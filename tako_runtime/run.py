@@ -93,15 +93,16 @@ class NewRun(msgspec.Struct, frozen=True):
     priority: int = 0
     unique_key: str | None = None
     release: str = ""
+    scheduled_at: int | None = None
 
 
 class Run(msgspec.Struct, frozen=True):
     """One row of the table of runs, in the order of its columns (`RUN_COLUMNS`).
 
-    `attempt` is the number of the last attempt that began; `attempt_started_at` is set while that one is not used up:
-    a parked run goes on within it. `claim` counts the claims, and a write must name the current one. `losses` counts
-    the workers that died with this run in hand. `cancelling` is the reason of a cancellation that waits for the next
-    step boundary.
+    `attempt` is the number of the last attempt that began; `attempt_started_at` is set while that one is not used up: a
+    parked run goes on within it. `claim` counts the claims, and a write must name the current one. `losses` counts the
+    workers that died with this run in hand. `scheduled_at` is the time that a schedule fired it for. `cancelling` is
+    the reason of a cancellation that waits for the next step boundary.
     """
 
     seq: int
@@ -125,6 +126,7 @@ class Run(msgspec.Struct, frozen=True):
     started_at: int | None
     attempt_started_at: int | None
     finished_at: int | None
+    scheduled_at: int | None
     unique_key: str | None
     release: str
     payload: bytes
@@ -152,6 +154,22 @@ class WorkerRecord(msgspec.Struct, frozen=True):
     release: str
     started_at: int
     lease_until: int
+
+
+class ScheduleRecord(msgspec.Struct, frozen=True):
+    """One schedule: what the manifest says of it, and where it stands. `next_at` is the next firing; `last_at` the
+    scheduled time that fired last, by the run `last_run`; `alive` says that this run has not ended."""
+
+    workflow: str
+    group: str
+    expression: str
+    timezone: str
+    catchup: str
+    overlap: str
+    next_at: int | None
+    last_at: int | None = None
+    last_run: str | None = None
+    alive: bool = False
 
 
 class _Ids:

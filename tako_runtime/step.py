@@ -67,6 +67,12 @@ class Step:
         """The number of this attempt, from 1. A parked run goes on within its attempt."""
         return self._attempt.run.attempt
 
+    @property
+    def scheduled_at(self) -> datetime | None:
+        """The time that a schedule fired this run for, in UTC; None for a run that was enqueued."""
+        at = self._attempt.run.scheduled_at
+        return None if at is None else clock.moment(at)
+
     def key(self, name: str) -> str:
         """An idempotency key for `name` in this run, the same over all attempts.
 
@@ -304,6 +310,10 @@ class SyncStep:
     @property
     def attempt(self) -> int:
         return self._step.attempt
+
+    @property
+    def scheduled_at(self) -> datetime | None:
+        return self._step.scheduled_at
 
     def key(self, name: str) -> str:
         return self._step.key(name)

@@ -14,7 +14,16 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
 
-from tako_runtime.run import AttemptRecord, Claimed, NewRun, Run, Status, StepRecord, WorkerRecord
+from tako_runtime.run import (
+    AttemptRecord,
+    Claimed,
+    NewRun,
+    Run,
+    ScheduleRecord,
+    Status,
+    StepRecord,
+    WorkerRecord,
+)
 from tako_runtime.state import Change
 
 R = TypeVar("R")
@@ -129,6 +138,58 @@ class RunsOf(Operation[list[Run]], frozen=True):
 
     writes = False
     worker: str
+
+
+# --- the rest of the night: leader, schedules, old runs ------------------------------------------------------------
+
+
+class TakeLease(Operation[bool], frozen=True):
+    """Take a named lease, or keep one's own, until `until`; False while somebody else holds it at `now`."""
+
+    name: str
+    holder: str
+    until: int
+    now: int
+
+
+class DropLease(Operation[None], frozen=True):
+    """Let go of a lease, if it is one's own."""
+
+    name: str
+    holder: str
+
+
+class SetSchedules(Operation[None], frozen=True):
+    """Make the schedules those of a manifest, whole: new and edited ones begin with their own `next_at`, unchanged ones
+    keep the stored one, and those that are not named any more are gone."""
+
+    schedules: Sequence[ScheduleRecord]
+
+
+class ListSchedules(Operation[list[ScheduleRecord]], frozen=True):
+    """All schedules, by workflow. `alive` says whether the run of the last firing has not ended."""
+
+    writes = False
+
+
+class FireSchedule(Operation[bool], frozen=True):
+    """Advance a schedule and insert its run (none where `run` is None), both or neither. False, and nothing done, where
+    `next_at` is not what was seen: another leader was first, or the schedule was edited."""
+
+    workflow: str
+    seen_next_at: int
+    next_at: int
+    fired_at: int | None
+    run: NewRun | None
+    now: int
+
+
+class Prune(Operation[int], frozen=True):
+    """Delete up to `limit` runs that ended before `before`, with their steps and attempts; how many. Space that becomes
+    free goes back to the file system."""
+
+    before: int
+    limit: int
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------

@@ -9,9 +9,9 @@ SELECT id FROM runs WHERE workflow = :workflow AND unique_key = :unique_key AND 
 
 -- name: insert_run
 INSERT INTO runs (id, workflow, "group", status, reason, priority, due_at, max_attempts, retries,
-                  backoff_base, backoff_max, created_at, unique_key, release, payload, ready)
+                  backoff_base, backoff_max, created_at, scheduled_at, unique_key, release, payload, ready)
 VALUES (:id, :workflow, :group, 'pending', 'queued', :priority, :due_at, :retries + 1, :retries,
-        :backoff_base, :backoff_max, :created_at, :unique_key, :release, :payload, :ready);
+        :backoff_base, :backoff_max, :created_at, :scheduled_at, :unique_key, :release, :payload, :ready);
 
 -- name: promote
 -- What has become due comes into the index that claims walk; some at a time, so that no one waits long for the lock.
@@ -139,6 +139,52 @@ SELECT id, "group", host, pid, release, started_at, lease_until FROM workers ORD
 
 -- name: runs_of
 SELECT {run} FROM runs WHERE status = 'running' AND worker = :worker ORDER BY seq;
+
+-- ===== leader, schedules, old runs ===================================================================================
+
+-- name: take_lease
+INSERT INTO leases (name, holder, until) VALUES (:name, :holder, :until)
+    ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, until = excluded.until
+ WHERE leases.holder = :holder OR leases.until <= :now
+RETURNING 1;
+
+-- name: drop_lease
+DELETE FROM leases WHERE name = :name AND holder = :holder;
+
+-- name: set_schedule
+-- An edited schedule begins anew; one that is as it was keeps its place.
+INSERT INTO schedules (workflow, "group", expression, timezone, catchup, overlap, next_at)
+VALUES (:workflow, :group, :expression, :timezone, :catchup, :overlap, :next_at)
+    ON CONFLICT (workflow) DO UPDATE
+   SET "group" = excluded."group", catchup = excluded.catchup, overlap = excluded.overlap,
+       next_at = CASE WHEN schedules.expression = excluded.expression AND schedules.timezone = excluded.timezone
+                      THEN schedules.next_at ELSE excluded.next_at END,
+       expression = excluded.expression, timezone = excluded.timezone;
+
+-- name: delete_schedule
+DELETE FROM schedules WHERE workflow = :workflow;
+
+-- name: list_schedules
+SELECT workflow, "group", expression, timezone, catchup, overlap, next_at, last_at, last_run,
+       EXISTS (SELECT 1 FROM runs WHERE runs.id = schedules.last_run AND runs.finished_at IS NULL)
+  FROM schedules ORDER BY workflow;
+
+-- name: advance_schedule
+UPDATE schedules SET next_at = :next_at, last_at = COALESCE(:fired_at, last_at), last_run = COALESCE(:run_id, last_run)
+ WHERE workflow = :workflow AND next_at = :seen_next_at
+RETURNING 1;
+
+-- name: prune
+DELETE FROM runs
+ WHERE seq IN (SELECT seq FROM runs WHERE finished_at IS NOT NULL AND finished_at < :before
+                ORDER BY finished_at LIMIT :limit)
+RETURNING seq;
+
+-- name: delete_steps
+DELETE FROM steps WHERE run = :seq;
+
+-- name: delete_attempts
+DELETE FROM attempts WHERE run = :seq;
 
 -- ===== what is there =================================================================================================
 

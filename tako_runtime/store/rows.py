@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tako_runtime.run import Run, StepRecord
+from tako_runtime.run import Run, ScheduleRecord, StepRecord
 from tako_runtime.state import Change
 from tako_runtime.store.base import OpenWait, SaveStep
 
@@ -14,6 +14,11 @@ def run(row: Sequence[Any]) -> Run:
 
 def step(row: Sequence[Any]) -> StepRecord:
     record: Callable[..., StepRecord] = StepRecord
+    return record(*row[:-1], bool(row[-1]))
+
+
+def schedule(row: Sequence[Any]) -> ScheduleRecord:
+    record: Callable[..., ScheduleRecord] = ScheduleRecord
     return record(*row[:-1], bool(row[-1]))
 
 

@@ -16,7 +16,7 @@ import apsw
 import msgspec
 
 from tako_runtime.errors import Refused, StoreBusy, StoreError, StoreTooNew
-from tako_runtime.run import RUN_COLUMNS, AttemptRecord, Claimed, Run, StepRecord, WorkerRecord
+from tako_runtime.run import RUN_COLUMNS, AttemptRecord, Claimed, Run, ScheduleRecord, StepRecord, WorkerRecord
 from tako_runtime.state import Change
 from tako_runtime.store import base, rows
 from tako_runtime.store.base import Operation, Store, Topics
@@ -70,6 +70,7 @@ class SqliteStore(Store):
                 self._turnstile = Turnstile(path)
             self._db = apsw.Connection(str(path))
             self._db.set_busy_timeout(BUSY_TIMEOUT)
+            self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of effect in a new file only
             self._db.execute("PRAGMA journal_mode = WAL").fetchall()
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA cache_size = -65536")
@@ -170,7 +171,8 @@ class SqliteStore(Store):
                 {
                     "id": run.id, "workflow": run.workflow, "group": run.group, "priority": run.priority,
                     "due_at": run.due_at, "retries": run.retries, "backoff_base": run.backoff_base,
-                    "backoff_max": run.backoff_max, "created_at": run.created_at, "unique_key": run.unique_key,
+                    "backoff_max": run.backoff_max, "created_at": run.created_at,
+                    "scheduled_at": run.scheduled_at, "unique_key": run.unique_key,
                     "release": run.release, "payload": run.payload, "ready": int(ready),
                 }
             )  # fmt: skip
@@ -328,6 +330,50 @@ class SqliteStore(Store):
     def _runs_of(self, op: base.RunsOf, topics: Topics) -> list[Run]:
         return [rows.run(row) for row in self._db.execute(Q["runs_of"], {"worker": op.worker})]
 
+    # --- leader, schedules, old runs ---
+
+    def _take_lease(self, op: base.TakeLease, topics: Topics) -> bool:
+        bound = {"name": op.name, "holder": op.holder, "until": op.until, "now": op.now}
+        return self._value("take_lease", bound) is not None
+
+    def _drop_lease(self, op: base.DropLease, topics: Topics) -> None:
+        self._db.execute(Q["drop_lease"], {"name": op.name, "holder": op.holder})
+
+    def _set_schedules(self, op: base.SetSchedules, topics: Topics) -> None:
+        named = {schedule.workflow for schedule in op.schedules}
+        for workflow, *_ in self._db.execute(Q["list_schedules"]).fetchall():
+            if workflow not in named:
+                self._db.execute(Q["delete_schedule"], {"workflow": workflow})
+        for s in op.schedules:
+            self._db.execute(
+                Q["set_schedule"],
+                {
+                    "workflow": s.workflow, "group": s.group, "expression": s.expression, "timezone": s.timezone,
+                    "catchup": s.catchup, "overlap": s.overlap, "next_at": s.next_at,
+                },
+            )  # fmt: skip
+
+    def _list_schedules(self, op: base.ListSchedules, topics: Topics) -> list[ScheduleRecord]:
+        return [rows.schedule(row) for row in self._db.execute(Q["list_schedules"])]
+
+    def _fire_schedule(self, op: base.FireSchedule, topics: Topics) -> bool:
+        bound = {
+            "workflow": op.workflow, "seen_next_at": op.seen_next_at, "next_at": op.next_at, "fired_at": op.fired_at,
+            "run_id": op.run.id if op.run else None,
+        }  # fmt: skip
+        if self._value("advance_schedule", bound) is None:
+            return False
+        if op.run is not None:
+            self._enqueue(base.Enqueue(runs=[op.run], now=op.now), topics)
+        return True
+
+    def _prune(self, op: base.Prune, topics: Topics) -> int:
+        ended = self._db.execute(Q["prune"], {"before": op.before, "limit": op.limit}).fetchall()
+        for table in ("delete_steps", "delete_attempts"):
+            self._db.executemany(Q[table], [{"seq": seq} for (seq,) in ended])
+        self._db.execute("PRAGMA incremental_vacuum(1000)").fetchall()
+        return len(ended)
+
     # --- what is there ---
 
     def _demand(self, op: base.Demand, topics: Topics) -> base.Due:
@@ -398,6 +444,12 @@ class SqliteStore(Store):
         base.RemoveWorker: _remove_worker,
         base.ListWorkers: _list_workers,
         base.RunsOf: _runs_of,
+        base.TakeLease: _take_lease,
+        base.DropLease: _drop_lease,
+        base.SetSchedules: _set_schedules,
+        base.ListSchedules: _list_schedules,
+        base.FireSchedule: _fire_schedule,
+        base.Prune: _prune,
         base.Demand: _demand,
         base.DataVersion: _data_version,
         base.GetRun: _get_run,

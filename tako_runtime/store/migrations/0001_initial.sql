@@ -22,6 +22,7 @@ CREATE TABLE runs (
     started_at         INTEGER,
     attempt_started_at INTEGER,
     finished_at        INTEGER,
+    scheduled_at       INTEGER,                  -- the time that a schedule fired it for
     unique_key         TEXT,
     release            TEXT NOT NULL,
     payload            TEXT NOT NULL,
@@ -106,7 +107,8 @@ CREATE TABLE schedules (
     catchup    TEXT NOT NULL,
     overlap    TEXT NOT NULL,
     next_at    INTEGER,
-    last_at    INTEGER
+    last_at    INTEGER,
+    last_run   TEXT
 ) STRICT, WITHOUT ROWID;
 
 CREATE TABLE leases (
