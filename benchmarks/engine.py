@@ -1,6 +1,7 @@
 """The engine under measurement: a store that counts its commits, and a worker that drains it."""
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from benchmarks.workflows.idle_work import many_steps, three_steps
 from tako_runtime import log, store
 from tako_runtime.bell import Bell
 from tako_runtime.store import Home
-from tako_runtime.store.base import Operation, Topics
+from tako_runtime.store.base import CountRuns, Operation, Topics
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.sqlite import SqliteStore
 from tako_runtime.worker import Settings, Worker
@@ -22,6 +23,9 @@ from tako_runtime.workflow import registry
 Queueing = Literal["turnstile", "busy"]
 
 PAYLOAD = {"order": "2024-000123", "customer": "Ada Lovelace", "ship_to": "12 St James's Square"}
+
+#: As the store counts them: due, and claimed by nobody yet.
+PENDING = ("pending", "queued")
 
 #: Rows in a transaction while a store is filled.
 FILL = 1_000
@@ -59,25 +63,21 @@ class Opened:
     """The store of `home`, opened as the one of this process."""
 
     def __init__(self, home: Home, queueing: Queueing = "turnstile") -> None:
-        self.home = home
-        self.thread = StoreThread(lambda: self._open(queueing), Bell(home.app_dir))
-        store.use(self.thread)
+        def connect() -> CountingStore:
+            self.counting = CountingStore(home.app_dir / "runs.db", queueing)
+            return self.counting
 
-    def _open(self, queueing: Queueing) -> CountingStore:
-        self.counting = CountingStore(self.home.app_dir / "runs.db", queueing)
-        return self.counting
+        self._home = home
+        self.thread = StoreThread(connect, Bell(home.app_dir))
+        store.use(self.thread)
 
     def fill(self, runs: int) -> None:
         for at in range(0, runs, FILL):
             three_steps.enqueue_many_sync([PAYLOAD] * min(FILL, runs - at))
 
-    def work(self, concurrency: int) -> Drained:
-        """One worker, until nothing is left to do."""
-        settings = Settings(concurrency=concurrency, idle_timeout=0)
-        commits, cpu, began = self.counting.commits, time.process_time(), time.perf_counter()
-        asyncio.run(Worker(self.thread, self.home.app_dir, registry, settings).run())
-        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-        return Drained(0, seconds, self.counting.commits - commits, cpu)
+    def worker(self, concurrency: int, idle_timeout: int | None = None) -> Worker:
+        settings = Settings(concurrency=concurrency, idle_timeout=idle_timeout)
+        return Worker(self.thread, self._home.app_dir, registry, settings)
 
     def close(self) -> None:
         store.use(None)
@@ -85,20 +85,41 @@ class Opened:
 
 
 def drain(home: Home, runs: int, concurrency: int, logged: bool = False) -> Drained:
-    """Three steps a run. `logged`: with the log lines that a supervisor's worker writes."""
+    """`runs` runs of three steps, stored and then done by one worker. `logged`: with the log lines of `tako dev`."""
     opened = Opened(home)
     opened.fill(runs)
-    with Path("/dev/null").open("wb") as nowhere, log.sink(log.JsonLines(nowhere.fileno())) if logged else nullcontext():
-        drained = opened.work(concurrency)
-    left = three_steps_left(opened)
-    opened.close()
-    assert left == 0, f"{left} runs are left"
-    return Drained(runs, drained.seconds, drained.commits, drained.cpu)
+    lines = log.JsonLines(os.open(os.devnull, os.O_WRONLY))
+    with log.sink(lines) if logged else nullcontext():
+        return _work_off(opened, runs, concurrency)
 
 
 def one_long_run(home: Home, steps: int) -> Drained:
+    """One run of so many steps, one after the other."""
     opened = Opened(home)
     many_steps.enqueue_sync(steps)
-    drained = opened.work(10)
+    return _work_off(opened, 1, 10)
+
+
+def _work_off(opened: Opened, runs: int, concurrency: int) -> Drained:
+    before = opened.thread.do_sync(CountRuns())[PENDING]
+    commits, cpu, began = opened.counting.commits, time.process_time(), time.perf_counter()
+    asyncio.run(opened.worker(concurrency, idle_timeout=0).run())
+    drained = Drained(runs, time.perf_counter() - began, opened.counting.commits - commits, time.process_time() - cpu)
+    left = opened.thread.do_sync(CountRuns()).get(PENDING, 0)
     opened.close()
-    return Drained(1, drained.seconds, drained.commits, drained.cpu)
+    if (before, left) != (runs, 0):
+        raise AssertionError(f"of {before} runs {left} are left; {runs} were to be done")
+    return drained
+
+
+def work_until_stopped(home: Home, concurrency: int, queueing: Queueing) -> None:
+    """A worker as a process of its own; SIGTERM ends it."""
+
+    async def work() -> None:
+        worker = opened.worker(concurrency)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.stop)
+        await worker.run()
+
+    opened = Opened(home, queueing)
+    asyncio.run(work())
+    opened.close()

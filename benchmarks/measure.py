@@ -41,10 +41,11 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A bound on a row's ratio, or on its value where it has no ratio."""
+    """A bound on a row's ratio, or on its value where it has none or the target says so."""
 
     relation: str  # ">=" or "<"
     bound: float
+    of: str = "ratio"
 
     def met(self, value: float) -> bool:
         return value >= self.bound if self.relation == ">=" else value < self.bound
@@ -64,7 +65,10 @@ class Row:
 
     @property
     def met(self) -> bool | None:
-        return None if self.target is None else self.target.met((self.ratio or self.value).median)
+        if self.target is None:
+            return None
+        bounded = self.ratio if self.ratio and self.target.of == "ratio" else self.value
+        return self.target.met(bounded.median)
 
 
 def row(what: str, unit: str, values: Sequence[float], target: Target | None = None, note: str = "") -> Row:

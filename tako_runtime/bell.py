@@ -45,6 +45,11 @@ class Bell:
             except OSError:  # its buffer is full: it has been rung already
                 pass
 
+    def close(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
+
     def listen(self, name: str) -> "Listener":
         """A socket of one's own under `name`, which must be unique (a worker's id)."""
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
 import msgspec
+import msgspec.inspect
 
 from tako_runtime.errors import NotCarried, PayloadRefused, TooLarge, Unreadable
 
@@ -127,22 +128,50 @@ def annotations(fn: Callable[..., Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=4096)
 def _decoder(annotation: Any) -> Callable[[str | bytes], Any]:
+    if annotation is object:
+        annotation = Any
+    foreign = _foreign_part(annotation)
+    if foreign is not None:
+        raise TypeError(f"there is no way to read {_name(foreign)} back")
     return msgspec.json.Decoder(annotation, dec_hook=_decode_foreign).decode
+
+
+def _foreign_part(annotation: Any) -> Any:
+    """A type within `annotation` that neither msgspec nor pydantic can read; None if there is none."""
+    known: Any = (msgspec.inspect.Type, msgspec.inspect.Field)
+    todo: list[Any] = [msgspec.inspect.type_info(annotation)]
+    seen: list[Any] = []
+    while todo:
+        part = todo.pop()
+        if any(part is one for one in seen):
+            continue
+        seen.append(part)
+        if isinstance(part, msgspec.inspect.CustomType) and not _is_model(part.cls):
+            return part.cls
+        for name in part.__struct_fields__:
+            inner = getattr(part, name)
+            todo += [one for one in (inner if isinstance(inner, tuple) else (inner,)) if isinstance(one, known)]
+    return None
+
+
+def _is_model(wanted: Any) -> bool:
+    pydantic = sys.modules.get("pydantic")
+    return pydantic is not None and inspect.isclass(wanted) and issubclass(wanted, pydantic.BaseModel)
 
 
 def _encode_foreign(value: Any) -> Any:
     pydantic = sys.modules.get("pydantic")
     if pydantic is not None and isinstance(value, pydantic.BaseModel):
-        return value.model_dump(mode="json")
+        return value.model_dump(mode="json", round_trip=True)
     raise TypeError(f"no way to carry {_name(type(value))}")
 
 
 def _decode_foreign(wanted: Any, value: Any) -> Any:
-    pydantic = sys.modules.get("pydantic")
-    if pydantic is not None and inspect.isclass(wanted) and issubclass(wanted, pydantic.BaseModel):
-        model: Any = wanted
+    if _is_model(wanted):
+        pydantic = sys.modules["pydantic"]
         try:
-            return model.model_validate_json(msgspec.json.encode(value))
+            # By name, as it was stored; by alias too, as a payload may come from outside.
+            return wanted.model_validate_json(msgspec.json.encode(value), by_name=True, by_alias=True)
         except pydantic.ValidationError as error:
             places = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'value'}: {e['msg']}" for e in error.errors())
             raise ValueError(places) from None

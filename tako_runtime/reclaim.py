@@ -6,7 +6,7 @@ from tako_runtime import clock, inflight
 from tako_runtime.log import emit
 from tako_runtime.run import Status, WorkerRecord
 from tako_runtime.state import WorkerLost, settle
-from tako_runtime.store.base import Apply, ListWorkers, RemoveWorker, RunsOf
+from tako_runtime.store.base import Apply, GiveUpWorker, ListWorkers, RemoveWorker, RunsOf
 from tako_runtime.store.commit import StoreThread
 
 
@@ -16,16 +16,18 @@ async def reclaim(store: StoreThread, app_dir: Path, now: int, *, but: str | Non
     claim number decides."""
     count = 0
     for worker in await store.do(ListWorkers()):
-        if worker.id != but and (worker.lease_until <= now or inflight.gone(app_dir, worker.id)):
+        lost = worker.lease_until <= now or inflight.gone(app_dir, worker.id) is True
+        # A lease that was renewed since we looked is that of a worker that has woken up: it is not given up.
+        if lost and worker.id != but and await store.do(GiveUpWorker(worker=worker.id, seen=worker.lease_until)):
             count += await give_back(store, app_dir, worker, now)
     return count
 
 
 async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now: int) -> int:
-    """Give back the runs of one worker that is gone, and take it off the list."""
+    """Give back the runs of one worker that was given up, and take it off the list."""
     where = inflight.last_seen(app_dir, worker.id)
     count = 0
-    while not await store.do(RemoveWorker(worker=worker.id)):  # one that is only slow may still claim until it is off
+    while not await store.do(RemoveWorker(worker=worker.id)):
         for run in await store.do(RunsOf(worker=worker.id)):
             change = settle(run, WorkerLost(where.get(run.seq, "")), now)
             if not await store.do(Apply(change=change)):

@@ -52,7 +52,7 @@ class Enqueue(Operation[list[str]], frozen=True):
 class ClaimRuns(Operation[list[Claimed]], frozen=True):
     """Claim up to `limit` due runs of `group` whose workflow is one of `workflows`: highest priority first, then the
     oldest due, then in order of insertion. Each claim has a new number. Starts an attempt where none is open. A worker
-    that is not on the list (`AddWorker`) any more gets none."""
+    that is not on the list (`AddWorker`), or was given up, gets none."""
 
     worker: str
     group: str
@@ -116,10 +116,18 @@ class AddWorker(Operation[None], frozen=True):
 
 
 class RenewLease(Operation[bool], frozen=True):
-    """False where the worker is not there any more: it has been given up for dead, and must not write."""
+    """False where the worker is not there any more, or has been given up for dead: it must not write."""
 
     worker: str
     until: int
+
+
+class GiveUpWorker(Operation[bool], frozen=True):
+    """Give a worker up for dead, if its lease is still the one that was seen: from then on it can neither renew it nor
+    claim, and its runs may be given back. False where it has renewed its lease meanwhile."""
+
+    worker: str
+    seen: int
 
 
 class RemoveWorker(Operation[bool], frozen=True):

@@ -70,6 +70,7 @@ class StoreThread:
             self._closed = True
             self._queue.put(None)
             self._thread.join()
+            self.bell.close()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -26,7 +26,7 @@ UPDATE runs
        attempt_started_at = COALESCE(attempt_started_at, :now), started_at = COALESCE(started_at, :now)
  WHERE seq IN (SELECT seq FROM runs
                 WHERE ready = 1 AND "group" = :group AND workflow IN ({workflows})
-                  AND EXISTS (SELECT 1 FROM workers WHERE id = :worker)
+                  AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND lease_until > 0)
                 ORDER BY priority DESC, due_at, seq LIMIT :limit {lock})
 RETURNING {claimed};
 
@@ -125,7 +125,11 @@ INSERT INTO workers (id, "group", host, pid, release, started_at, lease_until)
 VALUES (:id, :group, :host, :pid, :release, :started_at, :lease_until);
 
 -- name: renew_lease
-UPDATE workers SET lease_until = :until WHERE id = :worker;
+UPDATE workers SET lease_until = :until WHERE id = :worker AND lease_until > 0;
+
+-- name: give_up_worker
+-- Compare and set: a worker that has renewed its lease since it was looked at is alive.
+UPDATE workers SET lease_until = 0 WHERE id = :worker AND lease_until = :seen;
 
 -- name: delete_worker
 DELETE FROM workers WHERE id = :worker

@@ -320,6 +320,10 @@ class SqliteStore(Store):
         self._db.execute(Q["renew_lease"], {"worker": op.worker, "until": op.until})
         return self._db.changes() == 1
 
+    def _give_up_worker(self, op: base.GiveUpWorker, topics: Topics) -> bool:
+        self._db.execute(Q["give_up_worker"], {"worker": op.worker, "seen": op.seen})
+        return self._db.changes() == 1
+
     def _remove_worker(self, op: base.RemoveWorker, topics: Topics) -> bool:
         self._db.execute(Q["delete_worker"], {"worker": op.worker})
         return self._value("worker_is_there", {"worker": op.worker}) is None
@@ -441,6 +445,7 @@ class SqliteStore(Store):
         base.SendSignal: _send_signal,
         base.AddWorker: _add_worker,
         base.RenewLease: _renew_lease,
+        base.GiveUpWorker: _give_up_worker,
         base.RemoveWorker: _remove_worker,
         base.ListWorkers: _list_workers,
         base.RunsOf: _runs_of,

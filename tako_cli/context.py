@@ -1,0 +1,119 @@
+"""Which project, which store, what its workflows declare. Every import that costs time is made where it is needed."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from tako_cli import output
+
+if TYPE_CHECKING:
+    from tako_runtime.config import Config
+    from tako_runtime.control import Control
+    from tako_runtime.manifest import Declared, Manifest, Mistake
+    from tako_runtime.store import Home
+
+#: How long importing the workflows may take, in seconds: a module that starts a server at import would take for ever.
+IMPORT_PATIENCE = 60
+
+#: The environment whose variables `tako dev` uses: those of [vars], and over them those of [vars.dev].
+DEV = "dev"
+
+
+def project() -> "Config":
+    """The project around the current folder."""
+    from tako_runtime import config
+    from tako_runtime.errors import TakoUnavailable
+
+    path = config.find()
+    if path is None:
+        raise TakoUnavailable(
+            f"no tako.toml in {Path.cwd()} or above it",
+            hint="Change to your project's folder, or make a project: tako init NAME",
+        )
+    return config.load(path)
+
+
+@contextmanager
+def control() -> "Iterator[Control]":
+    """The operations on the store of this folder's project, or of the app that the environment names."""
+    from tako_runtime import store
+    from tako_runtime.control import Control
+
+    opened = store.open_store(store.locate())
+    try:
+        yield Control(opened)
+    finally:
+        opened.close()
+
+
+def environment(config: "Config", home: "Home") -> dict[str, str]:
+    """What a process of the project's own finds in its environment. The shell's variables win over those of
+    tako.toml."""
+    return {**config.variables(DEV), **os.environ, **home.environment()}
+
+
+def manifest(config: "Config") -> "Manifest":
+    """What the workflows declare, read in a process of its own, so that user code cannot take this one down."""
+    import msgspec
+
+    from tako_runtime.errors import ConfigError
+    from tako_runtime.manifest import Manifest
+    from tako_runtime.store import project_home
+
+    folder = config.workflows.dir
+    words = [sys.executable, "-m", "tako_runtime", "manifest", "--dir", folder]
+    env = environment(config, project_home(config.name, config.root))
+    try:
+        done = subprocess.run(
+            words, cwd=config.root, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False,
+            timeout=IMPORT_PATIENCE,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"importing {config.root / folder} takes more than {IMPORT_PATIENCE} s",
+            hint="Move what takes so long out of the modules' top level: it runs at each import.",
+        ) from None
+    try:
+        return msgspec.json.decode(done.stdout, type=Manifest)
+    except msgspec.MsgspecError:
+        said = done.stderr.decode(errors="replace").strip()
+        raise ConfigError(said or f"reading {config.root / folder} ended with exit code {done.returncode}") from None
+
+
+def tell(mistakes: "Sequence[Mistake]") -> None:
+    """Say which files could not be imported, and why."""
+    for mistake in mistakes:
+        output.error(f"{place(mistake.file, mistake.line)} cannot be imported: {mistake.message}")
+
+
+def choose(found: "Manifest", name: str) -> "Declared":
+    """The declared workflow of that name; `NotFound` with the nearest names, and with the files that could not be
+    imported, as it may be in one of them."""
+    from tako_runtime.control import choose as choose_declared
+    from tako_runtime.errors import NotFound
+
+    try:
+        return choose_declared(found.workflows, name)
+    except NotFound as error:
+        broken = [f"{place(one.file, one.line)} cannot be imported: {one.message}" for one in found.mistakes]
+        raise NotFound(str(error), hint="\n".join([error.hint, *broken])) from None
+
+
+def place(file: str, line: int) -> str:
+    """A line of a file as an editor understands it: relative to the current folder where it is below it."""
+    path = Path(file)
+    return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{line}"
+
+
+def developing(home: "Home") -> int | None:
+    """The process id of the `tako dev` that runs this app, if one does."""
+    try:
+        pid = int((home.app_dir / "dev.pid").read_text())
+        os.kill(pid, 0)
+    except (OSError, ValueError):
+        return None
+    return pid

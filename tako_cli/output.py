@@ -1,0 +1,195 @@
+"""The only module that writes to the terminal.
+
+What a command was asked for (a table, a document, a log) goes to stdout; what it says beside that (notes, questions,
+errors) to stderr. Colour and width are those of the terminal: `NO_COLOR`, `TERM` and `COLUMNS` are heeded, and into a
+file or a pipe goes plain text, its lines as long as they need to be.
+"""
+
+import io
+import json
+import os
+import re
+import sys
+from functools import cache
+from typing import IO, TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from rich.console import Console, RenderableType
+    from rich.style import StyleType
+    from rich.text import Text
+
+#: So wide that nothing is cut where nobody has said how wide it may be.
+_BOUNDLESS = 10_000
+
+#: Between two columns of a table, and what a column must have room for.
+_GAP = 2
+_LEAST = 8
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def prepare() -> None:
+    """A character that the terminal's encoding lacks must not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def flush() -> bool:
+    """Send what is buffered; False where nobody reads it any more."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
+        return False
+    return True
+
+
+def stdout_is_terminal() -> bool:
+    return sys.stdout.isatty()
+
+
+def can_ask() -> bool:
+    """Whether there is a person to answer a question."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def can_show(text: str) -> bool:
+    """Whether stdout's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def clean(text: str) -> str:
+    """Text that came from outside, without what would steer the terminal."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\r\n", "\n"))
+
+
+# --- stdout ----------------------------------------------------------------------------------------------------------
+
+
+def text(words: str) -> None:
+    """Words as they are."""
+    sys.stdout.write(words.rstrip("\n") + "\n" if words else "")
+    sys.stdout.flush()
+
+
+def document(value: Any) -> None:
+    """The one JSON document of a command with `--json`."""
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not unicode, default=str) + "\n")
+
+
+def json_line(value: dict[str, Any]) -> None:
+    """One JSON object of a log, on its own line, at once."""
+    sys.stdout.write(json.dumps(value, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def show(*parts: "RenderableType") -> None:
+    """Tables and texts for people, on stdout."""
+    _print(sys.stdout, *parts)
+
+
+def width() -> int:
+    """How wide a line on stdout may be."""
+    return _console(sys.stdout).width
+
+
+# --- stderr ----------------------------------------------------------------------------------------------------------
+
+
+def note(words: str) -> None:
+    """Something worth knowing beside the result."""
+    _print(sys.stderr, styled(clean(words), "dim"))
+
+
+def error(message: str, hint: str = "") -> None:
+    """What went wrong, and what to do next."""
+    first = styled("error: ", "bold red").append(clean(message), "default not bold")
+    _print(sys.stderr, *([first, styled(clean(hint), "yellow")] if hint else [first]))
+
+
+def traceback(error: BaseException) -> None:
+    import traceback as reports
+
+    sys.stderr.write("".join(reports.format_exception(error)))
+
+
+def confirm(question: str) -> bool:
+    """A yes or a no from the person at the terminal."""
+    import typer
+
+    return typer.confirm(clean(question), err=True)
+
+
+# --- rich ------------------------------------------------------------------------------------------------------------
+
+
+def styled(words: str, style: "StyleType" = "") -> "Text":
+    from rich.text import Text
+
+    return Text(words, style)
+
+
+def one_line(words: str) -> str:
+    """Text from outside as one line."""
+    return clean(" ".join(words.split()))
+
+
+def table(
+    headings: "Sequence[str]",
+    rows: "Sequence[Sequence[str | Text]]",
+    *,
+    flexible: "Sequence[int]" = (),
+    right: "Collection[int]" = (),
+) -> "list[Text]":
+    """A table without lines; no headings, no line of them. Where it is too wide for the terminal, the flexible columns
+    (by number, the first one first) are cut short; one without a heading is left out before it says nothing."""
+    from rich.text import Text
+
+    grid = [[cell if isinstance(cell, Text) else Text(cell) for cell in row] for row in rows]
+    if any(headings):
+        grid.insert(0, [Text(heading, "dim") for heading in headings])
+    widths = [max((row[i].cell_len for row in grid), default=0) for i in range(len(headings))]
+    for i in flexible:
+        excess = sum(widths) + _GAP * (sum(map(bool, widths)) - 1) - width()
+        if excess > 0:
+            least = max(_LEAST, len(headings[i]))
+            fits = widths[i] - excess >= least
+            widths[i] = widths[i] - excess if fits else min(widths[i], least) if headings[i] else 0
+    return [_row(row, widths, right) for row in grid]
+
+
+def _row(cells: "Sequence[Text]", widths: "Sequence[int]", right: "Collection[int]") -> "Text":
+    line = styled("")
+    for i, (cell, room) in enumerate(zip(cells, widths, strict=True)):
+        if room:
+            cell.truncate(room, overflow="ellipsis" if can_show("…") else "crop")
+            padding = " " * (room - cell.cell_len)
+            line.append(" " * _GAP if line else "").append(padding if i in right else "").append_text(cell)
+            line.append("" if i in right else padding)
+    line.rstrip()
+    return line
+
+
+@cache
+def _console(stream: IO[str]) -> "Console":
+    from rich.console import Console
+
+    fixed = None if stream.isatty() or os.environ.get("COLUMNS", "").isdigit() else _BOUNDLESS
+    return Console(file=stream, highlight=False, markup=False, emoji=False, width=fixed)
+
+
+def _print(stream: IO[str], *parts: "RenderableType") -> None:
+    """Written by us and not by rich, which ends the process where a pipe is closed."""
+    console = _console(stream)
+    with console.capture() as captured:
+        console.print(*parts, sep="\n")
+    stream.write(captured.get())
+    stream.flush()

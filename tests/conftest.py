@@ -1,0 +1,190 @@
+"""What every test may ask for: a home of its own, an open store, a clock, and the one place that polls."""
+
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import settings
+
+from tako_runtime import clock, store
+from tako_runtime.run import Claimed, NewRun, Run, StepRecord, WorkerRecord, new_id
+from tako_runtime.state import Change, Outcome, settle
+from tako_runtime.store import Home, base, open_store
+from tako_runtime.store.commit import StoreThread
+from tako_runtime.workflow import Workflow, registry
+
+T = TypeVar("T")
+
+settings.register_profile("tako", deadline=None)  # a slow machine is no failure
+settings.load_profile("tako")
+
+
+class FakeClock:
+    """A clock that stands still until it is told to move."""
+
+    def __init__(self, start: int = 1_800_000_000 * clock.SECOND) -> None:
+        self._now = start
+
+    def now(self) -> int:
+        return self._now
+
+    def advance(self, micros: int) -> int:
+        """Let `micros` microseconds pass; the instant it is then."""
+        self._now += micros
+        return self._now
+
+
+class Caller:
+    """Calls a store's operations at a clock that stands still, with the worker `w-1` on the list."""
+
+    def __init__(self, store: StoreThread) -> None:
+        self.do = store.do_sync
+        self.clock = FakeClock()
+        self.join("w-1")
+
+    @property
+    def now(self) -> int:
+        return self.clock.now()
+
+    def join(self, worker: str, group: str = "default") -> None:
+        record = WorkerRecord(worker, group, "host", 1, "dev", self.now, self.now + clock.HOUR)
+        self.do(base.AddWorker(worker=record))
+
+    def new(self, **fields: Any) -> NewRun:
+        told = {
+            "id": new_id(self.now), "workflow": "order", "group": "default", "payload": "null", "created_at": self.now,
+            "due_at": self.now, "retries": 2, "backoff_base": clock.SECOND, "backoff_max": clock.HOUR,
+        }  # fmt: skip
+        return NewRun(**told | fields)
+
+    def enqueue(self, **fields: Any) -> str:
+        [run_id] = self.do(base.Enqueue(runs=[self.new(**fields)], now=self.now))
+        return run_id
+
+    def claim(
+        self, limit: int = 1, worker: str = "w-1", group: str = "default", workflows: Sequence[str] = ("order",)
+    ) -> list[Claimed]:
+        op = base.ClaimRuns(worker=worker, group=group, workflows=workflows, limit=limit, now=self.now)
+        return self.do(op)
+
+    def started(self, **fields: Any) -> Run:
+        """A new run, claimed."""
+        self.enqueue(**fields)
+        [claimed] = self.claim()
+        return claimed.run
+
+    def get(self, run: Run) -> Run:
+        found = self.do(base.GetRun(seq=run.seq))
+        assert found is not None
+        return found
+
+    def save(self, run: Run, name: str, position: int = 1, status: str = "done", **fields: Any) -> StepRecord | None:
+        told = {"kind": "run", "started_at": self.now, "finished_at": self.now, "result": b"1"}
+        step = StepRecord(name=name, position=position, status=status, attempt=run.attempt, **told | fields)
+        return self.do(base.SaveStep(seq=run.seq, claim=run.claim, step=step))
+
+    def wait(
+        self, run: Run, name: str, signal: str | None = None, position: int = 1, timeout: int | None = None
+    ) -> StepRecord | None:
+        due = None if timeout is None else self.now + timeout
+        step = StepRecord("wait", name, position, "waiting", run.attempt, self.now, due_at=due)
+        return self.do(base.OpenWait(seq=run.seq, claim=run.claim, step=step, signal=signal or name, now=self.now))
+
+    def expire(self, run: Run, name: str) -> StepRecord | None:
+        return self.do(base.ExpireWait(seq=run.seq, claim=run.claim, name=name, now=self.now))
+
+    def signal(self, name: str, payload: str = "1", keep: int = 7 * clock.DAY) -> int:
+        return self.do(base.SendSignal(name=name, payload=payload, now=self.now, expires_at=self.now + keep))
+
+    def apply(self, change: Change) -> bool:
+        return self.do(base.Apply(change=change))
+
+    def settle(self, run: Run, outcome: Outcome) -> bool:
+        """Write what `outcome` makes of the run as it was seen."""
+        return self.apply(settle(run, outcome, self.now))
+
+
+def until(condition: Callable[[], T], seconds: float = 20) -> T:
+    """What `condition` gives once that is true; a failure after `seconds`. In an event loop, `asyncio.to_thread` it.
+
+    The one place that polls, for what sends no event.
+    """
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {seconds:g} s: {condition}")
+        time.sleep(0.01)
+    return found
+
+
+def script(code: str, *args: object, home: Home | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:
+    """A process of its own that runs `code`, with pipes for its input and output."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TAKO_")}
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+        env=env | (home.environment() if home else {}),
+        cwd=cwd,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], seconds: float = 60) -> str:
+    """What the process printed, once it has ended well."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        pytest.fail(f"not ended within {seconds:g} s; it said: {out}{err}")
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.fixture(autouse=True)
+def _no_home_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test finds no store but its own."""
+    for name in ("TAKO_APP_NAME", "TAKO_DATA_DIR", "TAKO_RELEASE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    """A home with nothing in it yet, on a path that is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="tako-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Home("shop", Path(folder))
+
+
+@pytest.fixture(params=["sqlite"])
+def opened(request: pytest.FixtureRequest, home: Home) -> Iterator[StoreThread]:
+    """An open store of each dialect, which is this process's own while the test runs."""
+    dialects: dict[str, Callable[[Home], StoreThread]] = {"sqlite": open_store}
+    thread = dialects[request.param](home)
+    store.use(thread)
+    yield thread
+    store.use(None)
+    thread.close()
+
+
+@pytest.fixture
+def caller(opened: StoreThread) -> Caller:
+    return Caller(opened)
+
+
+@pytest.fixture
+def clean_registry() -> Iterator[dict[str, Workflow[..., object]]]:
+    """No workflow is declared; afterwards, those that were before."""
+    before = dict(registry)
+    registry.clear()
+    yield registry
+    registry.clear()
+    registry.update(before)

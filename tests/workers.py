@@ -1,0 +1,219 @@
+"""Workers for tests: one in this process until nothing is due, or one as a process of its own."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+from conftest import until
+
+from tako_runtime import clock
+from tako_runtime.control import Control
+from tako_runtime.store import Home
+from tako_runtime.store.base import Demand, ListWorkers
+from tako_runtime.store.commit import StoreThread
+from tako_runtime.worker import Settings, Worker
+from tako_runtime.workflow import registry
+
+HERE = Path(__file__).parent
+FLOWS = "scenarios/flows"
+
+
+class LaterClock:
+    """The machine's clock, set forward: what is due in an hour is due now."""
+
+    def __init__(self, by: clock.Duration = 0) -> None:
+        self._by = clock.duration(by)
+
+    def now(self) -> int:
+        return clock.SystemClock().now() + self._by
+
+
+def now() -> int:
+    return clock.SystemClock().now()
+
+
+def work(
+    opened: StoreThread,
+    home: Home,
+    meanwhile: Callable[[Worker], Awaitable[object]] | None = None,
+    *,
+    later: clock.Duration = 0,
+    **settings: Any,
+) -> str:
+    """Run a worker in this process: until nothing is due (`later`: on a clock that is so far ahead), or until
+    `meanwhile(worker)` has ended and it has drained. Why it stopped."""
+    ticking = LaterClock(later)
+
+    async def live(given: Settings) -> str:
+        worker = Worker(opened, home.app_dir, registry, given, ticking)
+        async with asyncio.timeout(60):
+            if meanwhile is None:
+                return await worker.run()
+            running = asyncio.create_task(worker.run())
+            await meanwhile(worker)
+            worker.stop()
+            return await running
+
+    if meanwhile is not None:
+        return asyncio.run(live(Settings(**settings)))
+    while True:
+        reason = asyncio.run(live(Settings(**{"idle_timeout": 1, **settings})))
+        if settings.get("group", "default") not in opened.do_sync(Demand(now=ticking.now())).groups:
+            return reason
+
+
+async def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
+    """`until`, in an event loop."""
+    await asyncio.to_thread(until, condition, seconds)
+
+
+def shown(opened: StoreThread, run_id: str) -> dict[str, Any]:
+    """The run as `tako runs show --json` has it."""
+    return Control(opened).show(run_id)
+
+
+def status(opened: StoreThread, run_id: str) -> tuple[str, str]:
+    run = shown(opened, run_id)
+    return run["status"], run["reason"]
+
+
+def steps(run: dict[str, Any]) -> dict[str, str]:
+    return {step["name"]: step["status"] for step in run["steps"]}
+
+
+def tamper(home: Home, statement: str) -> None:
+    """Write to the file behind tako's back."""
+    db = apsw.Connection(str(home.app_dir / "runs.db"))
+    db.set_busy_timeout(10_000)
+    db.execute(statement)
+    db.close()
+
+
+class WorkerProcess:
+    """A worker in a process of its own; its log in a file, or where `stdout` says."""
+
+    def __init__(
+        self,
+        home: Home,
+        *words: str,
+        script: str | None = None,
+        env: dict[str, str] | None = None,
+        stdout: int | None = None,
+    ) -> None:
+        self.log = home.data_dir / f"worker-{os.urandom(4).hex()}.log"
+        start = [str(HERE / "scenarios" / script)] if script else ["-m", "tako_runtime"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *start, "worker", "--dir", FLOWS, "--log-level", "debug", *words],
+                cwd=HERE,
+                env={**os.environ, **home.environment(), **(env or {})},
+                stdin=subprocess.PIPE,
+                stdout=log if stdout is None else stdout,
+                stderr=log,
+            )
+        self.pid = self.process.pid
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Its events of that name so far."""
+        lines = self.log.read_bytes().split(b"\n")[:-1]
+        found = [msgspec.json.decode(line) for line in lines if line.startswith(b"{")]
+        return [event for event in found if event.get("event") == name]
+
+    def up(self) -> "WorkerProcess":
+        """Once it listens for work."""
+        until(lambda: self.events("worker.started") or self.process.poll() is not None)
+        assert self.process.poll() is None, self.log.read_text()
+        return self
+
+    def kill(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def ended(self, seconds: float = 30) -> int:
+        """Its exit code, negative for a signal."""
+        return self.process.wait(seconds)
+
+
+@contextmanager
+def worker_process(
+    home: Home,
+    *words: str,
+    script: str | None = None,
+    env: dict[str, str] | None = None,
+    stdout: int | None = None,
+) -> Iterator[WorkerProcess]:
+    worker = WorkerProcess(home, *words, script=script, env=env, stdout=stdout)
+    try:
+        yield worker
+    finally:
+        worker.process.kill()
+        worker.process.wait()
+        assert worker.process.stdin is not None
+        worker.process.stdin.close()
+
+
+def workers(opened: StoreThread) -> dict[str, int]:
+    """The workers on the list: process id by worker id."""
+    return {worker.id: worker.pid for worker in opened.do_sync(ListWorkers())}
+
+
+def bodies(log: Path) -> list[str]:
+    """The bodies that have run, in order: one line each, written by `scenarios.flows._bodies.ran`."""
+    return log.read_text().split() if log.exists() else []
+
+
+class SupervisorProcess:
+    """A supervisor in a process of its own; what it and its workers say is in a file."""
+
+    def __init__(self, home: Home, folder: str, root: Path, options: dict[str, Any]) -> None:
+        self.log = home.data_dir / f"supervisor-{os.urandom(4).hex()}.log"
+        words = [str(HERE / "scenarios" / "supervise.py"), folder, msgspec.json.encode(options).decode()]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *words], cwd=root, env={**os.environ, **home.environment()}, stdout=log, stderr=log
+            )
+
+    def events(self, name: str = "") -> list[dict[str, Any]]:
+        lines = self.log.read_bytes().split(b"\n")[:-1]
+        found = [msgspec.json.decode(line) for line in lines if line.startswith(b"{")]
+        return [event for event in found if not name or event.get("event") == name]
+
+    @property
+    def spawned(self) -> list[int]:
+        """The process ids of all workers that it has started so far."""
+        return [event["pid"] for event in self.events("worker.spawned")]
+
+    def stop(self, seconds: float = 30) -> int:
+        """SIGTERM; its exit code."""
+        self.process.terminate()
+        return self.process.wait(seconds)
+
+
+@contextmanager
+def supervised(home: Home, *, folder: str = FLOWS, root: Path = HERE, **options: Any) -> Iterator[SupervisorProcess]:
+    """A supervisor of one group: `options` are those of `Group`, and `lease`. Stopped at the end, in order."""
+    supervisor = SupervisorProcess(home, folder, root, options)
+    try:
+        until(lambda: supervisor.events("supervisor.started") or supervisor.process.poll() is not None)
+        yield supervisor
+        if supervisor.process.poll() is None:
+            assert supervisor.stop() == 0, supervisor.log.read_text()
+    finally:
+        if supervisor.process.poll() is None:
+            supervisor.process.kill()
+        supervisor.process.wait()
+
+
+def gone(pid: int) -> bool:
+    """Whether a process is no more, or a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
