@@ -94,10 +94,11 @@ def _command() -> Any:
     coloured = output.stdout_is_terminal()
     app.rich_markup_mode = "rich" if coloured else None
     command = typer.main.get_command(app)
-    todo: list[Any] = [command]
-    while coloured and todo:  # the plain kind needs a mark where lines are to be kept, the coloured one prints it
+    todo: list[Any] = [command] if coloured else []
+    while todo:  # the plain help needs a mark where lines are to be kept; the coloured one would print it
         one = todo.pop()
-        one.help = (one.help or "").replace("\b\n", "")
+        first, blank, rest = (one.help or "").partition("\n\n")
+        one.help = first + blank + blank * rest.startswith("\b") + rest.replace("\b\n", "")
         todo += getattr(one, "commands", {}).values()
     return command
 

@@ -109,7 +109,7 @@ def _fact(name: str, value: str) -> "Text":
 
 def _awaited(wait: Json, now: int) -> str:
     until = f"until {wording.at(wait['until'], now)} ({wording.distance(wait['until'], now)})"
-    return f"{wait['signal']}  {until if wait['until'] else 'without a deadline'}"
+    return f"{wait['signal']}, {until if wait['until'] else 'without a deadline'}"
 
 
 def _steps(run: Json, now: int) -> "list[Text]":

@@ -48,6 +48,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.stopped": (INFO, "worker {worker} stopped: {reason}"),
     "worker.lost_lease": (ERROR, "worker {worker} lost its lease: its {runs} runs are given up here"),
     "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
+    "worker.frozen": (ERROR, "worker {worker} (process {pid}) has not renewed its lease: it is ended and replaced"),
     "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
     "group.paused": (
         ERROR,

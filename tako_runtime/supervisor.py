@@ -27,7 +27,7 @@ from tako_runtime.log import emit
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import new_id
 from tako_runtime.store import Home
-from tako_runtime.store.base import DataVersion, Demand
+from tako_runtime.store.base import DataVersion, Demand, ListWorkers
 from tako_runtime.store.commit import StoreThread
 
 #: The net under the bell, in seconds.
@@ -216,6 +216,7 @@ class Supervisor:
                 version = await self._store.do(DataVersion())
                 if now >= reclaim_at:
                     reclaim_at = now + RECLAIM_EVERY
+                    await self._end_frozen(now)
                     await reclaim(self._store, self._home.app_dir, now)
                     self._dirty = True
                 if self._dirty or version != data_version or (next_at is not None and next_at <= now):
@@ -288,6 +289,15 @@ class Supervisor:
         await self._give_back()
         self._dirty = True
         self._wake.set()
+
+    async def _end_frozen(self, now: int) -> None:
+        """A worker of ours whose lease has lapsed does not run any more (it was stopped, or hangs with the interpreter
+        held): end it, with whatever lock it holds. Its runs go on in another."""
+        lapsed = {w.pid: w.id for w in await self._store.do(ListWorkers()) if w.lease_until <= now}
+        for child in self._children:
+            if child.pid in lapsed:
+                emit("worker.frozen", worker=lapsed[child.pid], pid=child.pid, group=child.group.name)
+                child.kill()
 
     async def _give_back(self) -> None:
         try:

@@ -29,7 +29,7 @@ def hold(project: Path, dev: Dev) -> tuple[str, int]:
 
 
 def test_once_works_off_what_is_due_and_leaves_the_parked(project: Path) -> None:
-    runs = {name: start(project, name, "Ada") for name in ("greet", "ask", "nap")}
+    runs = {name: start(project, name, payload) for name, payload in (("greet", "Ada"), ("ask", {}), ("nap", {}))}
     done("dev", "--once", cwd=project)
     ended = {name: (run_of(project, run)["status"], run_of(project, run)["reason"]) for name, run in runs.items()}
     assert ended["greet"][0] == "succeeded"
@@ -114,7 +114,7 @@ def test_what_a_handler_prints_is_in_the_log_with_its_run(project: Path) -> None
     with developing(project) as dev:
         run, child = hold(project, dev)
         said = dev.events[-1]
-        assert (said["run"], said["workflow"], said["step"], said["source"]) == (run, "hold", "held", "default")
+        assert (said["run"], said["workflow"], said["source"]) == (run, "hold", "default")
         assert said["message"] == f"child {child}"
         (project / "go").touch()
         dev.wait_for("run.succeeded")
@@ -204,7 +204,7 @@ def test_a_second_dev_of_one_project_is_refused_with_the_first_ones_pid(project:
         error = document("dev", cwd=project, code=1)["error"]
         assert error["code"] == "refused"
         assert str(dev.process.pid) in error["message"]
-        assert "tako dev" not in tako("runs", "start", "nap", cwd=project).stderr  # one runs, so no advice to start it
+        assert "tako dev" not in tako("runs", "start", "greet", "-p", '"Ada"', cwd=project).stderr  # one runs, so no advice to start it
         dev.send(signal.SIGTERM)
         assert dev.ended() == 0
     done("dev", "--once", cwd=project)

@@ -672,6 +672,7 @@ def test_a_child_that_outlives_the_process_it_was_forked_from_loses_nothing(home
         sys.stdin.readline()
         signal_sync("child, late")
         print("stored", flush=True)
+        os.kill(os.getpid(), 9)
         """,
         home=home,
     )

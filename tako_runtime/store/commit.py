@@ -23,8 +23,9 @@ R = TypeVar("R")
 #: So that a flood of callers holds the write lock, which other processes wait for, only so long at a time.
 MAX_BATCH = 1_000
 
-#: How long a sync or async caller outside a worker waits for its turn, in seconds.
-PATIENCE = 30.0
+#: How long a sync caller waits for its turn, in seconds. An async one sets its own limit (`asyncio.timeout`); the store
+#: itself says that it is busy where another process holds it for long.
+PATIENCE = 60.0
 
 
 class StoreThread:

@@ -23,6 +23,9 @@ from tako_runtime.store.base import Operation, Store, Topics
 from tako_runtime.store.queries import load, migrations
 from tako_runtime.store.turnstile import Turnstile
 
+#: How long a writer waits for its turn, in seconds, before it says that the store is busy.
+PATIENCE = 30.0
+
 #: How long SQLite waits for a lock that is not ours to queue for (a backup tool, a shell), in milliseconds.
 BUSY_TIMEOUT = 10_000
 
@@ -67,7 +70,7 @@ class SqliteStore(Store):
         try:
             _make_private(path)
             if queueing == "turnstile":
-                self._turnstile = Turnstile(path)
+                self._turnstile = Turnstile(path, PATIENCE)
             self._db = apsw.Connection(str(path))
             self._db.set_busy_timeout(BUSY_TIMEOUT)
             self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of effect in a new file only
