@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 #: How long importing the workflows may take, in seconds: a module that starts a server at import would take for ever.
 IMPORT_PATIENCE = 60
 
-#: The environment whose variables `tako dev` uses: those of [vars], and over them those of [vars.dev].
-DEV = "dev"
+#: The environment whose variables `tako dev` uses: those of [vars], and over them those of [vars.development].
+DEV = "development"
 
 
 def project() -> "Config":

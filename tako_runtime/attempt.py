@@ -34,7 +34,7 @@ from tako_runtime.state import (
     Waits,
     settle,
 )
-from tako_runtime.step import Step, Suspension, SyncStep, inside
+from tako_runtime.step import Step, Suspension, SyncStep
 from tako_runtime.store.base import Apply, GetRun, Operation, SaveStep, Steps
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import Workflow
@@ -228,7 +228,7 @@ class Attempt:
     async def begin(self, kind: str, name: str) -> tuple[StepKey, int, StepRecord | None]:
         """Number the call, and say what is stored of it. Raises where no step may begin; else `leave(key)` must
         follow, and the call counts as in flight until then."""
-        outer = inside.get()
+        outer = log.in_step.get()
         if outer is not None:
             raise StepMisuse(
                 f"step {name!r} was called inside the body of step {outer!r}",

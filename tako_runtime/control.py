@@ -15,10 +15,10 @@ from tako_runtime import clock, codec, failure, state
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.errors import InvalidValue, NotFound, Refused, Unreadable
 from tako_runtime.manifest import Declared
-from tako_runtime.run import AttemptRecord, NewRun, Run, Status, StepRecord, first_id_at, new_id
+from tako_runtime.run import AttemptRecord, Run, Status, StepRecord, first_id_at, new_id
 from tako_runtime.store import base
 from tako_runtime.store.commit import StoreThread
-from tako_runtime.workflow import check_signal_name, release, signal_op
+from tako_runtime.workflow import check_signal_name, new_run, signal_op
 
 Json = dict[str, Any]
 
@@ -111,10 +111,9 @@ class Control:
                 f"the payload is not JSON: {error}", hint="""Text needs its quotes: --payload '"text"'."""
             ) from None
         now = self._clock.now()
-        new = NewRun(
-            id=new_id(now), workflow=flow.name, group=flow.group, payload=payload, created_at=now, due_at=now + delay,
-            retries=flow.retries, backoff_base=flow.backoff_base, backoff_max=flow.backoff_max, priority=priority,
-            unique_key=unique_key, release=release(),
+        new = new_run(
+            flow.name, flow.group, payload, now=now, due=now + delay, retries=flow.retries,
+            backoff_base=flow.backoff_base, backoff_max=flow.backoff_max, priority=priority, unique_key=unique_key,
         )  # fmt: skip
         [run_id] = self._store.do_sync(base.Enqueue(runs=[new], now=now))
         return self.find(run_id)

@@ -24,7 +24,7 @@ LEVELS = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
 #: event: (level, sentence). The sentence's fields are facts of the event.
 WORDS: dict[str, tuple[int, str]] = {
     "run.started": (INFO, "attempt {attempt} of {max_attempts} started"),
-    "run.resumed": (INFO, "goes on in attempt {attempt} of {max_attempts}, {done} steps done before"),
+    "run.resumed": (INFO, "goes on in attempt {attempt} of {max_attempts}, steps done before: {done}"),
     "run.succeeded": (INFO, "succeeded in {took}"),
     "run.retrying": (WARNING, "attempt {attempt} of {max_attempts} failed, again in {pause}: {error}"),
     "run.sleeping": (INFO, "sleeps until {until}"),
@@ -44,9 +44,9 @@ WORDS: dict[str, tuple[int, str]] = {
     "wait.timed_out": (INFO, "no signal {signal} by its deadline"),
     "store.busy": (WARNING, "a write waits and is tried again: {error}"),
     "worker.started": (INFO, "worker {worker} of group {group} started, {concurrency} runs at once: {workflows}"),
-    "worker.draining": (INFO, "worker {worker} drains: {runs} runs in hand"),
+    "worker.draining": (INFO, "worker {worker} drains, runs in hand: {runs}"),
     "worker.stopped": (INFO, "worker {worker} stopped: {reason}"),
-    "worker.lost_lease": (ERROR, "worker {worker} lost its lease: its {runs} runs are given up here"),
+    "worker.lost_lease": (ERROR, "worker {worker} lost its lease and gives up what it has in hand (runs: {runs})"),
     "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
     "worker.frozen": (ERROR, "worker {worker} (process {pid}) has not renewed its lease: it is ended and replaced"),
     "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
@@ -60,6 +60,8 @@ WORDS: dict[str, tuple[int, str]] = {
 
 #: Facts of the run and step that the code is in: they go with every event, and with what a handler prints.
 _context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tako_log", default=None)
+#: The step whose body this code runs in, if any: it goes with every event too, and tells a step inside a step.
+in_step: contextvars.ContextVar[str | None] = contextvars.ContextVar("tako_step", default=None)
 _sinks: list[Callable[[dict[str, Any]], None]] = []
 _time = clock.SystemClock()
 
@@ -68,7 +70,10 @@ def emit(event: str, **facts: Any) -> None:
     """Announce a fact to every sink. Costs next to nothing where there is none."""
     if not _sinks:
         return
-    line = {"at": _time.now(), "level": WORDS[event][0], "event": event, **(_context.get() or {}), **facts}
+    line = {"at": _time.now(), "level": WORDS[event][0], "event": event, **(_context.get() or {})}
+    if (step := in_step.get()) is not None:
+        line["step"] = step
+    line.update(facts)
     for sink in _sinks:
         sink(line)
 

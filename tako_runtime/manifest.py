@@ -116,7 +116,8 @@ def _mistake(error: BaseException, file: Path, root: Path) -> Mistake:
     machinery = ("<frozen importlib", importlib.__file__, __file__)
     report.stack = traceback.StackSummary.from_list([f for f in report.stack if not f.filename.startswith(machinery)])
     hint = f" ({error.hint})" if isinstance(error, TakoError) and error.hint else ""
-    message = f"{type(error).__name__}: {error}{hint}"
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    message = f"{type(error).__name__}: {said}{hint}"
     return Mistake(str(place), line, message, "".join(report.format()).rstrip())
 
 

@@ -5,7 +5,6 @@ before the handler goes on. There is one implementation, which is async; `SyncSt
 """
 
 import asyncio
-import contextvars
 import inspect
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
@@ -16,7 +15,7 @@ from tako_runtime import clock, codec, failure
 from tako_runtime.clock import Duration
 from tako_runtime.errors import InvalidValue, NotCarried, StepFailed, StepMisuse, StepTimeout
 from tako_runtime.failure import Failure
-from tako_runtime.log import emit
+from tako_runtime.log import emit, in_step
 from tako_runtime.run import StepKey, StepRecord
 from tako_runtime.state import Backoff, Bailed, Failed
 from tako_runtime.store.base import ExpireWait, OpenWait
@@ -29,9 +28,6 @@ T = TypeVar("T")
 
 #: A sleep shorter than this stays in its slot; a longer one parks the run.
 INLINE_SLEEP = 30 * clock.SECOND
-
-#: The step whose body this code runs in, if any.
-inside: contextvars.ContextVar[str | None] = contextvars.ContextVar("tako_step", default=None)
 
 
 class Suspension(BaseException):
@@ -268,7 +264,7 @@ async def _body(
     attempt: "Attempt", key: StepKey, fn: Callable[..., Any], args: tuple[Any, ...], timeout: int | None
 ) -> Any:
     """One try of a step's body. `sys.exit` in it is a failure of the step, not the end of the worker."""
-    token = inside.set(key.name)
+    token = in_step.set(key.name)
     try:
         if timeout is None:
             return await _call(attempt, fn, args)
@@ -283,7 +279,7 @@ async def _body(
     except (SystemExit, KeyboardInterrupt) as error:
         raise StepFailed(f"step {key.name!r} called for the end of its process: {error!r}") from None
     finally:
-        inside.reset(token)
+        in_step.reset(token)
 
 
 async def _call(attempt: "Attempt", fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:

@@ -23,7 +23,7 @@ import msgspec
 from tako_runtime import clock
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.errors import StoreBusy
-from tako_runtime.log import emit
+from tako_runtime.log import WORDS, emit
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import new_id
 from tako_runtime.store import Home
@@ -310,7 +310,7 @@ class Supervisor:
             event = msgspec.json.decode(line)
         except msgspec.DecodeError:
             event = None
-        if isinstance(event, dict) and "event" in event:
+        if isinstance(event, dict) and event.get("event") in WORDS and {"at", "level", "message"} <= event.keys():
             child.began = child.began or event["event"] == "worker.started"
         else:
             child.last_lines.append(line)

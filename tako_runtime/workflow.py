@@ -188,28 +188,44 @@ class Workflow(Generic[P, R]):
             due = now + clock.duration(delay, "delay")
         if retries is not None:
             _check_count(retries, "retries")
-        if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > 1 << 31:
-            raise InvalidValue(f"priority must be a whole number of at most 32 bits, not {priority!r}")
-        return Enqueue(
-            now=now,
-            runs=[
-                NewRun(
-                    id=new_id(now),
-                    workflow=self.name,
-                    group=self.group,
-                    payload=codec.payload_text(payload, self.payload_type, self.name),
-                    created_at=now,
-                    due_at=due,
-                    retries=self.retries if retries is None else retries,
-                    backoff_base=self.backoff.base_micros,
-                    backoff_max=self.backoff.max_micros,
-                    priority=priority,
-                    unique_key=_check_key(unique_key(payload)),
-                    release=release(),
-                )
-                for payload in payloads
-            ],
-        )
+        base, longest = self.backoff.base_micros, self.backoff.max_micros
+        runs = [
+            new_run(
+                self.name, self.group, codec.payload_text(payload, self.payload_type, self.name), now=now, due=due,
+                retries=self.retries if retries is None else retries, backoff_base=base, backoff_max=longest,
+                priority=priority, unique_key=unique_key(payload),
+            )
+            for payload in payloads
+        ]  # fmt: skip
+        return Enqueue(now=now, runs=runs)
+
+
+def new_run(
+    workflow: str,
+    group: str,
+    payload: str,
+    *,
+    now: int,
+    due: int,
+    retries: int,
+    backoff_base: int,
+    backoff_max: int,
+    priority: int = 0,
+    unique_key: str | None = None,
+    scheduled_at: int | None = None,
+) -> NewRun:
+    """A run to be inserted, whoever starts it; `InvalidValue` for what no store could hold."""
+    if due > clock.LATEST:
+        raise InvalidValue(f"the run of {workflow!r} would be due past the year 9999")
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) >= 1 << 31:
+        raise InvalidValue(f"priority must be a whole number of at most 32 bits, not {priority!r}")
+    if unique_key is not None and (not isinstance(unique_key, str) or not 0 < len(unique_key) <= 500):
+        raise InvalidValue(f"unique_key must be text of 1 to 500 characters, not {unique_key!r:.80}")
+    return NewRun(
+        id=new_id(now), workflow=workflow, group=group, payload=payload, created_at=now, due_at=due, retries=retries,
+        backoff_base=backoff_base, backoff_max=backoff_max, priority=priority, unique_key=unique_key,
+        release=release(), scheduled_at=scheduled_at,
+    )  # fmt: skip
 
 
 async def signal(name: str, payload: object = None) -> int:
@@ -286,9 +302,3 @@ def _check_name(name: str, what: str) -> None:
 def _check_count(value: int, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1_000_000:
         raise InvalidValue(f"{what} must be a whole number from 0 on, not {value!r}")
-
-
-def _check_key(key: str | None) -> str | None:
-    if key is not None and (not isinstance(key, str) or not 0 < len(key) <= 500):
-        raise InvalidValue(f"unique_key must be text of 1 to 500 characters, not {key!r}")
-    return key

@@ -70,6 +70,17 @@ def test_once_gives_up_on_runs_that_nobody_can_take(project: Path) -> None:
     assert "no file declares 'greet' in group default" in ended.stdout
 
 
+def test_once_gives_up_on_a_group_whose_workers_do_not_start(project: Path) -> None:
+    run = start(project, "greet", "Ada")
+    flows = project / "workflows" / "flows.py"
+    flows.write_text(f"import sys\nif 'worker' in sys.argv:\n    sys.exit('no database')\n{flows.read_text()}")
+    ended = tako("dev", "--once", cwd=project)
+    assert ended.returncode == 1
+    assert "the workers of group default end before they begin" in ended.stdout
+    assert "no database" in ended.stdout
+    assert run_of(project, run)["status"] == "pending"
+
+
 def test_a_broken_file_is_named_with_its_line_and_the_others_work(project: Path) -> None:
     (project / "workflows" / "bad.py").write_text("x = 1\ndef f(:\n")
     run = start(project, "greet", "Ada")
@@ -118,6 +129,26 @@ def test_what_a_handler_prints_is_in_the_log_with_its_run(project: Path) -> None
         assert said["message"] == f"child {child}"
         (project / "go").touch()
         dev.wait_for("run.succeeded")
+
+
+def test_what_a_steps_program_prints_is_output_even_where_it_looks_like_an_event(tmp_path: Path) -> None:
+    flows = """
+        import subprocess
+        from tako_runtime import Step, workflow
+
+        LINES = ["no json", '{"event": "login", "run": 5}', '{"event": ["run.dead"]}', '{"event": "run.dead"}']
+
+        @workflow("tell")
+        async def tell(step: Step) -> None:
+            await step.run("print", subprocess.check_call, ["printf", "%s\\\\n", *LINES])
+    """
+    project = make_project(tmp_path / "shop", flows)
+    start(project, "tell")
+    with developing(project, "--once") as dev:
+        said = [dev.wait_for("output")["message"] for _ in range(4)]
+        dev.wait_for("run.succeeded")
+        assert dev.ended() == 0
+    assert said == ["no json", '{"event": "login", "run": 5}', '{"event": ["run.dead"]}', '{"event": "run.dead"}']
 
 
 def test_variables_of_tako_toml_reach_the_workflows_and_the_shell_wins(tmp_path: Path) -> None:
@@ -204,7 +235,8 @@ def test_a_second_dev_of_one_project_is_refused_with_the_first_ones_pid(project:
         error = document("dev", cwd=project, code=1)["error"]
         assert error["code"] == "refused"
         assert str(dev.process.pid) in error["message"]
-        assert "tako dev" not in tako("runs", "start", "greet", "-p", '"Ada"', cwd=project).stderr  # one runs, so no advice to start it
+        started = tako("runs", "start", "greet", "--payload", '"Ada"', cwd=project)
+        assert started.stderr == ""  # one runs here, so there is no advice to start it
         dev.send(signal.SIGTERM)
         assert dev.ended() == 0
     done("dev", "--once", cwd=project)

@@ -39,7 +39,7 @@ def ls(
     status: Status = None,
     workflow: OfWorkflow = None,
     since: Since = None,
-    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most so many.")] = 50,
+    limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, max=_ALL, help="At most so many.")] = 50,
     as_json: Json = False,
 ) -> None:
     """List runs, newest first.
