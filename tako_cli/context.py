@@ -1,8 +1,6 @@
 """Which project, which store, what its workflows declare. Every import that costs time is made where it is needed."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +13,6 @@ if TYPE_CHECKING:
     from tako_runtime.control import Control
     from tako_runtime.manifest import Declared, Manifest, Mistake
     from tako_runtime.store import Home
-
-#: How long importing the workflows may take, in seconds: a module that starts a server at import would take for ever.
-IMPORT_PATIENCE = 60
 
 #: The environment whose variables `tako dev` uses: those of [vars], and over them those of [vars.development].
 DEV = "development"
@@ -58,30 +53,10 @@ def environment(config: "Config", home: "Home") -> dict[str, str]:
 
 def manifest(config: "Config") -> "Manifest":
     """What the workflows declare, read in a process of its own, so that user code cannot take this one down."""
-    import msgspec
-
-    from tako_runtime.errors import ConfigError
-    from tako_runtime.manifest import Manifest
+    from tako_runtime.manifest import read
     from tako_runtime.store import project_home
 
-    folder = config.workflows.dir
-    words = [sys.executable, "-m", "tako_runtime", "manifest", "--dir", folder]
-    env = environment(config, project_home(config.name, config.root))
-    try:
-        done = subprocess.run(
-            words, cwd=config.root, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False,
-            timeout=IMPORT_PATIENCE,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise ConfigError(
-            f"importing {config.root / folder} takes more than {IMPORT_PATIENCE} s",
-            hint="Move what takes so long out of the modules' top level: it runs at each import.",
-        ) from None
-    try:
-        return msgspec.json.decode(done.stdout, type=Manifest)
-    except msgspec.MsgspecError:
-        said = done.stderr.decode(errors="replace").strip()
-        raise ConfigError(said or f"reading {config.root / folder} ended with exit code {done.returncode}") from None
+    return read(config.root, config.workflows.dir, environment(config, project_home(config.name, config.root)))
 
 
 def tell(mistakes: "Sequence[Mistake]") -> None:

@@ -1,4 +1,4 @@
-"""python -m tako_runtime worker | manifest: what a supervisor starts. JSON on stdout."""
+"""python -m tako_runtime serve | worker | manifest: what a server runs, and what that starts. JSON on stdout."""
 
 import argparse
 import asyncio
@@ -33,11 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     worker.add_argument("--idle-timeout", help="leave after this long without work; without it, never")
     worker.add_argument("--lease", default="15s", help="how long the worker is believed alive after its last word")
     worker.add_argument("--log-level", choices=LEVELS, default="info")
+    serve = commands.add_parser("serve", help="one app on this server: workers, cron, old runs")
+    serve.add_argument("--server", help="the name under [servers] whose settings hold here")
+    serve.add_argument("--env", default="production", help="whose variables the workers get")
+    serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
     args = parser.parse_args(argv)
     try:
-        return {"worker": _worker, "manifest": _manifest}[args.command](args)
+        return {"worker": _worker, "serve": _serve, "manifest": _manifest}[args.command](args)
     except TakoError as error:
         sys.stderr.write(f"{error}\n{error.hint}\n".rstrip("\n") + "\n")
         return 1
@@ -50,6 +54,33 @@ def _manifest(args: argparse.Namespace) -> int:
     found = manifest(Path.cwd(), args.dir)
     os.write(out, msgspec.json.encode(found) + b"\n")
     return 1 if found.mistakes else 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from tako_runtime import config
+    from tako_runtime.server import Server, alone, serve
+
+    found = config.load(Path.cwd() / "tako.toml")
+    home = store.locate()
+    out = log.JsonLines(1, LEVELS[args.log_level])
+    with log.sink(out), alone(home.app_dir, "supervisor"):
+        opened = store.open_store(home)
+        environment = {**found.variables(args.env), **os.environ}
+
+        async def run() -> None:
+            await serve(
+                Server(
+                    opened, home, found, out.pass_on, server=args.server, log_level=args.log_level,
+                    environment=environment,
+                )
+            )  # fmt: skip
+
+        try:
+            asyncio.run(run())
+        finally:
+            opened.close()
+            out.flush()
+    return 0
 
 
 def _worker(args: argparse.Namespace) -> int:

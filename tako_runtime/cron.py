@@ -42,6 +42,7 @@ import msgspec
 
 from tako_runtime import clock
 from tako_runtime.errors import InvalidValue
+from tako_runtime.run import ScheduleRecord
 
 #: A time that is late by less than this is late, not missed: the tick was slow, or another supervisor took over.
 LATE = clock.MINUTE
@@ -376,22 +377,6 @@ def _known_zones() -> dict[str, list[str]]:
 # ------------------------------------------------------------------------------------------------- what is due now
 
 
-class Entry(msgspec.Struct, frozen=True):
-    """A schedule as it is stored, and whether a run that it started is alive.
-
-    `next_at` is None for a new or edited one; `last_at` is the scheduled time of the last run that it started.
-    """
-
-    workflow: str
-    expression: str
-    timezone: str
-    catchup: Literal["latest", "skip"] = "latest"
-    overlap: Literal["allow", "skip"] = "allow"
-    next_at: int | None = None
-    last_at: int | None = None
-    alive: bool = False
-
-
 class Firing(msgspec.Struct, frozen=True):
     """What becomes of one schedule: a run for the scheduled time `at`, or none (`at` is None), and its new `next_at`.
 
@@ -408,7 +393,7 @@ class Firing(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-def due(schedules: Iterable[Entry], now: int) -> list[Firing]:
+def due(schedules: Iterable[ScheduleRecord], now: int) -> list[Firing]:
     """What is to be written now; schedules that have nothing to do are not in it.
 
     - A new or edited schedule gets its next time and does not fire for the past.
@@ -423,7 +408,7 @@ def due(schedules: Iterable[Entry], now: int) -> list[Firing]:
     return [firing for entry in schedules for firing in _due(entry, now)]
 
 
-def _due(entry: Entry, now: int) -> list[Firing]:
+def _due(entry: ScheduleRecord, now: int) -> list[Firing]:
     ahead = 0 if entry.last_at is None else entry.last_at - now
     if entry.next_at is not None and now < entry.next_at and ahead <= CORRECTION:
         return []
@@ -453,7 +438,7 @@ def _due(entry: Entry, now: int) -> list[Firing]:
     return firings
 
 
-def _fire(entry: Entry, was: int, at: int, next_at: int, *, alive: bool) -> Firing:
+def _fire(entry: ScheduleRecord, was: int, at: int, next_at: int, *, alive: bool) -> Firing:
     if alive and entry.overlap == "skip":
         return Firing(entry.workflow, was, None, next_at, "overlap")
     return Firing(entry.workflow, was, at, next_at)

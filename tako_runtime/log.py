@@ -54,6 +54,9 @@ WORDS: dict[str, tuple[int, str]] = {
         ERROR,
         "group {group}: {failures} workers in a row ended before they did anything; next in {pause}",
     ),
+    "cron.fired": (INFO, "fired for {scheduled_at}"),
+    "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
+    "server.unread": (ERROR, "the workflows cannot be read: {error}"),
     "file.broken": (ERROR, "{file}:{line} cannot be imported: {error}"),
     "output": (INFO, "{text}"),
 }
@@ -115,7 +118,9 @@ class JsonLines:
         if line["level"] < self._least:
             return
         shown = {**line, "at": clock.iso(line["at"]), "level": LEVELS[line["level"]], "message": words(line)}
-        data = msgspec.json.encode(shown, enc_hook=str) + b"\n"
+        self._append(msgspec.json.encode(shown, enc_hook=str) + b"\n")
+
+    def _append(self, data: bytes) -> None:
         with self._lock:
             self._lines.append(data)
             first = len(self._lines) == 1
@@ -126,6 +131,10 @@ class JsonLines:
         else:
             if first:
                 loop.call_soon(self.flush)
+
+    def pass_on(self, source: str, line: dict[str, Any]) -> None:
+        """Write an event of another process as it is, with where it comes from."""
+        self._append(msgspec.json.encode({**line, "source": source}) + b"\n")
 
     def flush(self) -> None:
         with self._lock:

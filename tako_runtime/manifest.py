@@ -5,16 +5,21 @@ deploy or shows up in the log, and never takes a supervisor down. One bad file d
 """
 
 import importlib
+import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tako_runtime import clock
-from tako_runtime.errors import ConfigError, TakoError
+from tako_runtime.errors import ConfigError, InvalidValue, TakoError
 from tako_runtime.workflow import Workflow, registry
+
+#: How long importing the workflows may take, in seconds: a module that starts a server at import would take for ever.
+PATIENCE = 60
 
 
 class Declared(msgspec.Struct, frozen=True):
@@ -79,7 +84,40 @@ def discover(root: Path, folder: str) -> list[Mistake]:
 def manifest(root: Path, folder: str) -> Manifest:
     """The manifest of the project in `root`, with the mistakes of the files that could not be imported."""
     mistakes = discover(root, folder)
-    return Manifest(tuple(_declared(flow) for _, flow in sorted(registry.items())), tuple(mistakes))
+    declared = [_declared(flow) for _, flow in sorted(registry.items())]
+    for flow in declared:
+        if flow.schedule is not None:
+            from tako_runtime.cron import (
+                Schedule,
+            )  # only where a schedule is declared does the calendar cost its import
+
+            try:
+                Schedule.parse(flow.schedule, flow.timezone)
+            except InvalidValue as error:
+                hint = f" ({error.hint})" if error.hint else ""
+                mistakes.append(Mistake(flow.file, flow.line, f"schedule of {flow.name!r}: {error}{hint}", ""))
+    return Manifest(tuple(declared), tuple(mistakes))
+
+
+def read(root: Path, folder: str, environment: Mapping[str, str]) -> Manifest:
+    """The manifest, read in a process of its own, so that user code cannot take this one down. Raises `ConfigError`
+    where it cannot be read at all."""
+    words = [sys.executable, "-m", "tako_runtime", "manifest", "--dir", folder]
+    try:
+        done = subprocess.run(
+            words, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True, check=False,
+            timeout=PATIENCE,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise ConfigError(
+            f"importing {root / folder} takes more than {PATIENCE} s",
+            hint="Move what takes so long out of the modules' top level: it runs at each import.",
+        ) from None
+    try:
+        return msgspec.json.decode(done.stdout, type=Manifest)
+    except msgspec.MsgspecError:
+        said = done.stderr.decode(errors="replace").strip()
+        raise ConfigError(said or f"reading {root / folder} ended with exit code {done.returncode}") from None
 
 
 def _declared(flow: Workflow[..., Any]) -> Declared:

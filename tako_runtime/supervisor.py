@@ -168,12 +168,14 @@ class Supervisor:
         default: Group | None = None,
         lease: int = 15 * clock.SECOND,
         log_level: str = "info",
+        environment: Mapping[str, str] | None = None,
         clock: Clock | None = None,
     ) -> None:
         self._store, self._home, self._root, self._folder = store, home, root, folder
         self._wanted, self._default = dict(wanted), default or Group()
         self._show, self._lease, self._log_level = show, lease, log_level
         self._clock: Clock = clock or SystemClock()
+        self._environment = {**(environment or os.environ), **home.environment(), "PYTHONUNBUFFERED": "1"}
         self._children: dict[_Child, asyncio.Task[None]] = {}
         self._failures: dict[str, int] = {}
         self._paused_until: dict[str, int] = {}
@@ -265,8 +267,7 @@ class Supervisor:
         ]  # fmt: skip
         if not group.workers:
             words += ["--idle-timeout", f"{group.idle_timeout}us"]
-        environment = {**os.environ, **self._home.environment(), "PYTHONUNBUFFERED": "1"}
-        child = _Child(group, words, self._root, environment)
+        child = _Child(group, words, self._root, self._environment)
         self._children[child] = asyncio.get_running_loop().create_task(self._follow(child))
         emit("worker.spawned", pid=child.pid, group=group.name)
 

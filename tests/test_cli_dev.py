@@ -160,7 +160,7 @@ def test_variables_of_tako_toml_reach_the_workflows_and_the_shell_wins(tmp_path:
         async def tell(step: Step) -> list[str]:
             return [os.environ["ONE"], os.environ["TWO"], os.environ["THREE"]]
     """
-    config = 'name = "shop"\n[vars]\nONE = "file"\nTWO = "file"\nTHREE = "file"\n[vars.dev]\nTWO = "dev"\n'
+    config = 'name = "shop"\n[vars]\nONE = "file"\nTWO = "file"\nTHREE = "file"\n[vars.development]\nTWO = "dev"\n'
     project = make_project(tmp_path / "shop", flows, config)
     run = start(project, "tell")
     done("dev", "--once", cwd=project, THREE="shell")

@@ -284,6 +284,13 @@ def test_in_utc_no_day_is_odd(expression: str, day: str) -> None:
     assert schedule.next(now) >= begin + clock.DAY
 
 
+def test_the_last_second_before_a_change_and_the_first_after_it_are_both_seen() -> None:
+    for change in (at("2026-03-08T07:00"), at("2026-11-01T06:00")):
+        before, after = (Schedule.parse(f"* * * * * {second}", NEW_YORK) for second in (59, 0))
+        assert before.previous(change) == change - clock.SECOND == before.next(change - 2 * clock.SECOND)
+        assert after.next(change - 1) == change == after.previous(change + 1)
+
+
 def test_a_fixed_time_asked_for_in_the_second_pass_is_the_next_days() -> None:
     schedule = Schedule.parse("50 1 * * *", NEW_YORK)
     assert schedule.next(at("2026-11-01T06:10")) == at("2026-11-02T06:50")

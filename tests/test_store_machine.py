@@ -310,8 +310,8 @@ class StoreAgainstModel(RuleBasedStateMachine):
         ]
         if stale:
             _, seen = stale[n % len(stale)]
-            assert self.caller.save(seen, "stale", 9) is None
-            assert self.caller.wait(seen, "stale", signal=NAMES[0]) is None
+            assert self.caller.save(seen, "s0") is None
+            assert self.caller.wait(seen, NAMES[0]) is None
             assert self.caller.expire(seen, NAMES[0]) is None
             assert not self.caller.settle(seen, outcome)
 
@@ -361,6 +361,6 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
 
 StoreAgainstModel.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestTheStoreDoesWhatTheModelDoes = StoreAgainstModel.TestCase

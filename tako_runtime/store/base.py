@@ -185,17 +185,18 @@ class FireSchedule(Operation[bool], frozen=True):
     `next_at` is not what was seen: another leader was first, or the schedule was edited."""
 
     workflow: str
-    seen_next_at: int
-    next_at: int
+    seen_next_at: int | None
+    next_at: int | None
     fired_at: int | None
     run: NewRun | None
     now: int
 
 
 class Prune(Operation[int], frozen=True):
-    """Delete up to `limit` runs that ended before `before`, with their steps and attempts; how many. Space that becomes
-    free goes back to the file system."""
+    """Delete up to `limit` runs of a group that ended before `before`, with their steps and attempts; how many. Space
+    that becomes free goes back to the file system."""
 
+    group: str
     before: int
     limit: int
 

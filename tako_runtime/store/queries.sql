@@ -175,12 +175,12 @@ SELECT workflow, "group", expression, timezone, catchup, overlap, next_at, last_
 
 -- name: advance_schedule
 UPDATE schedules SET next_at = :next_at, last_at = COALESCE(:fired_at, last_at), last_run = COALESCE(:run_id, last_run)
- WHERE workflow = :workflow AND next_at = :seen_next_at
+ WHERE workflow = :workflow AND (next_at = :seen_next_at OR (next_at IS NULL AND :seen_next_at IS NULL))
 RETURNING 1;
 
 -- name: prune
 DELETE FROM runs
- WHERE seq IN (SELECT seq FROM runs WHERE finished_at IS NOT NULL AND finished_at < :before
+ WHERE seq IN (SELECT seq FROM runs WHERE finished_at IS NOT NULL AND finished_at < :before AND "group" = :group
                 ORDER BY finished_at LIMIT :limit)
 RETURNING seq;
 

@@ -375,7 +375,7 @@ class SqliteStore(Store):
         return True
 
     def _prune(self, op: base.Prune, topics: Topics) -> int:
-        ended = self._db.execute(Q["prune"], {"before": op.before, "limit": op.limit}).fetchall()
+        ended = self._db.execute(Q["prune"], {"group": op.group, "before": op.before, "limit": op.limit}).fetchall()
         for table in ("delete_steps", "delete_attempts"):
             self._db.executemany(Q[table], [{"seq": seq} for (seq,) in ended])
         self._db.execute("PRAGMA incremental_vacuum(1000)").fetchall()
