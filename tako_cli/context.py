@@ -87,7 +87,7 @@ def place(file: str, line: int) -> str:
 def developing(home: "Home") -> int | None:
     """The process id of the `tako dev` that runs this app, if one does."""
     try:
-        pid = int((home.app_dir / "dev.pid").read_text())
+        pid = int((home.app_dir / "supervisor.pid").read_text().partition(" ")[0])
         os.kill(pid, 0)
     except (OSError, ValueError):
         return None

@@ -166,20 +166,16 @@ class LocalClock:
 
     def change(self, after: int, until: int, offset: int) -> int | None:
         """The first instant in (after, until] at which the clock is not `offset` ahead, as it was until then."""
-        start = after
         for end in chain(range(after + _DAY, until, _DAY), (until,)):
             if self.offset(end) != offset:
-                return start + 1 + bisect_left(range(start + 1, end), True, key=lambda at: self.offset(at) != offset)
-            start = end
+                return after + 1 + bisect_left(range(after + 1, end), True, key=lambda at: self.offset(at) != offset)
         return None
 
     def change_before(self, after: int, until: int, offset: int) -> int | None:
         """The instant in (after, until] from which on the clock is `offset` ahead; None if it was all the time."""
-        end = until
         for start in chain(range(until - _DAY, after, -_DAY), (after,)):
             if self.offset(start) != offset:
-                return start + 1 + bisect_left(range(start + 1, end), True, key=lambda at: self.offset(at) == offset)
-            end = start
+                return start + 1 + bisect_left(range(start + 1, until), True, key=lambda at: self.offset(at) == offset)
         return None
 
     def furthest(self, at: int) -> datetime:
@@ -214,7 +210,7 @@ def odd(schedule: Schedule, at: int) -> str | None:
         return None
     old, new = _naive(change + local.offset(change - 1)), _naive(change + local.offset(change))
     wall = _naive(second + local.offset(second))
-    if wall.date() not in ((old - _SECOND).date(), new.date()):
+    if wall.date() != new.date() and not new <= wall < old:
         return None
     if new > old:
         lost = schedule.matching(old - _SECOND)

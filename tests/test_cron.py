@@ -51,6 +51,8 @@ def refused(expression: str, timezone: str | None = None) -> InvalidValue:
         ("10-40/15 3 * * *", "2026-01-01T03:40", "2026-01-02T03:10"),
         ("0 9 * * MON-Fri", "2026-01-02T09:00", "2026-01-05T09:00"),
         ("0 9 * * fri-sun", "2026-01-04T09:00", "2026-01-09T09:00"),
+        ("0 9 * * fri-sun", "2026-01-03T09:00", "2026-01-04T09:00"),
+        ("0 9 * * 0-5,7", "2026-01-02T09:00", "2026-01-04T09:00"),
         ("0 9 * * 7", "2026-01-01T00:00", "2026-01-04T09:00"),
         ("0 0 1 jan,JUL *", "2026-01-01T00:00", "2026-07-01T00:00"),
         ("0 0 L * *", "2026-02-01T00:00", "2026-02-28T00:00"),
@@ -328,6 +330,12 @@ def test_an_odd_day_says_so_with_every_firing_on_it() -> None:
     assert note("*/15 * * * *", NEW_YORK, "2026-11-01T07:00") == "clocks go back: from 02:00 to 01:00"
     half = "clocks go forward: 02:15:10 does not exist, fires at 02:30"
     assert note("15 2 * * * 10", LORD_HOWE, "2026-10-03T15:30") == half
+    midnight = "clocks go forward: 00:00 does not exist, fires at 01:00"
+    assert note("@daily", "Africa/Cairo", "2026-04-23T22:00") == midnight
+    assert note("0 12 * * *", "Africa/Cairo", "2026-04-23T10:00") is None
+    # Scoresbysund, 25 October 2026: at 00:00 back to 23:00 of the day before.
+    late = "clocks go back: 23:15 comes twice, fires the first time only"
+    assert note("15 23 * * *", "America/Scoresbysund", "2026-10-25T00:15") == late
     for instant in ("2026-03-07T14:00", "2026-03-09T13:00", "2026-10-31T13:00", "2026-11-02T14:00"):
         assert note("0 9 * * *", NEW_YORK, instant) is None
 

@@ -4,7 +4,6 @@ lock -> store -> give back what a crash left -> supervise until Ctrl-C (or, with
 """
 
 import asyncio
-import contextlib
 import os
 import signal
 from collections import Counter
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from tako_cli import context, output, wording
 from tako_cli.dev.lines import Event, Lines
-from tako_cli.dev.lock import alone
 from tako_cli.dev.once import Workable, work_off
 from tako_runtime import log, store
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
+from tako_runtime.server import Server, alone
 from tako_runtime.store.base import CountRuns
 from tako_runtime.store.commit import StoreThread
-from tako_runtime.supervisor import Group, Supervisor
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -34,7 +32,7 @@ _LISTED = 4
 def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool) -> int:
     """Run the project here until told to stop; the exit code."""
     home = store.project_home(config.name, config.root)
-    with alone(home.app_dir):
+    with alone(home.app_dir, "tako dev"):
         opened = store.open_store(home)
         try:
             return asyncio.run(Session(config, manifest, home, opened, as_json=as_json).run(once=once))
@@ -49,15 +47,13 @@ class Session:
         self, config: "Config", manifest: "Manifest", home: store.Home, opened: StoreThread, *, as_json: bool
     ) -> None:
         self._config, self._manifest, self._home, self._store = config, manifest, home, opened
-        groups = {name: _group(config, name) for name in config.group_names()}
         self._lines = Lines(
-            config.root, sorted({*groups, *(flow.group for flow in manifest.workflows)}),
+            config.root, sorted({*config.group_names(), *(flow.group for flow in manifest.workflows)}),
             [flow.name for flow in manifest.workflows], as_json=as_json, lost=self._stop,
         )  # fmt: skip
-        self._supervisor = Supervisor(
-            opened, home, config.root, config.workflows.dir, groups, self._heard,
-            default=groups["default"], lease=config.workflows.lease, log_level="debug",
-        )  # fmt: skip
+        self._server = Server(
+            opened, home, config, self._heard, log_level="debug", environment=context.environment(config, home)
+        )
         self._news = asyncio.Event()
         self._stops = 0
         self._dead = False
@@ -71,12 +67,13 @@ class Session:
         given_back: list[Event] = []
         with log.sink(given_back.append):
             await reclaim(self._store, self._home.app_dir, wording.now())
+        await self._server.cron.declare(self._manifest)
         await self._welcome()
         for event in given_back:
             self._announced(event)
         with log.sink(self._announced):
             watch = loop.create_task(self._work_off()) if once else None
-            await self._supervisor.run()
+            await (self._server.supervisor if once else self._server).run()  # to work off is not to start more
         done = True
         if watch is not None:
             watch.cancel()  # where it has ended, this does nothing
@@ -113,12 +110,10 @@ class Session:
             self._lines.say("dev.stopping", "stopping: runs go on to their next step boundary. Again: stop at once")
             self._stop()
             return
-        for pid in self._supervisor.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
+        self._server.supervisor.kill()
 
     def _stop(self) -> None:
-        self._supervisor.stop()
+        self._server.stop()
 
     async def _work_off(self) -> bool:
         declared = {(flow.name, flow.group) for flow in self._manifest.workflows}
@@ -166,11 +161,6 @@ class Session:
         for (status, reason), count in (await self._store.do(CountRuns())).items():
             counted["running" if status == Status.RUNNING else reason] += count
         return dict(counted)
-
-
-def _group(config: "Config", name: str) -> Group:
-    found = config.group(name)
-    return Group(name, found.workers, found.concurrency, found.idle_timeout, found.grace)
 
 
 def _workflow(flow: "Declared", width: int) -> "Text":
