@@ -307,15 +307,11 @@ class Supervisor:
             emit("store.busy", error=str(error))
 
     def _say(self, child: _Child, line: str) -> None:
-        try:
-            event = msgspec.json.decode(line)
-        except msgspec.DecodeError:
-            event = None
-        if isinstance(event, dict) and event.get("event") in WORDS and {"at", "level", "message"} <= event.keys():
-            child.began = child.began or event["event"] == "worker.started"
-        else:
+        event = _event(line)
+        if event is None:  # not of ours: what a step's own program prints
             child.last_lines.append(line)
             event = {"at": clock.iso(self._clock.now()), "level": "info", "event": "output", "message": line}
+        child.began = child.began or event["event"] == "worker.started"
         self._show(child.group.name, event)
 
     async def _end_children(self) -> None:
@@ -328,3 +324,13 @@ class Supervisor:
         await asyncio.wait([followed], timeout=child.group.grace / clock.SECOND)
         child.kill()
         await followed
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """The event that a worker has written, or None: a program that a step has started may print JSON too."""
+    try:
+        event = msgspec.json.decode(line)
+    except msgspec.DecodeError:
+        return None
+    ours = isinstance(event, dict) and all(isinstance(event.get(n), str) for n in ("at", "level", "event", "message"))
+    return event if ours and event["event"] in WORDS else None

@@ -1,14 +1,17 @@
 """When schedules fire, by example: expressions, the days of a clock change, outages."""
 
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 
 from tako_runtime import clock
-from tako_runtime.cron import CORRECTION, LATE, Entry, Firing, Schedule, due, odd
+from tako_runtime.cron import CORRECTION, LATE, Firing, Schedule, due, odd
 from tako_runtime.errors import InvalidValue
+from tako_runtime.run import ScheduleRecord
 
 NEW_YORK, BERLIN, LORD_HOWE = "America/New_York", "Europe/Berlin", "Australia/Lord_Howe"
 
@@ -345,8 +348,23 @@ def test_an_odd_day_says_so_with_every_firing_on_it() -> None:
 NOON = at("2026-01-01T12:00")
 
 
-def daily(**values: object) -> Entry:
-    return Entry("report", "0 12 * * *", "UTC", **values)  # type: ignore[arg-type]
+def record(
+    workflow: str,
+    expression: str,
+    timezone: str = "UTC",
+    *,
+    catchup: str = "latest",
+    overlap: str = "allow",
+    next_at: int | None = None,
+    last_at: int | None = None,
+    alive: bool = False,
+) -> ScheduleRecord:
+    return ScheduleRecord(
+        workflow, "default", expression, timezone, catchup, overlap, next_at=next_at, last_at=last_at, alive=alive
+    )
+
+
+daily = partial(record, "report", "0 12 * * *")
 
 
 def test_a_new_schedule_gets_its_next_time_and_does_not_fire_for_the_past() -> None:
@@ -365,7 +383,7 @@ def test_after_an_outage_only_the_latest_missed_time_fires() -> None:
     entry = daily(next_at=NOON)
     back = NOON + 3 * clock.DAY + clock.HOUR
     assert due([entry], back) == [Firing("report", NOON, NOON + 3 * clock.DAY, NOON + 4 * clock.DAY)]
-    busy = Entry("tick", "* * * * * *", "UTC", next_at=NOON)
+    busy = record("tick", "* * * * * *", next_at=NOON)
     assert due([busy], back) == [Firing("tick", NOON, back, back + clock.SECOND)]
 
 
@@ -379,7 +397,7 @@ def test_with_catchup_skip_none_of_the_missed_times_fires_but_one_that_is_only_l
 
 
 def test_a_slow_tick_loses_none_of_the_times_of_a_schedule_of_seconds() -> None:
-    entry = Entry("tick", "* * * * * *", "UTC", next_at=NOON)
+    entry = record("tick", "* * * * * *", next_at=NOON)
     seconds = [NOON + n * clock.SECOND for n in range(4)]
     expected = [Firing("tick", was, was, was + clock.SECOND) for was in seconds[:3]]
     assert due([entry], seconds[3] - 1) == expected
@@ -393,7 +411,7 @@ def test_with_overlap_skip_a_live_run_is_not_joined_by_another() -> None:
     outage = NOON + 3 * clock.DAY + clock.HOUR
     assert due([alive], outage) == [Firing("report", NOON, None, NOON + 4 * clock.DAY, "overlap")]
     assert due([daily(next_at=NOON, alive=True)], NOON) == [Firing("report", NOON, NOON, NOON + clock.DAY)]
-    seconds = Entry("tick", "* * * * * *", "UTC", overlap="skip", next_at=NOON)
+    seconds = record("tick", "* * * * * *", overlap="skip", next_at=NOON)
     assert [firing.note for firing in due([seconds], NOON + 2 * clock.SECOND)] == ["fires", "overlap", "overlap"]
 
 
@@ -415,7 +433,7 @@ def test_a_clock_that_had_been_far_ahead_does_not_silence_a_schedule() -> None:
 
 
 def test_a_schedule_that_cannot_be_read_is_told_and_stops_no_other() -> None:
-    broken = Entry("old", "0 12 * * *", "Europe/Atlantis", next_at=NOON)
+    broken = record("old", "0 12 * * *", "Europe/Atlantis", next_at=NOON)
     told, fired = due([broken, daily(next_at=NOON)], NOON)
     assert fired == Firing("report", NOON, NOON, NOON + clock.DAY)
     assert (told.workflow, told.was, told.at, told.next_at, told.note) == ("old", NOON, None, None, "invalid")
@@ -443,8 +461,8 @@ def test_however_the_clock_moves_each_time_fires_once_in_order_and_never_early(
     expression: str, timezone: str, catchup: str, start: datetime, moves: list[timedelta]
 ) -> None:
     schedule = Schedule.parse(expression, timezone)
-    now = newest = clock.instant(start.replace(tzinfo=clock.UTC))
-    entry = Entry("w", expression, timezone, catchup=catchup)  # type: ignore[arg-type]
+    now = newest = clock.instant(start.replace(tzinfo=UTC))
+    entry = record("w", expression, timezone, catchup=catchup)
     fired: list[int] = []
     for move in [timedelta(0), *moves]:
         now = max(now + move // timedelta(microseconds=1), newest - CORRECTION)
@@ -461,14 +479,7 @@ def test_however_the_clock_moves_each_time_fires_once_in_order_and_never_early(
                 assert schedule.previous(firing.at) == firing.at <= now
                 assert catchup == "latest" or now - firing.at < LATE
                 fired.append(firing.at)
-            entry = Entry(
-                "w",
-                expression,
-                timezone,
-                catchup=entry.catchup,
-                next_at=firing.next_at,
-                last_at=firing.at or entry.last_at,
-            )
+            entry = structs.replace(entry, next_at=firing.next_at, last_at=firing.at or entry.last_at)
         assert entry.next_at is not None
         assert entry.next_at > now
         newest = max(newest, now)

@@ -3,7 +3,6 @@
 23:14:01.123 default 0199a3b2-1c4d fulfill-order  step charge done in 212ms
 """
 
-import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable
@@ -67,16 +66,6 @@ class Lines:
         except OSError:  # a closed pipe, a terminal that is gone
             self._silent = True
             self._lost()
-
-    def of_worker(self, group: str, event: Event) -> Event:
-        """What came from a worker's process; the event, as it is to be taken. A program that a step has started may
-        print JSON of its own there: that is output, whatever it looks like."""
-        ours = ("at", "level", "event", "message")
-        if not all(isinstance(event.get(key), str) for key in ours) or event["event"] not in log.WORDS:
-            words = json.dumps(event, ensure_ascii=False, default=str)
-            event = {"at": clock.iso(wording.now()), "level": "info", "event": "output", "message": words}
-        self.show(group, event)
-        return event
 
     def banner(self, lines: Iterable["Text"]) -> None:
         """What a person sees first; a program has it all in the event `dev.ready`."""

@@ -90,10 +90,10 @@ class Session:
 
     def _heard(self, source: str, event: Event) -> None:
         """From a worker."""
-        event = self._lines.of_worker(source, event)
         if event["event"] == "worker.started":
             self._failed_starts.pop(source, None)
         self._dead = self._dead or event["event"] == "run.dead"
+        self._lines.show(source, event)
         self._news.set()
 
     def _announced(self, event: Event) -> None:
