@@ -132,14 +132,10 @@ class Attempt:
         self._task = asyncio.current_task()
         value: Any = None
         raised: BaseException | None = None
-        limit = self._workflow.timeout
         try:
-            async with asyncio.timeout(None if limit is None else limit / clock.SECOND) as scope:
-                value = await self._handle()
+            value = await self._handle()
         except BaseException as error:  # noqa: BLE001 -- whatever a handler raises belongs to its run
             raised = error
-            if isinstance(error, TimeoutError) and scope.expired():
-                raised = RunTimeout(f"the attempt ran past its timeout of {clock.spell(limit or 0)}")
         self._handler_ended = True
         self._release()
         if not self._lost:
@@ -147,6 +143,18 @@ class Attempt:
         return self._outcome(value, raised)
 
     async def _handle(self) -> Any:
+        limit = self._workflow.timeout
+        if limit is None:
+            return await self._handler()
+        try:
+            async with asyncio.timeout(limit / clock.SECOND) as scope:
+                return await self._handler()
+        except TimeoutError as error:
+            if not scope.expired():
+                raise
+            raise RunTimeout(f"the attempt ran past its timeout of {clock.spell(limit)}") from error
+
+    async def _handler(self) -> Any:
         step = Step(self)
         given = (self._payload,) if self._workflow.takes_payload else ()
         handler: Callable[..., Any] = self._workflow.handler
@@ -245,11 +253,17 @@ class Attempt:
         self._in_flight.add(key)
         return key, position, self.history.get(key)
 
-    async def starting(self, key: StepKey) -> None:
-        """A step's body is about to run. After a stop longer than the lease, only the store can tell whether it may."""
-        if not self._desk.lease_holds(self.now()) and not await self._desk.confirm_lease():
+    def may_start(self, key: StepKey) -> bool:
+        """A step's body is about to run: whether it may. If not, only the store can tell (`confirm_start`)."""
+        if self._lost or not self._desk.lease_holds(self.now()):
+            return False
+        self._desk.note(self.run, f"in step {key.name}")
+        return True
+
+    async def confirm_start(self, key: StepKey) -> None:
+        """After a stop longer than the lease. Raises where the claim is gone."""
+        if self._lost or not await self._desk.confirm_lease():
             self.lose()
-        if self._lost:
             raise ClaimLost
         self._desk.note(self.run, f"in step {key.name}")
 
@@ -277,7 +291,12 @@ class Attempt:
     async def save(self, record: StepRecord) -> StepRecord:
         """Store a step before the handler goes on; the record that is stored, whoever wrote it."""
         seq, claim = self.run.seq, self.run.claim
-        return self.held(await self.write(SaveStep(seq=seq, claim=claim, step=record)))
+        op = SaveStep(seq=seq, claim=claim, step=record)
+        try:
+            stored = await self._desk.store.do(op)
+        except StoreBusy as error:
+            stored = await self._write_later(op, error)
+        return self.held(stored)
 
     def held(self, record: StepRecord | None) -> StepRecord:
         """The answer of a write that names the claim: None says that the claim is lost."""
@@ -289,16 +308,23 @@ class Attempt:
 
     async def write(self, op: Operation[R]) -> R:
         """Hand `op` to the store, again and again while the store is busy and the lease holds."""
+        try:
+            return await self._desk.store.do(op)
+        except StoreBusy as error:
+            return await self._write_later(op, error)
+
+    async def _write_later(self, op: Operation[R], error: StoreBusy) -> R:
         pause = 0.05
         while True:
+            emit("store.busy", error=str(error))
+            if self._lost:
+                raise ClaimLost from error
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 1.0)
             try:
                 return await self._desk.store.do(op)
-            except StoreBusy as error:
-                emit("store.busy", error=str(error))
-                if self._lost:
-                    raise ClaimLost from error
-                await asyncio.sleep(pause)
-                pause = min(pause * 2, 1.0)
+            except StoreBusy as again:
+                error = again
 
     async def in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Call `fn` in a thread, with this code's context."""

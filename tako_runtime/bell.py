@@ -17,6 +17,10 @@ from pathlib import Path
 _LONGEST_FOLDER = 80
 
 
+#: How the names of those begin who wait for a run's end.
+WAITING = "c-"
+
+
 class Bell:
     """The bell of one app. Rings from any thread; each listener has its own socket."""
 
@@ -31,6 +35,8 @@ class Bell:
             listeners = list(self._folder.iterdir())
         except OSError:
             return
+        if topics == {"ended"}:  # the commonest topic by far concerns only who waits for a run
+            listeners = [path for path in listeners if path.name.startswith(WAITING)]
         if not listeners:
             return
         if self._socket is None:

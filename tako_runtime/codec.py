@@ -7,7 +7,9 @@ annotation where there is one, and the decoded one is what the handler sees, bot
 import functools
 import inspect
 import sys
+import types
 import typing
+import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any
 
@@ -95,19 +97,28 @@ def returns(fn: Callable[..., Any]) -> Any:
     """The type that `fn`'s value is read back into: its return annotation without `Awaitable`, or `Any`."""
     while isinstance(fn, functools.partial):
         fn = fn.func
-    if not inspect.isroutine(fn) and not inspect.isclass(fn):
-        fn = type(fn).__call__
-    code: Any = fn if inspect.isclass(fn) else getattr(fn, "__func__", fn)
-    try:
-        return _returns(code)
-    except TypeError:  # unhashable callable
-        return Any
-
-
-@functools.lru_cache(maxsize=4096)
-def _returns(fn: Callable[..., Any]) -> Any:
     if inspect.isclass(fn):
         return fn
+    if type(fn) is not types.FunctionType:
+        if not inspect.isroutine(fn):
+            fn = type(fn).__call__
+        fn = getattr(fn, "__func__", fn)
+    if "return" not in getattr(fn, "__annotations__", ()):  # every lambda: nothing to look up
+        return Any
+    try:
+        return _returned[fn]
+    except KeyError:
+        found = _returned[fn] = _returns(fn)
+        return found
+    except TypeError:  # a callable that cannot be a key
+        return _returns(fn)
+
+
+#: By function, held weakly: a closure made for one call must not outlive it with all that it holds.
+_returned: "weakref.WeakKeyDictionary[Callable[..., Any], Any]" = weakref.WeakKeyDictionary()
+
+
+def _returns(fn: Callable[..., Any]) -> Any:
     annotation = annotations(fn).get("return", Any)
     if annotation is typing.NoReturn or annotation is inspect.Signature.empty:
         return Any

@@ -86,14 +86,20 @@ def words(line: dict[str, Any]) -> str:
     return WORDS[line["event"]][1].format_map(_Lenient(line))
 
 
-@contextmanager
-def about(**facts: Any) -> Iterator[None]:
+class about:  # noqa: N801 -- read as a word: `with about(run=...)`
     """Every event within carries these facts."""
-    token = _context.set({**(_context.get() or {}), **facts})
-    try:
-        yield
-    finally:
-        _context.reset(token)
+
+    __slots__ = ("_facts", "_token")
+
+    def __init__(self, **facts: Any) -> None:
+        self._facts = facts
+
+    def __enter__(self) -> None:
+        outer = _context.get()
+        self._token = _context.set({**outer, **self._facts} if outer else self._facts)
+
+    def __exit__(self, *_: object) -> None:
+        _context.reset(self._token)
 
 
 @contextmanager

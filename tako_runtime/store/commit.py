@@ -43,7 +43,7 @@ class StoreThread:
         self._thread.start()
         opened.result()
 
-    async def do(self, op: Operation[R]) -> R:
+    def do(self, op: Operation[R]) -> "asyncio.Future[R]":
         """Run `op`; the answer comes after the commit that carries it. Raises `StoreBusy` for what may work later."""
         self._check_open()
         loop = asyncio.get_running_loop()
@@ -51,7 +51,7 @@ class StoreThread:
         if outbox is None:
             outbox = self._outboxes[loop] = _Outbox(loop, self._queue)
             self._outboxes = {lp: box for lp, box in self._outboxes.items() if not lp.is_closed()}
-        return cast(R, await outbox.send(op))
+        return cast("asyncio.Future[R]", outbox.send(op))
 
     def do_sync(self, op: Operation[R], timeout: float = PATIENCE) -> R:
         """The same for callers without an event loop. `StoreBusy` if its turn has not come after `timeout` seconds."""

@@ -238,6 +238,7 @@ class SqliteStore(Store):
         if landed:
             used = [rows.attempt_row(op.change) for _, op in ops if op.change.used]
             self._db.executemany(Q["insert_attempt"], used)
+            self._db.executemany(Q["drop_waits"], [{"seq": op.change.seq} for _, op in ops if op.change.status.ended])
             for _, op in ops:
                 self._follow_up(op.change, topics)
 
@@ -251,7 +252,6 @@ class SqliteStore(Store):
         if change.fresh_steps:
             self._db.execute(Q["mark_all_rerun"], {"seq": seq})
         if change.status.ended:
-            self._db.execute(Q["drop_waits"], {"seq": seq})
             topics.add("ended")
         elif change.cancelling is not None:
             topics.add("cancel")
