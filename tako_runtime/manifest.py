@@ -87,9 +87,7 @@ def manifest(root: Path, folder: str) -> Manifest:
     declared = [_declared(flow) for _, flow in sorted(registry.items())]
     for flow in declared:
         if flow.schedule is not None:
-            from tako_runtime.cron import (
-                Schedule,
-            )  # only where a schedule is declared does the calendar cost its import
+            from tako_runtime.cron import Schedule  # costs its import only where there is a schedule
 
             try:
                 Schedule.parse(flow.schedule, flow.timezone)

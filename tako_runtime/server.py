@@ -116,8 +116,9 @@ class Cron:
         self._stopping = False
 
     async def declare(self, manifest: Manifest) -> None:
-        """Take the schedules of a manifest over, unless a file of it is broken: its schedules would be gone."""
-        self._flows = {flow.name: flow for flow in manifest.workflows}
+        """Take the schedules of a manifest over. While a file of it is broken, what was known of it goes on."""
+        declared = {flow.name: flow for flow in manifest.workflows}
+        self._flows = {**self._flows, **declared} if manifest.mistakes else declared
         if not manifest.mistakes:
             scheduled = [flow for flow in manifest.workflows if flow.schedule is not None]
             await self._store.do(SetSchedules(schedules=[_schedule(flow) for flow in scheduled]))
@@ -154,8 +155,8 @@ class Cron:
             if self._stopping:
                 break
             flow = self._flows.get(firing.workflow)
-            if flow is None:  # another release's: it fires it
-                continue
+            if flow is None or (firing.note == "invalid" and firing.was is None):
+                continue  # another release's, which fires it; or one that was told of already
             now = self._clock.now()
             run = _run(flow, firing.at, now) if firing.at is not None else None
             fired = await self._store.do(
@@ -167,7 +168,8 @@ class Cron:
             if fired:
                 _announce(firing, run)
         left = await self._store.do(ListSchedules())
-        return min((record.next_at for record in left if record.next_at is not None), default=None)
+        ours = [record.next_at for record in left if record.next_at is not None and record.workflow in self._flows]
+        return min(ours, default=None)
 
 
 def _run(flow: Declared, at: int, now: int) -> NewRun:

@@ -30,13 +30,23 @@ from workers import (
     workers,
 )
 
-from tako_runtime import Step, clock, inflight, workflow
+from tako_runtime import Step, clock, workflow
 from tako_runtime.control import Control
 from tako_runtime.errors import StoreBusy
 from tako_runtime.reclaim import reclaim
 from tako_runtime.store import Home, open_store, use
 from tako_runtime.store import sqlite as sqlite_store
-from tako_runtime.store.base import Apply, ListWorkers, Operation, RemoveWorker, RenewLease, RunsOf, SaveStep, Topics
+from tako_runtime.store.base import (
+    Apply,
+    GiveUpWorker,
+    ListWorkers,
+    Operation,
+    RemoveWorker,
+    RenewLease,
+    RunsOf,
+    SaveStep,
+    Topics,
+)
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.sqlite import SqliteStore
 from tako_runtime.worker import Worker
@@ -257,16 +267,17 @@ def test_a_stale_attempt_does_not_try_its_failed_step_again(
     assert bodies(log) == ["a", "a"]
 
 
-def test_a_worker_that_renews_its_lease_in_time_keeps_its_runs_or_learns_that_it_is_lost(
-    opened: StoreThread, home: Home, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("moment", [GiveUpWorker, RunsOf, Apply, RemoveWorker])
+def test_a_worker_that_wakes_while_it_is_given_up_keeps_its_runs_or_learns_that_it_is_lost(
+    opened: StoreThread, home: Home, monkeypatch: pytest.MonkeyPatch, moment: type[Operation[Any]]
 ) -> None:
-    """It wakes between the look that found its lease lapsed and the writes that take its runs away."""
+    """It renews its lease between the look that found it lapsed and one of the writes that take its runs away."""
     execute = SqliteStore.execute
     renewed: list[bool] = []
 
     def wake_up_then_execute(self: SqliteStore, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
-        if not renewed and any(isinstance(op, RunsOf | Apply) for op in batch):
-            [[held], _] = execute(self, [RenewLease(worker=worker_id, until=now() + clock.MINUTE)])
+        if not renewed and any(isinstance(op, moment) for op in batch):
+            [held], _ = execute(self, [RenewLease(worker=worker_id, until=now() + clock.MINUTE)])
             renewed.append(held)
         return execute(self, batch)
 
@@ -276,12 +287,13 @@ def test_a_worker_that_renews_its_lease_in_time_keeps_its_runs_or_learns_that_it
         worker.ended()
     [worker_id] = workers(opened)
     (home.app_dir / "workers" / worker_id).unlink()  # as on another machine: only the lease tells
-    assert inflight.gone(home.app_dir, worker_id) is None
     monkeypatch.setattr(SqliteStore, "execute", wake_up_then_execute)
-    give_back(opened, home, now() + 2 * clock.SECOND)
+    given_back = give_back(opened, home, now() + 2 * clock.SECOND)
     monkeypatch.undo()
     still_its_own = status(opened, run_id) == ("running", "claimed")
     assert renewed == [still_its_own]
+    assert given_back == (not still_its_own)
+    assert still_its_own == (moment is GiveUpWorker)
 
 
 def test_neither_a_blocked_event_loop_nor_a_blocked_handler_costs_the_lease(

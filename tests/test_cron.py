@@ -339,6 +339,9 @@ def test_an_odd_day_says_so_with_every_firing_on_it() -> None:
     # Scoresbysund, 25 October 2026: at 00:00 back to 23:00 of the day before.
     late = "clocks go back: 23:15 comes twice, fires the first time only"
     assert note("15 23 * * *", "America/Scoresbysund", "2026-10-25T00:15") == late
+    # St John's, 7 November 2010: at 00:01 back to 23:01 of the day before.
+    twice = "clocks go back: 00:00 comes twice, fires the first time only"
+    assert note("@daily", "America/St_Johns", "2010-11-07T02:30") == twice
     for instant in ("2026-03-07T14:00", "2026-03-09T13:00", "2026-10-31T13:00", "2026-11-02T14:00"):
         assert note("0 9 * * *", NEW_YORK, instant) is None
 

@@ -266,12 +266,13 @@ PLANS: dict[str, tuple[set[str], bool]] = {
     "count_live": ({"runs_by_status"}, True),
     "delete_worker": ({"", "runs_in_hand", "sqlite_autoindex_workers_1"}, False),
     "prune": ({"runs_finished", ""}, False),
+    "give_up_worker": ({"sqlite_autoindex_workers_1", ""}, False),
     "delete_steps": ({""}, False),
     "delete_attempts": ({""}, False),
     "list_schedules": ({"sqlite_autoindex_runs_1"}, False),
 }
 #: Walks through small tables, or ones that a LIMIT ends.
-WALKS = {"all_waits", "kept_signals", "list_workers"}
+WALKS = {"all_waits", "kept_signals"}
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -425,7 +426,7 @@ HOLDS_THE_LOCK = """
     import sys
     from pathlib import Path
     from tako_runtime.store.turnstile import Turnstile
-    with Turnstile(Path(sys.argv[1])):
+    with Turnstile(Path(sys.argv[1]), 60):
         print("held", flush=True)
         sys.stdin.readline()
 """
@@ -442,20 +443,36 @@ def holder(path: Path, opened: StoreThread) -> Iterator[subprocess.Popen[str]]:
     process.communicate()
 
 
-def test_a_caller_is_told_that_the_store_is_locked_and_what_it_asked_for_is_not_stored(
-    opened: StoreThread, holder: subprocess.Popen[str]
+def test_callers_are_told_that_the_store_is_locked_and_by_whom_and_what_they_asked_for_is_not_stored(
+    home: Home, holder: subprocess.Popen[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        asked = [pool.submit(opened.do_sync, keep(f"s{n}"), timeout=1) for n in range(2)]
-        try:
-            told = [type(job.exception(timeout=20)) for job in asked]
-        except TimeoutError:
-            told = []
-        finally:
-            finished_by_hand(holder)
-        assert told == [StoreBusy, StoreBusy]
+    monkeypatch.setattr(sqlite, "PATIENCE", 1)
+    opened = open_store(home)
+
+    async def ask() -> list[Any]:
+        asked = [asyncio.ensure_future(opened.do(keep(f"s{n}"))) for n in range(50)]
+        await asyncio.wait(asked, timeout=20)  # for all of them together, not for one after the other
+        return [each.exception() if each.done() else each for each in asked]
+
+    told = asyncio.run(ask())
+    assert {type(each) for each in told} == {StoreBusy}
+    assert str(holder.pid) in str(told[0])
+    finished_by_hand(holder)
     assert opened.do_sync(keep("after")) == 0
     assert [kept.name for kept in opened.do_sync(base.KeptSignals(now=0))] == ["after"]
+    opened.close()
+
+
+def test_a_caller_without_patience_is_told_even_where_its_turn_has_begun(
+    opened: StoreThread, holder: subprocess.Popen[str]
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(opened.do_sync, keep("s"), timeout=1)
+        try:
+            assert isinstance(asked.exception(timeout=20), StoreBusy)
+        finally:
+            finished_by_hand(holder)
+    assert opened.do_sync(base.KeptSignals(now=0)) == []
 
 
 def test_a_caller_whose_turn_has_not_come_is_told_so_and_is_not_served_later(

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -617,6 +617,25 @@ def test_a_worker_that_is_not_there_any_more_cannot_renew_its_lease(caller: Call
     assert caller.do(base.ListWorkers()) == []
 
 
+def test_a_worker_that_was_given_up_neither_renews_nor_claims_and_its_runs_can_be_given_back(caller: Caller) -> None:
+    run = caller.started()
+    caller.enqueue()
+    [seen] = caller.do(base.ListWorkers())
+    assert caller.do(base.GiveUpWorker(worker="w-1", seen=seen.lease_until))
+    assert not caller.do(base.RenewLease(worker="w-1", until=caller.now + DAY))
+    assert caller.claim() == []
+    assert caller.settle(run, WorkerLost())
+    assert caller.do(base.RemoveWorker(worker="w-1"))
+
+
+def test_a_worker_that_has_renewed_its_lease_since_it_was_looked_at_is_not_given_up(caller: Caller) -> None:
+    [seen] = caller.do(base.ListWorkers())
+    assert caller.do(base.RenewLease(worker="w-1", until=caller.now + DAY))
+    assert not caller.do(base.GiveUpWorker(worker="w-1", seen=seen.lease_until))
+    assert caller.do(base.RenewLease(worker="w-1", until=caller.now + 2 * DAY))
+    assert not caller.do(base.GiveUpWorker(worker="nobody", seen=0))
+
+
 def test_a_worker_leaves_the_list_once_its_runs_have_been_given_back(caller: Caller) -> None:
     run = caller.started()
     assert not caller.do(base.RemoveWorker(worker="w-1"))
@@ -710,9 +729,10 @@ def test_pruning_deletes_what_ended_before_with_its_steps_and_attempts_and_nothi
         caller.save(run, "charge")
         caller.settle(run, Returned("1"))
         caller.clock.advance(SECOND)
-    assert caller.do(base.Prune(before=caller.now - SECOND, limit=1)) == 1
-    assert caller.do(base.Prune(before=caller.now - SECOND, limit=10)) == 1
-    assert caller.do(base.Prune(before=caller.now - SECOND, limit=10)) == 0
+    assert caller.do(base.Prune(group="media", before=caller.now, limit=10)) == 0
+    assert caller.do(base.Prune(group="default", before=caller.now - SECOND, limit=1)) == 1
+    assert caller.do(base.Prune(group="default", before=caller.now - SECOND, limit=10)) == 1
+    assert caller.do(base.Prune(group="default", before=caller.now - SECOND, limit=10)) == 0
     assert ids(caller.do(base.ListRuns())) == [runs[3].id, runs[2].id]
     for run, kept in zip(runs, (0, 0, 1, 0), strict=True):
         assert len(caller.do(base.Steps(seq=run.seq))) == kept
@@ -1007,8 +1027,7 @@ def test_a_closed_store_says_so(opened: StoreThread) -> None:
 
 def test_what_a_loop_has_asked_for_when_the_store_closes_is_answered(caller: Caller, opened: StoreThread) -> None:
     async def ask() -> Any:
-        answer = asyncio.ensure_future(opened.do(base.Enqueue(runs=[caller.new()], now=caller.now)))
-        await asyncio.sleep(0)
+        answer = opened.do(base.Enqueue(runs=[caller.new()], now=caller.now))
         opened.close()
         done, _ = await asyncio.wait([answer], timeout=10)
         return done and (answer.exception() or answer.result())
@@ -1050,7 +1069,9 @@ def test_a_store_that_cannot_be_opened_is_an_error_where_it_is_opened(home: Home
         StoreThread(nowhere, Bell(home.app_dir))
 
 
-def test_a_coroutine_of_the_store_is_not_begun_without_a_loop(opened: StoreThread) -> None:
-    asking: Coroutine[Any, Any, int] = opened.do(base.DataVersion())
+def test_asking_without_a_loop_is_an_error_at_the_call_and_asks_for_nothing(
+    caller: Caller, opened: StoreThread
+) -> None:
     with pytest.raises(RuntimeError, match="no running event loop"):
-        asking.send(None)
+        opened.do(base.Enqueue(runs=[caller.new()], now=caller.now))
+    assert caller.do(base.ListRuns()) == []
