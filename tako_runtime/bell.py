@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 #: A socket's path may have 104 bytes on macOS and 108 on Linux, with the name in it.
-_LONGEST_FOLDER = 80
+_LONGEST_FOLDER = 64
 
 
 #: How the names of those begin who wait for a run's end.

@@ -128,9 +128,9 @@ def spell(micros: int) -> str:
     """
     if micros < 0:
         return "-" + spell(-micros)
-    if micros < SECOND:
+    if micros < 999_500:  # what is closer to the next unit is written in that
         return f"{micros / 1_000:.3g}ms" if micros else "0s"
-    if micros < MINUTE:
+    if micros < MINUTE - 50_000:
         return f"{micros / SECOND:.3g}s"
     rest = round(micros / SECOND)
     parts = []

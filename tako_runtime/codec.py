@@ -4,13 +4,15 @@ What a step returns on its first pass is what it returns on replay. So a value i
 annotation where there is one, and the decoded one is what the handler sees, both times.
 """
 
+import contextlib
 import functools
 import inspect
+import math
 import sys
 import types
 import typing
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from typing import Any
 
 import msgspec
@@ -120,7 +122,7 @@ _returned: "weakref.WeakKeyDictionary[Callable[..., Any], Any]" = weakref.WeakKe
 
 def _returns(fn: Callable[..., Any]) -> Any:
     annotation = annotations(fn).get("return", Any)
-    if annotation is typing.NoReturn or annotation is inspect.Signature.empty:
+    if annotation in (typing.NoReturn, typing.Never) or annotation is inspect.Signature.empty:
         return Any
     if typing.get_origin(annotation) in (Awaitable, Coroutine):
         annotation = typing.get_args(annotation)[-1]
@@ -129,12 +131,18 @@ def _returns(fn: Callable[..., Any]) -> Any:
 
 def annotations(fn: Callable[..., Any]) -> dict[str, Any]:
     """The resolved annotations of `fn`; names that live only inside an enclosing function are found there too."""
-    inner = inspect.unwrap(fn)
-    cells = inspect.getclosurevars(inner).nonlocals if inspect.isfunction(inner) else {}
-    try:
-        return typing.get_type_hints(inner, localns=dict(cells), include_extras=True)
-    except (NameError, TypeError, AttributeError):
-        return {}
+    inner: Any = inspect.unwrap(fn)
+    names, cells = getattr(inner, "__code__", None), getattr(inner, "__closure__", None)
+    scope = {}
+    for name, cell in zip(names.co_freevars if names else (), cells or (), strict=False):
+        with contextlib.suppress(ValueError):  # a name that its function has not reached yet
+            scope[name] = cell.cell_contents
+    found: dict[str, Any] = {}
+    for name, annotation in getattr(inner, "__annotations__", {}).items():
+        one = types.SimpleNamespace(__annotations__={name: annotation})
+        with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):  # one that nobody can resolve
+            found |= typing.get_type_hints(one, getattr(inner, "__globals__", {}), scope, include_extras=True)
+    return found
 
 
 @functools.lru_cache(maxsize=4096)
@@ -173,6 +181,9 @@ def _is_model(wanted: Any) -> bool:
 def _encode_foreign(value: Any) -> Any:
     pydantic = sys.modules.get("pydantic")
     if pydantic is not None and isinstance(value, pydantic.BaseModel):
+        hidden = (pydantic.SecretStr, pydantic.SecretBytes)
+        if _contains(value.model_dump(), hidden):
+            raise TypeError("it has a field that hides its value; keep secrets out of payloads and results")
         return value.model_dump(mode="json", round_trip=True)
     raise TypeError(f"no way to carry {_name(type(value))}")
 
@@ -193,11 +204,21 @@ _encoder = msgspec.json.Encoder(enc_hook=_encode_foreign)
 
 
 def _has_lost_float(value: Any) -> bool:
-    if isinstance(value, float):
-        return value != value or value in (float("inf"), float("-inf"))
+    return any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in _leaves(value))
+
+
+def _contains(value: Any, kinds: tuple[type, ...]) -> bool:
+    return any(isinstance(leaf, kinds) for leaf in _leaves(value))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
-        return any(map(_has_lost_float, value.values()))
-    return isinstance(value, list | tuple | set | frozenset) and any(map(_has_lost_float, value))
+        value = value.values()
+    elif not isinstance(value, list | tuple | set | frozenset):
+        yield value
+        return
+    for item in value:
+        yield from _leaves(item)
 
 
 def _name(annotation: object) -> str:

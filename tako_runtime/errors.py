@@ -16,7 +16,8 @@
     ├── StepTimeout (TimeoutError)  a step's body ran past its `timeout`
     ├── RunTimeout (TimeoutError)   an attempt ran past its workflow's `timeout`
     └── StoreError                  the store could not do it
-        ├── StoreBusy               not now: locked for long, disk full; the same call may work later
+        ├── StoreBusy               not now: disk full, no answer; the same call may work later
+        │   └── StoreLocked         another process holds the store for long
         └── StoreTooNew             the file was written by a newer tako
 
 What suspends or ends a run (`Suspension` in `step.py`) is a `BaseException` on purpose and not in this tree:
@@ -138,6 +139,12 @@ class StoreBusy(StoreError):
 
     code = "store_busy"
     hint = "Nothing was stored. Try again; if it lasts, look at the disk and at which process holds the file."
+
+
+class StoreLocked(StoreBusy):
+    """Another process holds the store for long."""
+
+    code = "store_locked"
 
 
 class StoreTooNew(StoreError):

@@ -7,6 +7,8 @@ the exception back as its own class, where that class is still there.
 
 import sys
 import traceback
+import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +41,17 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 def describe(error: BaseException) -> Failure:
-    """What to store of `error`. Never raises, whatever `error` does when it is printed or encoded."""
-    try:
-        message = clean(str(error))
-    except Exception as broken:  # noqa: BLE001 -- a user's __str__ may raise anything
-        message = f"<no message: {type(broken).__name__} in __str__>"
+    """What to store of `error`. Never raises, whatever `error` does when it is looked at."""
+    message = _asked(lambda: clean(str(error)))
+    made_of: Any = _asked(lambda: error.__reduce__()[1] if _library_made(type(error)) else error.args)
+    state: Any = _asked(lambda: {name: kept for name, v in vars(error).items() if (kept := _carried(v)) is not None})
     return Failure(
         type=type(error).__qualname__,
-        message=message,
+        message=f"<no message: {type(error).__qualname__} cannot be printed>" if message is None else message,
         traceback=clean(_traceback(error)),
         module=type(error).__module__,
-        args=_carried(list(error.args)),
-        state=_carried(vars(error) or None) if hasattr(error, "__dict__") else None,
+        args=_carried(list(made_of)) if made_of is not None else None,
+        state=state or None,
     )
 
 
@@ -63,24 +64,42 @@ def read(text: str) -> Failure:
 
 
 def rebuild(failure: Failure) -> Exception:
-    """The exception as its own class if it can be found and made without calling its `__init__`, else `StepFailed`."""
+    """The exception as its own class, if it can be found and made without running the user's `__init__`; else
+    `StepFailed` with the same words."""
     found: Any = sys.modules.get(failure.module)
     for name in failure.type.split("."):
         found = getattr(found, name, None)
     if isinstance(found, type) and issubclass(found, Exception):
+        args = failure.args if failure.args is not None else (failure.message,)
         try:
-            error = found.__new__(found)
-            error.args = tuple(failure.args) if failure.args is not None else (failure.message,)
+            error: Exception = found.__new__(found, *args)
+            if _library_made(found):
+                error.__init__(*args)  # type: ignore[misc]
+            else:
+                error.args = tuple(args)
             vars(error).update(failure.state or {})
             return error
-        except (TypeError, ValueError):
-            pass
+        except Exception:  # noqa: BLE001 -- a user's __new__ may ask for anything
+            return StepFailed(failure.line)
     return StepFailed(failure.line)
 
 
 def clean(text: str) -> str:
     """Without lone surrogates (from undecodable file names, for instance), which no store takes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _library_made(kind: type) -> bool:
+    """Whether `__init__` is the interpreter's own, which only fills in fields (an OSError's errno and filename)."""
+    return isinstance(kind.__init__, types.WrapperDescriptorType)  # type: ignore[misc]
+
+
+def _asked(question: Callable[[], Any]) -> Any:
+    """The answer, or None where an exception of the user's does not like to be asked."""
+    try:
+        return question()
+    except BaseException:  # noqa: BLE001 -- even a SystemExit in a __str__
+        return None
 
 
 def _carried(value: Any) -> Any:

@@ -18,7 +18,7 @@ from conftest import Caller, finished, script, until
 
 from tako_runtime.bell import Bell
 from tako_runtime.clock import HOUR, SECOND
-from tako_runtime.errors import StoreBusy, StoreError, StoreTooNew
+from tako_runtime.errors import StoreBusy, StoreError, StoreLocked, StoreTooNew
 from tako_runtime.run import Run, Status, StepRecord
 from tako_runtime.state import Returned, Waits
 from tako_runtime.store import Home, base, open_store, queries, sqlite
@@ -263,6 +263,7 @@ PLANS: dict[str, tuple[set[str], bool]] = {
     "list_runs_by_workflow_and_status": ({"runs_by_workflow"}, False),
     "attempts_of": ({""}, False),
     "waits_of": ({"waits_by_run", ""}, True),
+    "drop_waits_from": ({"waits_by_run"}, False),
     "count_live": ({"runs_by_status"}, True),
     "delete_worker": ({"", "runs_in_hand", "sqlite_autoindex_workers_1"}, False),
     "prune": ({"runs_finished", ""}, False),
@@ -455,7 +456,7 @@ def test_callers_are_told_that_the_store_is_locked_and_by_whom_and_what_they_ask
         return [each.exception() if each.done() else each for each in asked]
 
     told = asyncio.run(ask())
-    assert {type(each) for each in told} == {StoreBusy}
+    assert {type(each) for each in told} == {StoreLocked}
     assert str(holder.pid) in str(told[0])
     finished_by_hand(holder)
     assert opened.do_sync(keep("after")) == 0

@@ -100,11 +100,9 @@ def use(store: StoreThread | None) -> None:
 
 
 def _forget() -> None:
-    """In a forked child: the parent's connection must be neither used nor closed, its lock may be held."""
+    """A forked child opens its own; and the lock may have been held by a thread that is not there."""
     global _current
-    _orphans.append(_current.store)
     _current = _Current()
 
 
-_orphans: list[StoreThread | None] = []
 os.register_at_fork(after_in_child=_forget)

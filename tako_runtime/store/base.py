@@ -10,6 +10,7 @@ only while that claim holds, and says whether it did.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Generic, TypeVar
 
 import msgspec
@@ -295,6 +296,10 @@ class CountRuns(Operation[dict[tuple[str, str], int]], frozen=True):
 
 class Store(ABC):
     """What a dialect brings: opened, used and closed by the one thread that owns it."""
+
+    @abstractmethod
+    def turn(self) -> AbstractContextManager[None]:
+        """To be within while a batch that writes is executed: where writers of several processes take turns."""
 
     @abstractmethod
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
@@ -29,59 +30,84 @@ PATIENCE = 60.0
 
 
 class StoreThread:
-    """A store that any thread and any event loop of this process may use. Open it once; `close()` waits for what is
-    queued. After a fork the child must not use it (its thread is not there): it opens its own."""
+    """A store that any thread and any event loop of this process may use. `close()` waits for what is queued.
+
+    SQLite must not be carried over a fork. So before one the connection is closed, in whatever thread the fork happens,
+    and the parent opens it again at the next use; a child opens a store of its own.
+    """
 
     def __init__(self, open_store: Callable[[], Store], bell: Bell, name: str = "tako-store") -> None:
         self.bell = bell
+        self._open_store = open_store
+        self._store: Store | None = None
         self._queue: SimpleQueue[_Parcel | None] = SimpleQueue()
+        self._door = threading.Lock()  # held to queue something, and to close
+        self._closed = ""
+        self._using = threading.Lock()  # held while the connection is in use; a fork takes it
         self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
-        self._pid = os.getpid()
-        self._closed = False
         opened: Future[None] = Future()
-        self._thread = threading.Thread(target=self._run, args=(open_store, opened), name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(opened,), name=name, daemon=True)
         self._thread.start()
         opened.result()
+        _alive.add(self)
 
     def do(self, op: Operation[R]) -> "asyncio.Future[R]":
         """Run `op`; the answer comes after the commit that carries it. Raises `StoreBusy` for what may work later."""
-        self._check_open()
         loop = asyncio.get_running_loop()
         outbox = self._outboxes.get(loop)
         if outbox is None:
-            outbox = self._outboxes[loop] = _Outbox(loop, self._queue)
-            self._outboxes = {lp: box for lp, box in self._outboxes.items() if not lp.is_closed()}
+            with self._door:
+                live = {lp: box for lp, box in self._outboxes.items() if not lp.is_closed()}
+                outbox = live[loop] = _Outbox(loop, self._send)
+                self._outboxes = live
         return cast("asyncio.Future[R]", outbox.send(op))
 
     def do_sync(self, op: Operation[R], timeout: float = PATIENCE) -> R:
         """The same for callers without an event loop. `StoreBusy` if its turn has not come after `timeout` seconds."""
-        self._check_open()
-        parcel = _Parcel([op], [Future()], None)
-        self._queue.put(parcel)
-        future = cast("Future[R]", parcel.futures[0])
+        future: Future[R] = Future()
+        self._send(_Parcel([op], [future], None))
         try:
             return future.result(timeout)
         except TimeoutError:
-            if not future.cancel():  # the thread has begun with it: its answer is near
+            if not future.cancel():  # it is its turn: the answer is near
                 return future.result()
             raise StoreBusy(f"the store has been locked for {timeout:g} s") from None
 
     def close(self) -> None:
-        if not self._closed and self._pid == os.getpid():
-            self._closed = True
+        with self._door:
+            if self._closed:
+                return
+            self._closed = "the store is closed"
             self._queue.put(None)
-            self._thread.join()
-            self.bell.close()
+        self._thread.join()
+        self.bell.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StoreError("the store is closed")
+    def _send(self, parcel: "_Parcel") -> None:
+        with self._door:
+            if self._closed:
+                raise StoreError(self._closed)
+            self._queue.put(parcel)
+
+    # --- around a fork ---
+
+    def before_fork(self) -> None:
+        self._using.acquire()
+        if self._store is not None:
+            self._store.close()
+            self._store = None
+
+    def after_fork(self) -> None:
+        self._using.release()
+
+    def after_fork_in_child(self) -> None:
+        self._closed = "the store was opened before a fork: open one of this process's own"
+        self._door = threading.Lock()  # another thread of the parent may have held it
 
     # --- the thread ---
 
-    def _run(self, open_store: Callable[[], Store], opened: "Future[None]") -> None:
+    def _run(self, opened: "Future[None]") -> None:
         try:
-            store = open_store()
+            self._store = self._open_store()
         except BaseException as error:  # noqa: BLE001 -- it belongs to the caller, who waits for it
             opened.set_exception(error)
             return
@@ -97,24 +123,67 @@ class StoreThread:
                     break
                 size += len(parcels[-1].ops) if parcels[-1] else 0
             ending = None in parcels
-            self._commit(store, [p for p in parcels if p is not None and p.begin()])
-        store.close()
+            self._commit([parcel for parcel in parcels if parcel is not None])
+        with self._using:
+            if self._store is not None:
+                self._store.close()
 
-    def _commit(self, store: Store, parcels: "list[_Parcel]") -> None:
-        ops = parcels[0].ops if len(parcels) == 1 else [op for parcel in parcels for op in parcel.ops]
-        if not ops:
+    def _commit(self, parcels: "list[_Parcel]") -> None:
+        if not parcels:
             return
-        answers: Sequence[Any]
-        try:
-            answers, topics = store.execute(ops)
-        except Exception as error:  # noqa: BLE001 -- every error has a caller who waits for it
-            answers, topics = _one_by_one(store, ops, error)
+        with self._using:
+            begun, answers, topics = self._transact(parcels)
         if topics:
             self.bell.ring(topics)
         at = 0
-        for parcel in parcels:
+        for parcel in begun:
             parcel.answer(answers[at : at + len(parcel.ops)])
             at += len(parcel.ops)
+
+    def _transact(self, parcels: "list[_Parcel]") -> "tuple[list[_Parcel], Sequence[Any], Topics]":
+        """Everything in one transaction. Who has given up waiting by the time that the turn comes is not served."""
+        begun: list[_Parcel] | None = None
+        try:
+            store = self._store = self._store or self._open_store()
+            writes = any(op.writes for parcel in parcels for op in parcel.ops)
+            with store.turn() if writes else contextlib.nullcontext():
+                begun = [parcel for parcel in parcels if parcel.begin()]
+                ops = begun[0].ops if len(begun) == 1 else [op for parcel in begun for op in parcel.ops]
+                if not ops:
+                    return [], (), set()
+                try:
+                    answers, topics = store.execute(ops)
+                except Exception as error:  # noqa: BLE001 -- every error has a caller who waits for it
+                    answers, topics = _one_by_one(store, ops, error)
+                return begun, answers, topics
+        except Exception as error:  # noqa: BLE001 -- the turn did not come, or the file cannot be opened any more
+            begun = [parcel for parcel in parcels if parcel.begin()] if begun is None else begun
+            return begun, [_Raise(error)] * sum(len(parcel.ops) for parcel in begun), set()
+
+
+#: Every store thread of this process, for the sake of forks.
+_alive: "weakref.WeakSet[StoreThread]" = weakref.WeakSet()
+_forking: list[StoreThread] = []
+
+
+def _before_fork() -> None:
+    _forking[:] = list(_alive)
+    for thread in _forking:
+        thread.before_fork()
+
+
+def _after_fork() -> None:
+    for thread in _forking:
+        thread.after_fork()
+    _forking.clear()
+
+
+def _after_fork_in_child() -> None:
+    for thread in _forking:
+        thread.after_fork_in_child()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
 
 
 def _one_by_one(store: Store, ops: Sequence[Operation[Any]], error: Exception) -> tuple[list[Any], Topics]:
@@ -177,10 +246,10 @@ def _resolve(futures: list[Any], answers: Sequence[Any]) -> None:
 class _Outbox:
     """What one pass of an event loop queues, handed over at its end."""
 
-    __slots__ = ("_futures", "_loop", "_ops", "_queue")
+    __slots__ = ("_futures", "_hand", "_loop", "_ops")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, queue: "SimpleQueue[_Parcel | None]") -> None:
-        self._loop, self._queue = loop, queue
+    def __init__(self, loop: asyncio.AbstractEventLoop, hand: Callable[[_Parcel], None]) -> None:
+        self._loop, self._hand = loop, hand
         self._ops: list[Operation[Any]] = []
         self._futures: list[asyncio.Future[Any]] = []
 
@@ -195,4 +264,7 @@ class _Outbox:
     def _hand_over(self) -> None:
         parcel = _Parcel(self._ops, self._futures, self._loop)
         self._ops, self._futures = [], []
-        self._queue.put(parcel)
+        try:
+            self._hand(parcel)
+        except StoreError as error:  # it was closed meanwhile
+            _resolve(parcel.futures, [_Raise(error)] * len(parcel.ops))

@@ -71,6 +71,9 @@ UPDATE steps SET rerun = 1 WHERE run = :seq AND status = 'failed';
 -- name: drop_steps
 DELETE FROM steps WHERE run = :seq AND position >= :drop_from;
 
+-- name: drop_waits_from
+DELETE FROM waits WHERE run = :seq AND position >= :drop_from;
+
 -- name: drop_waits
 DELETE FROM waits WHERE run = :seq;
 
@@ -240,4 +243,6 @@ SELECT name, {payload}, sent_at, expires_at FROM signals WHERE expires_at > :now
 DELETE FROM signals WHERE seq IN (SELECT seq FROM signals WHERE expires_at <= :now ORDER BY expires_at LIMIT 1000);
 
 -- name: count_live
-SELECT status, reason, count(*) FROM runs WHERE status = 'pending' OR status = 'running' GROUP BY status, reason;
+SELECT 'pending', reason, count(*) FROM runs WHERE status = 'pending' AND status <> 'succeeded' GROUP BY reason
+UNION ALL
+SELECT 'running', reason, count(*) FROM runs WHERE status = 'running' AND status <> 'succeeded' GROUP BY reason;

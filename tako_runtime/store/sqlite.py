@@ -73,7 +73,8 @@ class SqliteStore(Store):
                 self._turnstile = Turnstile(path, PATIENCE)
             self._db = apsw.Connection(str(path))
             self._db.set_busy_timeout(BUSY_TIMEOUT)
-            self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")  # of effect in a new file only
+            if not self._db.pragma("page_count"):  # only a new file can be told to give its free pages back
+                self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self._db.execute("PRAGMA journal_mode = WAL").fetchall()
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA cache_size = -65536")
@@ -92,7 +93,7 @@ class SqliteStore(Store):
         newest = known[-1][0]
         if self._version() == newest:
             return
-        with self._turn():
+        with self.turn():
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 version = self._version()
@@ -119,20 +120,19 @@ class SqliteStore(Store):
         try:
             if not any(op.writes for op in batch):
                 return self._run(batch, topics), topics
-            with self._turn():
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
-                    answers = self._run(batch, topics)
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-                    raise
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                answers = self._run(batch, topics)
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
             return answers, topics
         except (apsw.Error, OSError) as error:
             raise _translated(error, self.path) from error
 
-    def _turn(self) -> AbstractContextManager[None]:
+    def turn(self) -> AbstractContextManager[None]:
         return self._turnstile or nullcontext()
 
     def _run(self, batch: Sequence[Operation[Any]], topics: Topics) -> list[Any]:
@@ -248,7 +248,8 @@ class SqliteStore(Store):
         for kind, name in change.rerun:
             self._db.execute(Q["mark_rerun"], {"seq": seq, "kind": kind, "name": name})
         if change.drop_from is not None:
-            self._db.execute(Q["drop_steps"], {"seq": seq, "drop_from": change.drop_from})
+            for query in ("drop_steps", "drop_waits_from"):
+                self._db.execute(Q[query], {"seq": seq, "drop_from": change.drop_from})
         if change.fresh_steps:
             self._db.execute(Q["mark_all_rerun"], {"seq": seq})
         if change.status.ended:
@@ -405,7 +406,7 @@ class SqliteStore(Store):
     def _list_runs(self, op: base.ListRuns, topics: Topics) -> list[Run]:
         where = {"since_id": op.since_id or "", "limit": op.limit, "workflow": op.workflow}
         found: list[Run] = []
-        for status in op.statuses or (None,):
+        for status in dict.fromkeys(op.statuses) or (None,):
             name = (
                 "list_runs_by_workflow_and_status" if op.workflow and status
                 else "list_runs_by_workflow" if op.workflow
@@ -476,7 +477,9 @@ class SqliteStore(Store):
 
 def _make_private(path: Path) -> None:
     """The file 0600 and its folders 0700, before SQLite opens it: its WAL takes the same mode."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (*reversed(path.parent.parents), path.parent):  # `parents=True` would leave those to the umask
+        if not folder.exists():
+            folder.mkdir(mode=0o700, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 

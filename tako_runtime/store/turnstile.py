@@ -6,7 +6,7 @@ import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from tako_runtime.errors import StoreBusy
+from tako_runtime.errors import StoreLocked
 
 
 class Turnstile(AbstractContextManager[None]):
@@ -14,8 +14,8 @@ class Turnstile(AbstractContextManager[None]):
     go queues behind who was waiting already. Both locks end with their process.
 
     Waiting for a file lock cannot be given a limit. So it is done in a thread of its own, and a limit is set on waiting
-    for that: the process that holds the lock may be stopped in a debugger. Raises `StoreBusy` after `patience` seconds.
-    A lock that nobody holds is taken without any of this.
+    for that: the process that holds the lock may be stopped in a debugger. Raises `StoreLocked` after `patience`
+    seconds. A lock that nobody holds is taken without any of this.
     """
 
     def __init__(self, path: Path, patience: float) -> None:
@@ -66,7 +66,7 @@ class Turnstile(AbstractContextManager[None]):
                 if not self._granted.is_set():
                     self._wanted = False
                     holder = os.pread(self._lock, 10, 0).decode(errors="replace").strip() or "unknown"
-                    raise StoreBusy(
+                    raise StoreLocked(
                         f"the store {self._path} has been locked for {self._patience:g} s by process {holder}",
                         hint="Is that process stopped, or its disk stuck? The lock ends with it.",
                     )
