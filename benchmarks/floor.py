@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Any
 from uuid import uuid4
 
 import apsw
@@ -49,13 +48,12 @@ _now = SystemClock().now
 
 
 class Floor:
-    """A connection, set as the engine sets its own. The rows of a transaction are written in bulk, or one by one."""
+    """A connection, set as the engine sets its own."""
 
-    def __init__(self, home: Home, bulk: bool = True) -> None:
+    def __init__(self, home: Home) -> None:
         home.app_dir.mkdir(parents=True, exist_ok=True)
         self._db = apsw.Connection(str(home.app_dir / "runs.db"))
         self._worker = f"w-{uuid4()}"
-        self._bulk = bulk
         self.commits = 0
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "cache_size = -65536", "wal_autocheckpoint = 4000"):
             self._db.execute(f"PRAGMA {pragma}").fetchall()
@@ -95,7 +93,7 @@ class Floor:
     def save_step(self, runs: list[tuple[int, int]], name: str, position: int) -> None:
         with self._transaction():
             now = _now()
-            self._write(SAVE_STEP, [(seq, name, position, now, claim) for seq, claim in runs])
+            self._db.executemany(SAVE_STEP, [(seq, name, position, now, claim) for seq, claim in runs])
 
     def claim(self, limit: int) -> None:
         with self._transaction():
@@ -107,15 +105,8 @@ class Floor:
 
     def _end(self, runs: list[tuple[int, int]]) -> None:
         now = _now()
-        self._write(END, [(now, seq, claim) for seq, claim in runs])
-        self._write(INSERT_ATTEMPT, [(seq, self._worker, now, now) for seq, _ in runs])
-
-    def _write(self, query: str, rows: list[tuple[Any, ...]]) -> None:
-        if self._bulk:
-            self._db.executemany(query, rows)
-        else:
-            for one in rows:
-                self._db.execute(query, one)
+        self._db.executemany(END, [(now, seq, claim) for seq, claim in runs])
+        self._db.executemany(INSERT_ATTEMPT, [(seq, self._worker, now, now) for seq, _ in runs])
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -128,8 +119,8 @@ class Floor:
         self._db.close()
 
 
-def drain(home: Home, runs: int, concurrency: int, bulk: bool = True) -> Drained:
-    floor = Floor(home, bulk)
+def drain(home: Home, runs: int, concurrency: int) -> Drained:
+    floor = Floor(home)
     floor.fill(runs)
     return _timed(floor, runs, lambda: floor.drain(concurrency))
 

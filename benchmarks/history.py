@@ -1,4 +1,4 @@
-"""history: the same work in a file with 1,000,000 ended runs and 100,000 parked ones, beside an empty file.
+"""history: the same work beside 1,000,000 ended and 100,000 parked runs (--quick: a tenth), and in an empty file.
 
 A list is held against the same list of a file with 10,000 runs: an empty file has nothing to list.
 """
@@ -93,8 +93,9 @@ def history(ended: int) -> Path:
     schema = "".join(script for _, script in migrations())
     path = folder / f"{ended}-{zlib.crc32((schema + BUILD).encode()):08x}.db"
     if not path.exists():
+        for old in folder.glob(f"{ended}-*"):  # of another schema, or half built
+            old.unlink()
         half = path.with_suffix(".building")
-        half.unlink(missing_ok=True)
         SqliteStore(half).close()
         db = apsw.Connection(str(half))
         db.execute("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -262144")

@@ -215,5 +215,5 @@ def gone(pid: int) -> bool:
     """Whether a process is no more, or a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return True
