@@ -16,6 +16,7 @@ from conftest import script, until
 from scenarios.flows import orders
 from scenarios.flows.orders import Case
 from workers import (
+    LaterClock,
     WorkerProcess,
     bodies,
     eventually,
@@ -30,7 +31,7 @@ from workers import (
     workers,
 )
 
-from tako_runtime import Step, clock, workflow
+from tako_runtime import Backoff, Step, clock, workflow
 from tako_runtime.control import Control
 from tako_runtime.errors import StoreBusy
 from tako_runtime.reclaim import reclaim
@@ -222,19 +223,54 @@ def test_a_stale_attempt_writes_nothing_and_starts_no_further_step(
 def test_an_attempt_whose_own_process_has_claimed_the_run_anew_writes_nothing(
     opened: StoreThread, home: Home, log: Path, gate: Path
 ) -> None:
-    run_id = orders.gated.enqueue_sync(Case(str(log), gate=str(gate)))
+    """Both bodies are under way in one process; that of the first claim ends first."""
+    second = Path(f"{gate}.second")
+    os.mkfifo(second)
+    run_id = orders.gated_twice.enqueue_sync(Case(str(log), gate=str(gate)))
     with worker_process(home, "--lease", "1s") as worker:
         until(lambda: bodies(log) == ["a"])
         stop_past_its_lease(worker, opened, home)
         worker.kill(signal.SIGCONT)
-        until(lambda: status(opened, run_id)[0] == "succeeded", 30)
-        ended = shown(opened, run_id)
-        assert ended["attempts"][-1]["worker"] in workers(opened)
-        open_gate(gate)  # the body of the first claim ends in the same process, when all is over
-        following = orders.answers.enqueue_sync("done")
+        until(lambda: bodies(log) == ["a", "a"], 30)
+        open_gate(gate)
+        following = orders.answers.enqueue_sync("done meanwhile")
         until(lambda: status(opened, following)[0] == "succeeded")
-    assert shown(opened, run_id) == ended
-    assert bodies(log) == ["a", "a", "b"]
+        assert steps(shown(opened, run_id)) == {}
+        open_gate(second)
+        until(lambda: status(opened, run_id)[0] == "succeeded")
+        run = shown(opened, run_id)
+        assert run["result"] == "of the second claim"
+        assert run["attempts"][-1]["worker"] in workers(opened)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["next step", "next try"])
+def test_an_attempt_that_was_given_up_meanwhile_runs_no_further_body(
+    opened: StoreThread, home: Home, fails: bool
+) -> None:
+    """Its clock has leapt past its lease, as after a sleep of the machine; the thread that renews it comes later."""
+    ticking, ran = LaterClock(), []
+
+    def overslept() -> None:
+        ran.append("a")
+        if len(ran) == 1:
+            [worker] = opened.do_sync(ListWorkers())
+            assert opened.do_sync(GiveUpWorker(worker=worker.id, seen=worker.lease_until))
+            ticking.set_forward("1h")
+            if fails:
+                raise ConnectionError
+
+    @workflow("oversleeps")
+    async def oversleeps(step: Step) -> None:
+        await step.run("a", overslept, retries=1, backoff=Backoff(base=0, max=0))
+        await step.run("b", ran.append, "b")
+
+    run_id = oversleeps.enqueue_sync()
+    assert work(opened, home, later=ticking) == "lost lease"
+    assert ran == ["a"]
+    assert give_back(opened, home) == 1
+    work(opened, home, later=ticking)
+    assert shown(opened, run_id)["status"] == "succeeded"
+    assert ran == (["a", "a", "b"] if fails else ["a", "b"])
 
 
 def test_a_worker_that_was_given_up_while_idle_holds_no_run_under_its_old_name(
@@ -521,8 +557,7 @@ def test_whatever_is_killed_every_run_ends_once_and_nothing_is_stuck(
             os.kill(pid, signal.SIGKILL)
             killed = pid
         until(lambda: Control(opened).counts() == {}, 120)
-        died = [event for event in supervisor.events() if event["event"] == "worker.died"]
-        assert len(died) == kills
+        until(lambda: len(supervisor.events("worker.died")) == kills)
     bodies_by_step: dict[str, list[str]] = {}
     for line in bodies(log):
         bodies_by_step.setdefault(line.rpartition("/")[0], []).append(line)

@@ -18,7 +18,7 @@ from tako_runtime import Backoff, Step, StepTimeout, SyncStep, clock, log, signa
 from tako_runtime.control import Control
 from tako_runtime.errors import InvalidValue
 from tako_runtime.store import Home
-from tako_runtime.store.base import KeptSignals
+from tako_runtime.store.base import KeptSignals, SendSignal
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.worker import Worker
 from tako_runtime.workflow import signal_sync
@@ -779,6 +779,22 @@ def test_a_wait_gives_none_at_its_deadline(opened: StoreThread, home: Home) -> N
     run = finished(opened, run_id)
     assert run["result"] == [None, "bail out"]
     assert steps(run) == {"approval": "timed_out", "then": "done"}
+
+
+def test_a_signal_after_the_deadline_is_kept_though_nobody_has_looked_at_the_clock_yet(
+    opened: StoreThread, home: Home
+) -> None:
+    @workflow("late-signal")
+    async def handler(step: Step) -> Any:
+        return await step.wait_for("approval", timeout="1h")
+
+    run_id = handler.enqueue_sync()
+    work(opened, home)
+    late = now() + 2 * clock.HOUR
+    assert opened.do_sync(SendSignal(name="approval", payload='"late"', now=late, expires_at=late + clock.DAY)) == 0
+    work(opened, home, later="2h")
+    assert finished(opened, run_id)["result"] is None
+    assert [kept.name for kept in opened.do_sync(KeptSignals(now=late))] == ["approval"]
 
 
 def test_signals_sent_before_are_kept_and_taken_in_their_order(opened: StoreThread, home: Home) -> None:

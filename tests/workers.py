@@ -30,7 +30,11 @@ class LaterClock:
     """The machine's clock, set forward: what is due in an hour is due now."""
 
     def __init__(self, by: clock.Duration = 0) -> None:
-        self._by = clock.duration(by)
+        self._by = 0
+        self.set_forward(by)
+
+    def set_forward(self, by: clock.Duration) -> None:
+        self._by += clock.duration(by)
 
     def now(self) -> int:
         return clock.SystemClock().now() + self._by
@@ -45,12 +49,12 @@ def work(
     home: Home,
     meanwhile: Callable[[Worker], Awaitable[object]] | None = None,
     *,
-    later: clock.Duration = 0,
+    later: clock.Duration | LaterClock = 0,
     **settings: Any,
 ) -> str:
     """Run a worker in this process: until nothing is due (`later`: on a clock that is so far ahead), or until
     `meanwhile(worker)` has ended and it has drained. Why it stopped."""
-    ticking = LaterClock(later)
+    ticking = later if isinstance(later, LaterClock) else LaterClock(later)
 
     async def live(given: Settings) -> str:
         worker = Worker(opened, home.app_dir, registry, given, ticking)
@@ -66,6 +70,8 @@ def work(
         return asyncio.run(live(Settings(**settings)))
     while True:
         reason = asyncio.run(live(Settings(**{"idle_timeout": 1, **settings})))
+        if reason == "lost lease":
+            return reason
         if settings.get("group", "default") not in opened.do_sync(Demand(now=ticking.now())).groups:
             return reason
 

@@ -21,11 +21,13 @@ def first(marker: str) -> bool:
     return True
 
 
-def held(gate: str) -> None:
-    """Wait until the test opens the gate, a named pipe; only the first caller is held."""
-    if first(f"{gate}.held"):
-        with Path(gate).open("rb") as pipe:
-            pipe.read()
+def held(gate: str) -> bool:
+    """Wait until the test opens the gate, a named pipe. Only the first caller is held; whether this one was."""
+    if not first(f"{gate}.held"):
+        return False
+    with Path(gate).open("rb") as pipe:
+        pipe.read()
+    return True
 
 
 def die() -> None:

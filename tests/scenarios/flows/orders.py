@@ -71,14 +71,27 @@ async def gated(case: Case, step: Step) -> list[str]:
     return [await step.run("a", a), await step.run("b", body, case, "b")]
 
 
+@workflow("gated-twice", backoff=SOON)
+async def gated_twice(case: Case, step: Step) -> str:
+    """The first who runs step a is held at the gate, the second at another."""
+
+    def a() -> str:
+        ran(case.log, "a")
+        if held(case.gate):
+            return "of the first claim"
+        held(f"{case.gate}.second")
+        return "of the second claim"
+
+    return await step.run("a", a)
+
+
 @workflow("gated-failure", backoff=SOON)
 async def gated_failure(case: Case, step: Step) -> str:
     """The first who runs step a is held at the gate, and then fails; it is to be tried again a little later."""
 
     def a() -> str:
         ran(case.log, "a")
-        if not os.path.exists(f"{case.gate}.held"):  # noqa: PTH110
-            held(case.gate)
+        if held(case.gate):
             raise CardRefused
         return "a"
 

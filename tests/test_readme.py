@@ -1,0 +1,33 @@
+"""The README says what is so."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def test_the_command_reference_is_what_the_commands_say_of_themselves() -> None:
+    words = [sys.executable, "-m", "tako_cli.reference"]
+    env = {**os.environ, "COLUMNS": "200"}  # whoever makes it, at whatever width
+    made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, env=env, timeout=60).stdout
+    assert made.strip() in README, "python -m tako_cli.reference --write README.md"
+
+
+def test_every_error_of_the_public_names_is_documented_in_the_tree_of_errors() -> None:
+    from tako_runtime import errors
+
+    tree = errors.__doc__ or ""
+    for name, kind in vars(errors).items():
+        if isinstance(kind, type) and issubclass(kind, errors.TakoError):
+            assert re.search(rf"\b{name}\b", tree), name
+
+
+@pytest.mark.parametrize("name", re.findall(r"`(\w+\.py)`", README.split("## How it is built")[1]))
+def test_a_module_that_the_readme_names_is_there(name: str) -> None:
+    assert (ROOT / "tako_runtime" / name).is_file()
