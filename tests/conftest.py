@@ -1,6 +1,7 @@
 """What every test may ask for: a home of its own, an open store, a clock, and the one place that polls."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -125,7 +126,7 @@ def until(condition: Callable[[], T], seconds: float = 20) -> T:
 
 
 def script(code: str, *args: object, home: Home | None = None, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """A process of its own that runs `code`, with pipes for its input and output."""
+    """A process of its own, the leader of its group, that runs `code` with pipes for its input and output."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("TAKO_")}
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
@@ -135,6 +136,7 @@ def script(code: str, *args: object, home: Home | None = None, cwd: Path | None 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -143,7 +145,7 @@ def finished(process: subprocess.Popen[str], seconds: float = 60) -> str:
     try:
         out, err = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # with what it forked, which has the same pipes
         out, err = process.communicate()
         pytest.fail(f"not ended within {seconds:g} s; it said: {out}{err}")
     assert process.returncode == 0, err

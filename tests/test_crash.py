@@ -35,10 +35,14 @@ from tako_runtime import Backoff, Step, clock, workflow
 from tako_runtime.control import Control
 from tako_runtime.errors import StoreBusy
 from tako_runtime.reclaim import reclaim
+from tako_runtime.run import WorkerRecord
+from tako_runtime.state import WorkerLost, settle
 from tako_runtime.store import Home, open_store, use
 from tako_runtime.store import sqlite as sqlite_store
 from tako_runtime.store.base import (
+    AddWorker,
     Apply,
+    ClaimRuns,
     GiveUpWorker,
     ListWorkers,
     Operation,
@@ -241,6 +245,47 @@ def test_an_attempt_whose_own_process_has_claimed_the_run_anew_writes_nothing(
         run = shown(opened, run_id)
         assert run["result"] == "of the second claim"
         assert run["attempts"][-1]["worker"] in workers(opened)
+
+
+@pytest.mark.parametrize("writes", ["a step", "a failed step", "a sleep", "a wait", "its end", "its failure"])
+def test_an_attempt_whose_run_was_claimed_by_another_meanwhile_writes_nothing(
+    opened: StoreThread, home: Home, writes: str
+) -> None:
+    """Its lease holds, and it does not know: only the number of its claim tells."""
+    further: list[str] = []
+
+    def taken_over() -> None:
+        [run] = opened.do_sync(RunsOf(worker=next(iter(workers(opened)))))
+        opened.do_sync(Apply(change=settle(run, WorkerLost(), now())))
+        opened.do_sync(AddWorker(worker=WorkerRecord("w-other", "default", "there", 1, "dev", now(), now())))
+        [_] = opened.do_sync(ClaimRuns(worker="w-other", group="default", workflows=["stale"], limit=1, now=now()))
+
+    def fails() -> None:
+        taken_over()
+        raise ConnectionError
+
+    @workflow("stale")
+    async def stale(step: Step) -> None:
+        if writes.endswith("step"):
+            await step.run("a", fails if "failed" in writes else taken_over)
+        else:
+            await asyncio.to_thread(taken_over)
+        if writes == "a sleep":
+            await step.sleep("1h")
+        elif writes == "a wait":
+            await step.wait_for("x")
+        elif writes == "its failure":
+            raise ConnectionError
+        elif writes != "its end":
+            await step.run("b", further.append, "b")
+
+    run_id = stale.enqueue_sync()
+    work(opened, home, concurrency=1)  # no slot is free to claim it once more
+    [run] = opened.do_sync(RunsOf(worker="w-other"))
+    assert (run.id, run.claim, run.attempt) == (run_id, 2, 2)
+    assert steps(shown(opened, run_id)) == {}
+    assert shown(opened, run_id)["waiting_for"] == []
+    assert further == []
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["next step", "next try"])

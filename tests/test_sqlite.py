@@ -263,6 +263,7 @@ PLANS: dict[str, tuple[set[str], bool]] = {
     "list_runs_by_workflow_and_status": ({"runs_by_workflow"}, False),
     "attempts_of": ({""}, False),
     "waits_of": ({"waits_by_run", ""}, True),
+    "list_unlucky_runs_by_workflow": ({"runs_unlucky"}, False),
     "drop_waits_from": ({"waits_by_run"}, False),
     "count_live": ({"runs_by_status"}, True),
     "delete_worker": ({"", "runs_in_hand", "sqlite_autoindex_workers_1"}, False),
@@ -390,7 +391,7 @@ def test_what_many_threads_ask_for_while_the_store_is_busy_is_one_commit(
     with ThreadPoolExecutor(33) as pool:
         with lock_held(path):
             first = pool.submit(opened.do_sync, keep("first"))
-            until(lambda: opened._queue.empty())
+            until(opened._using.locked)  # its turn has not come
             rest = [pool.submit(opened.do_sync, keep(f"s{n}")) for n in range(32)]
             until(lambda: opened._queue.qsize() == 32)
         assert [job.result() for job in [first, *rest]] == [0] * 33
@@ -410,8 +411,10 @@ def test_closing_waits_for_what_is_queued(home: Home, path: Path) -> None:
     opened = open_store(home)
     with ThreadPoolExecutor(9) as pool:
         with lock_held(path):
-            asked = [pool.submit(opened.do_sync, keep(f"s{n}")) for n in range(8)]
-            until(lambda: opened._queue.qsize() >= 7)
+            asked = [pool.submit(opened.do_sync, keep("s0"))]
+            until(opened._using.locked)  # its turn has not come
+            asked += [pool.submit(opened.do_sync, keep(f"s{n}")) for n in range(1, 8)]
+            until(lambda: opened._queue.qsize() == 7)
             closing = pool.submit(opened.close)
             until(lambda: opened._closed)
         closing.result(timeout=60)
@@ -481,7 +484,7 @@ def test_a_caller_whose_turn_has_not_come_is_told_so_and_is_not_served_later(
 ) -> None:
     with ThreadPoolExecutor(1) as pool:
         patient = pool.submit(opened.do_sync, keep("patient"), timeout=60)
-        until(lambda: opened._queue.empty() and patient.running())
+        until(opened._using.locked)
         with pytest.raises(StoreBusy, match="locked for 1 s") as caught:
             opened.do_sync(keep("impatient"), timeout=1)
         assert "Nothing was stored" in caught.value.hint
@@ -500,7 +503,7 @@ def finished_by_hand(holder: subprocess.Popen[str]) -> None:
 def test_a_lock_ends_with_the_process_that_held_it(opened: StoreThread, holder: subprocess.Popen[str]) -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(opened.do_sync, keep("s"))
-        until(lambda: opened._queue.empty() and waiting.running())
+        until(opened._using.locked)
         holder.kill()
         assert waiting.result(timeout=20) == 0
 
@@ -705,6 +708,66 @@ def test_a_child_that_outlives_the_process_it_was_forked_from_loses_nothing(home
     opened.close()
     assert names == {"parent", "child, early", "another", "child, late"}
     assert healthy(path)
+
+
+def test_a_forked_child_may_fork_again(home: Home) -> None:
+    """As under a preloading server whose workers start processes of their own."""
+    finished(
+        script(
+            """
+            import os
+            from tako_runtime import signal_sync
+            def in_a_child(do):
+                child = os.fork()
+                if child == 0:
+                    do()
+                    os._exit(0)
+                assert os.waitpid(child, 0)[1] == 0
+            def further():
+                in_a_child(lambda: signal_sync("grandchild"))
+                signal_sync("child")
+                in_a_child(lambda: signal_sync("grandchild"))
+            signal_sync("parent")
+            in_a_child(further)
+            signal_sync("parent")
+            """,
+            home=home,
+        ),
+        30,
+    )
+    opened = open_store(home)
+    names = sorted(kept.name for kept in opened.do_sync(base.KeptSignals(now=0)))
+    opened.close()
+    assert names == ["child", "grandchild", "grandchild", "parent", "parent"]
+
+
+def test_threads_that_fork_at_the_same_time_do_not_stop_the_store(home: Home) -> None:
+    finished(
+        script(
+            """
+            import os, sys, threading
+            from tako_runtime import signal_sync
+            sys.setswitchinterval(1e-5)
+            signal_sync("open")
+            def forks():
+                for _ in range(50):
+                    child = os.fork()
+                    if child == 0:
+                        os._exit(0)
+                    os.waitpid(child, 0)
+            forking = [threading.Thread(target=forks) for _ in range(4)]
+            for each in forking: each.start()
+            for _ in range(50):
+                signal_sync("written")
+            for each in forking: each.join()
+            """,
+            home=home,
+        ),
+        30,
+    )
+    opened = open_store(home)
+    assert len(opened.do_sync(base.KeptSignals(now=0))) == 51
+    opened.close()
 
 
 BUSY_PROCESS = """

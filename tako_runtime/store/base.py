@@ -34,9 +34,15 @@ Topics = set[str]
 
 
 class Operation(msgspec.Struct, Generic[R], frozen=True, kw_only=True):
-    """One thing to do; `R` is its answer. `writes` is False where it changes nothing and so needs no lock."""
+    """One thing to do; `R` is its answer.
+
+    `writes` is False where it changes nothing and so needs no lock. `acknowledged` is False where nobody is told that
+    it has happened, so that its commit need not be synced: a claim that a power cut undoes leaves a run that is claimed
+    again, and whatever that run writes first, synced, carries the claim to the disk with it.
+    """
 
     writes: ClassVar[bool] = True
+    acknowledged: ClassVar[bool] = True
 
 
 # --- a run's life, in order ------------------------------------------------------------------------------------------
@@ -55,6 +61,7 @@ class ClaimRuns(Operation[list[Claimed]], frozen=True):
     oldest due, then in order of insertion. Each claim has a new number. Starts an attempt where none is open. A worker
     that is not on the list (`AddWorker`), or was given up, gets none."""
 
+    acknowledged = False
     worker: str
     group: str
     workflows: Sequence[str]
@@ -113,12 +120,14 @@ class SendSignal(Operation[int], frozen=True):
 
 
 class AddWorker(Operation[None], frozen=True):
+    acknowledged = False
     worker: WorkerRecord
 
 
 class RenewLease(Operation[bool], frozen=True):
     """False where the worker is not there any more, or has been given up for dead: it must not write."""
 
+    acknowledged = False
     worker: str
     until: int
 
@@ -208,6 +217,7 @@ class Prune(Operation[int], frozen=True):
 class Demand(Operation["Due"], frozen=True):
     """What is due at `now`, by group, and when the next run becomes due. Also makes claimable what has become due."""
 
+    acknowledged = False
     now: int
 
 

@@ -222,6 +222,11 @@ SELECT {run} FROM runs WHERE status = :status AND status <> 'succeeded' AND id >
 -- Most ended runs have succeeded: the ids are walked, and nearly every one counts.
 SELECT {run} FROM runs WHERE +status = 'succeeded' AND id >= :since_id ORDER BY id DESC LIMIT :limit;
 
+-- name: list_unlucky_runs_by_workflow
+SELECT {run} FROM runs
+ WHERE workflow = :workflow AND status = :status AND status IN ('dead', 'cancelled') AND id >= :since_id
+ ORDER BY id DESC LIMIT :limit;
+
 -- name: list_runs_by_workflow_and_status
 SELECT {run} FROM runs WHERE workflow = :workflow AND +status = :status AND id >= :since_id ORDER BY id DESC LIMIT :limit;
 

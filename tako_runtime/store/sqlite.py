@@ -67,6 +67,7 @@ class SqliteStore(Store):
     def __init__(self, path: Path, queueing: Literal["turnstile", "busy"] = "turnstile") -> None:
         self.path = path
         self._turnstile: Turnstile | None = None
+        self._synced = True
         try:
             _make_private(path)
             if queueing == "turnstile":
@@ -120,6 +121,7 @@ class SqliteStore(Store):
         try:
             if not any(op.writes for op in batch):
                 return self._run(batch, topics), topics
+            self._sync(any(op.acknowledged for op in batch if op.writes))
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 answers = self._run(batch, topics)
@@ -131,6 +133,12 @@ class SqliteStore(Store):
             return answers, topics
         except (apsw.Error, OSError) as error:
             raise _translated(error, self.path) from error
+
+    def _sync(self, wanted: bool) -> None:
+        """Whether the next commit waits for the disk: all do, but those of which nobody is told (`base.Operation`)."""
+        if wanted != self._synced:
+            self._db.execute(f"PRAGMA synchronous = {'FULL' if wanted else 'NORMAL'}")
+            self._synced = wanted
 
     def turn(self) -> AbstractContextManager[None]:
         return self._turnstile or nullcontext()
@@ -408,7 +416,8 @@ class SqliteStore(Store):
         found: list[Run] = []
         for status in dict.fromkeys(op.statuses) or (None,):
             name = (
-                "list_runs_by_workflow_and_status" if op.workflow and status
+                "list_unlucky_runs_by_workflow" if op.workflow and status in ("dead", "cancelled")
+                else "list_runs_by_workflow_and_status" if op.workflow and status
                 else "list_runs_by_workflow" if op.workflow
                 else "list_succeeded" if status == "succeeded"
                 else "list_runs_by_status" if status

@@ -40,6 +40,8 @@ CREATE INDEX runs_finished ON runs (finished_at) WHERE finished_at IS NOT NULL;
 -- For lists. Most ended runs succeeded: a list of those walks the ids.
 CREATE INDEX runs_by_status ON runs (status, id) WHERE status <> 'succeeded';
 CREATE INDEX runs_by_workflow ON runs (workflow, id);
+-- A workflow's few unlucky runs among its many: nothing to keep up for a run that succeeds.
+CREATE INDEX runs_unlucky ON runs (workflow, status, id) WHERE status IN ('dead', 'cancelled');
 
 CREATE TABLE steps (
     run         INTEGER NOT NULL,
