@@ -190,7 +190,9 @@ def test_the_longest_path_that_needs_no_other_folder_holds_a_workers_socket(home
     in_a_loop(body)
 
 
-def test_a_short_folder_that_is_somebody_elses_is_not_used(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_folder_that_is_open_to_others_is_not_used_and_the_worker_does_without_its_bell(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
     long = home.data_dir / ("long-" * 30)
     uid = 4_000_000_000  # whose runtime folder is not there
     open_to_all = Path(f"/tmp/tako-{uid}")
@@ -201,6 +203,9 @@ def test_a_short_folder_that_is_somebody_elses_is_not_used(home: Home, monkeypat
         bell = Bell(long)
         assert bell._folder.is_relative_to(long)
         bell.ring({"signal"})
+        listener = bell.listen("w-" + "0" * 36)  # the look once a second has to do
+        listener.close()
+        bell.close()
     finally:
         open_to_all.rmdir()
 

@@ -232,7 +232,10 @@ def test_a_worker_of_one_group_starts_nothing_of_another(opened: StoreThread, ho
 
 def test_two_workers_share_the_runs_and_none_is_done_twice(opened: StoreThread, home: Home) -> None:
     ids = orders.answers.enqueue_many_sync([f"{n}" for n in range(400)])
-    with worker_process(home, "--idle-timeout", "1s") as one, worker_process(home, "--idle-timeout", "1s") as other:
+    with (
+        worker_process(home, "--idle-timeout", "100ms") as one,
+        worker_process(home, "--idle-timeout", "100ms") as other,
+    ):
         assert (one.ended(), other.ended()) == (0, 0)
         begun = [event["run"] for worker in (one, other) for event in worker.events("run.started")]
     assert sorted(begun) == sorted(ids)

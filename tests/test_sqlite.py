@@ -657,6 +657,7 @@ def test_a_process_that_dies_while_it_writes_does_not_leave_its_lock_to_forked_c
         """
         import os, threading
         from tako_runtime import signal_sync
+        signal_sync("open")
         def write():
             for n in range(60):
                 signal_sync("parent")
@@ -708,6 +709,56 @@ def test_a_child_that_outlives_the_process_it_was_forked_from_loses_nothing(home
     opened.close()
     assert names == {"parent", "child, early", "another", "child, late"}
     assert healthy(path)
+
+
+@pytest.mark.parametrize("when", ["idle", "opening", "writing"])
+def test_a_forked_child_carries_none_of_the_stores_files(home: Home, when: str) -> None:
+    told = finished(
+        script(
+            """
+            import os, sys, threading
+            from tako_runtime import signal_sync, store
+            from tako_runtime.store.sqlite import SqliteStore
+            reached, forked = threading.Event(), threading.Event()
+            def pausing(real):
+                def paused(self, *given):
+                    answer = real(self, *given)
+                    reached.set()
+                    forked.wait(1)  # no longer, since the fork may wait for us
+                    return answer
+                return paused
+            def held():
+                files = {os.path.realpath(path): path.stat() for path in store.locate().app_dir.glob("runs.db*")}
+                for number in range(3, 256):
+                    try:
+                        there = os.fstat(number)
+                    except OSError:
+                        continue
+                    yield from (name for name, stat in files.items() if os.path.samestat(stat, there))
+            if sys.argv[1] == "opening":
+                SqliteStore._migrate = pausing(SqliteStore._migrate)
+            else:
+                signal_sync("before")
+                SqliteStore._run = pausing(SqliteStore._run)
+            thread = threading.Thread(target=signal_sync, args=("now",))
+            thread.start()
+            reached.wait()
+            if sys.argv[1] == "idle":
+                forked.set()
+                thread.join()
+            child = os.fork()
+            if child == 0:
+                print(*held(), flush=True)
+                os._exit(0)
+            forked.set()
+            os.waitpid(child, 0)
+            thread.join()
+            """,
+            when,
+            home=home,
+        )
+    )
+    assert told == "\n"
 
 
 def test_a_forked_child_may_fork_again(home: Home) -> None:

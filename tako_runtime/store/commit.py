@@ -47,9 +47,9 @@ class StoreThread:
         self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name=name, daemon=True)
+        _forks.alive.add(self)
         self._thread.start()
         opened.result()
-        _alive.add(self)
 
     def do(self, op: Operation[R]) -> "asyncio.Future[R]":
         """Run `op`; the answer comes after the commit that carries it. Raises `StoreBusy` for what may work later."""
@@ -101,13 +101,14 @@ class StoreThread:
 
     def after_fork_in_child(self) -> None:
         self._closed = "the store was opened before a fork: open one of this process's own"
-        self._door = threading.Lock()  # another thread of the parent may have held it
+        self._door = self._using = threading.Lock()  # threads of the parent may have held them
 
     # --- the thread ---
 
     def _run(self, opened: "Future[None]") -> None:
         try:
-            self._store = self._open_store()
+            with self._using:
+                self._store = self._open_store()
         except BaseException as error:  # noqa: BLE001 -- it belongs to the caller, who waits for it
             opened.set_exception(error)
             return
@@ -161,29 +162,34 @@ class StoreThread:
             return begun, [_Raise(error)] * sum(len(parcel.ops) for parcel in begun), set()
 
 
-#: Every store thread of this process, for the sake of forks.
-_alive: "weakref.WeakSet[StoreThread]" = weakref.WeakSet()
-_forking: list[StoreThread] = []
+class _Forks:
+    """Every store thread of this process, closed around each fork; threads that fork do so one after the other."""
+
+    def __init__(self) -> None:
+        self.alive: weakref.WeakSet[StoreThread] = weakref.WeakSet()
+        self._one = threading.Lock()
+        self._closed: list[StoreThread] = []
+
+    def before(self) -> None:
+        self._one.acquire()
+        self._closed = list(self.alive)
+        for thread in self._closed:
+            thread.before_fork()
+
+    def after_in_parent(self) -> None:
+        for thread in self._closed:
+            thread.after_fork()
+        self._closed = []
+        self._one.release()
+
+    def after_in_child(self) -> None:
+        for thread in self._closed:
+            thread.after_fork_in_child()
+        self.alive, self._one, self._closed = weakref.WeakSet(), threading.Lock(), []
 
 
-def _before_fork() -> None:
-    _forking[:] = list(_alive)
-    for thread in _forking:
-        thread.before_fork()
-
-
-def _after_fork() -> None:
-    for thread in _forking:
-        thread.after_fork()
-    _forking.clear()
-
-
-def _after_fork_in_child() -> None:
-    for thread in _forking:
-        thread.after_fork_in_child()
-
-
-os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
+_forks = _Forks()
+os.register_at_fork(before=_forks.before, after_in_parent=_forks.after_in_parent, after_in_child=_forks.after_in_child)
 
 
 def _one_by_one(store: Store, ops: Sequence[Operation[Any]], error: Exception) -> tuple[list[Any], Topics]:
