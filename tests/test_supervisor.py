@@ -216,7 +216,7 @@ def test_a_line_of_any_length_does_not_stop_the_supervisor(opened: StoreThread, 
     folder.mkdir()
     (folder / "loud.py").write_text(
         "from tako_runtime import workflow\n\n"
-        '@workflow("answers")\nasync def answers(payload, step):\n    print("x" * 6_000_000)\n    return payload\n'
+        '@workflow("answers")\nasync def answers(payload, step):\n    print("x" * 2_000_000)\n    return payload\n'
     )
     with supervised(home, folder="workflows", root=tmp_path) as supervisor:
         for _ in range(2):

@@ -215,6 +215,9 @@ def supervised(home: Home, *, folder: str = FLOWS, root: Path = HERE, **options:
         if supervisor.process.poll() is None:
             supervisor.process.kill()
         supervisor.process.wait()
+        for pid in supervisor.spawned:  # whatever has failed, nothing outlives its test
+            if not gone(pid):
+                os.kill(pid, signal.SIGKILL)
 
 
 def gone(pid: int) -> bool:
