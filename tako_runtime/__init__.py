@@ -15,10 +15,12 @@ from tako_runtime.errors import (
     StepTimeout,
     StoreBusy,
     StoreError,
+    StoreLocked,
     StoreTooNew,
     TakoError,
     TakoUnavailable,
     TooLarge,
+    Unreadable,
 )
 from tako_runtime.state import Backoff
 from tako_runtime.step import Step, Suspension, SyncStep
@@ -43,6 +45,7 @@ __all__ = [
     "InvalidValue",
     "NotCarried",
     "TooLarge",
+    "Unreadable",
     "PayloadRefused",
     "DuplicateWorkflow",
     "StepMisuse",
@@ -51,5 +54,6 @@ __all__ = [
     "RunTimeout",
     "StoreError",
     "StoreBusy",
+    "StoreLocked",
     "StoreTooNew",
 ]

@@ -57,37 +57,45 @@ class Bell:
             self._socket = None
 
     def listen(self, name: str) -> "Listener":
-        """A socket of one's own under `name`, which must be unique (a worker's id)."""
-        self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """A socket of one's own under `name`, which must be unique (a worker's id). Where none can be had, the listener
+        hears nothing, and its look once a second has to do."""
         path = self._folder / name
-        path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         listener.setblocking(False)
-        listener.bind(str(path))
-        path.chmod(0o600)
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)
+            listener.bind(str(path))
+            path.chmod(0o600)
+        except OSError:
+            listener.close()
+            return Listener(None, path)
         return Listener(listener, path)
 
 
 class Listener:
     """One who hears the bell, within an event loop."""
 
-    def __init__(self, sock: socket.socket, path: Path) -> None:
+    def __init__(self, sock: socket.socket | None, path: Path) -> None:
         self._socket, self._path = sock, path
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self, heard: Callable[[set[str]], None]) -> None:
         """Call `heard(topics)` in this event loop at every ring."""
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._socket, self._read, heard)
+        if self._socket is not None:
+            self._loop = asyncio.get_running_loop()
+            self._loop.add_reader(self._socket, self._read, self._socket, heard)
 
-    def _read(self, heard: Callable[[set[str]], None]) -> None:
+    def _read(self, sock: socket.socket, heard: Callable[[set[str]], None]) -> None:
         topics: set[str] = set()
         with contextlib.suppress(OSError):
             while True:
-                topics.update(self._socket.recv(4096).decode(errors="replace").split())
+                topics.update(sock.recv(4096).decode(errors="replace").split())
         heard(topics)
 
     def close(self) -> None:
+        if self._socket is None:
+            return
         if self._loop is not None and not self._loop.is_closed():
             self._loop.remove_reader(self._socket)
         self._socket.close()

@@ -52,10 +52,12 @@ class Backoff:
 
     @property
     def base_micros(self) -> int:
+        """`base` in microseconds."""
         return clock.duration(self.base, "backoff base")
 
     @property
     def max_micros(self) -> int:
+        """`max` in microseconds."""
         return clock.duration(self.max, "backoff max")
 
     def delay(self, n: int, seed: str) -> int:

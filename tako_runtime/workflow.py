@@ -219,7 +219,7 @@ def new_run(
         raise InvalidValue(f"the run of {workflow!r} would be due past the year 9999")
     if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) >= 1 << 31:
         raise InvalidValue(f"priority must be a whole number of at most 32 bits, not {priority!r}")
-    if unique_key is not None and (not isinstance(unique_key, str) or not 0 < len(unique_key) <= 500):
+    if unique_key is not None and not _is_text(unique_key):
         raise InvalidValue(f"unique_key must be text of 1 to 500 characters, not {unique_key!r:.80}")
     return NewRun(
         id=new_id(now), workflow=workflow, group=group, payload=payload, created_at=now, due_at=due, retries=retries,
@@ -255,8 +255,19 @@ def release() -> str:
 
 
 def check_signal_name(name: str) -> None:
-    if not isinstance(name, str) or not name or len(name) > 500 or "#" in name or not name.isprintable():
+    if not _is_text(name) or "#" in name or not name.isprintable():
         raise InvalidValue(f"a signal's name is printable text of 1 to 500 characters without '#', not {name!r}")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is text of 1 to 500 characters that a store takes: no half of a surrogate pair."""
+    if not isinstance(value, str) or not 0 < len(value) <= 500:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _register(new: Workflow[..., Any]) -> None:

@@ -102,7 +102,8 @@ class StoreAgainstModel(RuleBasedStateMachine):
     def settle(self, told: Told, outcome: Outcome) -> bool:
         """Write the outcome, under the newest claim. What would go on and was asked to cancel does not land as it was
         seen; as it is, it ends."""
-        ends = isinstance(outcome, Returned | Bailed | Failed)
+        out_of_attempts = isinstance(outcome, Raised) and told.attempt >= told.budget
+        ends = isinstance(outcome, Returned | Bailed | Failed) or out_of_attempts
         if told.cancelling and not ends:
             assert not self.caller.settle(told.seen[-1], outcome)
             assert self.caller.settle(self.caller.get(told.seen[-1]), outcome)
@@ -361,6 +362,6 @@ class StoreAgainstModel(RuleBasedStateMachine):
 
 
 StoreAgainstModel.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=2000, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestTheStoreDoesWhatTheModelDoes = StoreAgainstModel.TestCase
