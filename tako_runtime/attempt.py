@@ -10,7 +10,7 @@ is free.
 import asyncio
 import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -330,6 +330,20 @@ class Attempt:
         """Call `fn` in a thread, with this code's context."""
         call = functools.partial(contextvars.copy_context().run, _contained, fn, *args)
         return await self._loop.run_in_executor(self._desk.bodies, call)
+
+    async def see_through(self, key: StepKey, doing: Coroutine[Any, Any, R]) -> R:
+        """Do a step whose body runs in a thread. A thread cannot be stopped: where its caller is cancelled (by a task
+        group, by a timeout around it), the step stays in flight until it has ended and is stored, so that no other pass
+        runs the same body beside it."""
+        task = self._loop.create_task(doing)
+
+        def ended(task: "asyncio.Task[R]") -> None:
+            if not task.cancelled():
+                task.exception()  # its caller may be gone
+            self.leave(key)
+
+        task.add_done_callback(ended)
+        return await asyncio.shield(task)
 
     async def pause(self, key: StepKey, until: int) -> None:
         """Wait in the slot, between two tries of a step."""

@@ -124,11 +124,15 @@ class Step:
         codec.decoder(wanted)  # an annotation that cannot be read back must not cost the body's side effects
         limit = None if timeout is None else clock.duration(timeout, "timeout", least=1_000)
         key, position, record = await attempt.begin("run", name)
-        try:
-            if record is None:
-                return await self._do(key, position, wanted, fn, args, retries, backoff or _STEP_BACKOFF, retry, limit)
-        finally:
-            attempt.leave(key)
+        if record is None:
+            doing = self._do(key, position, wanted, fn, args, retries, backoff or _STEP_BACKOFF, retry, limit)
+            if not _is_async(fn):
+                return await attempt.see_through(key, doing)
+            try:
+                return await doing
+            finally:
+                attempt.leave(key)
+        attempt.leave(key)
         if record.error is not None:
             raise attempt.failed(failure.rebuild(failure.read(record.error)), key, final=not retry)
         emit("step.cached", step=key.label)

@@ -380,3 +380,39 @@ def test_a_plain_handler_may_run_steps_in_threads_of_its_own(opened: StoreThread
     work(opened, home)
     assert result(opened, run_id) == [0, 1, 2, 3, 4, "went"]
     assert sorted(bodies) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("ends_by", ["an error of its own", "the cancellation"])
+def test_a_body_in_a_thread_whose_caller_is_cancelled_is_seen_through_and_not_run_again(
+    opened: StoreThread, home: Home, ends_by: str
+) -> None:
+    bodies: list[str] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def charge() -> str:
+        bodies.append("charge")
+        begun.set()
+        assert go_on.wait(30)
+        return "charged"
+
+    async def cancel_once_begun(step: Step) -> None:
+        """Leave `charge` in the lurch while its thread runs."""
+        running = asyncio.create_task(step.run("charge", charge))
+        await asyncio.to_thread(begun.wait)
+        running.cancel()
+        asyncio.get_running_loop().call_later(0.05, go_on.set)
+        if ends_by == "the cancellation":
+            await running
+        raise ConnectionError
+
+    @workflow("cut", backoff=AT_ONCE)
+    async def handler(step: Step) -> str:
+        if step.attempt == 1:
+            await cancel_once_begun(step)
+        return await step.run("charge", charge)
+
+    run_id = handler.enqueue_sync()
+    work(opened, home)
+    assert result(opened, run_id) == "charged"
+    assert bodies == ["charge"]
+    assert [step["attempt"] for step in shown(opened, run_id)["steps"]] == [1]
