@@ -40,7 +40,10 @@ class Bell:
         if not listeners:
             return
         if self._socket is None:
-            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            try:
+                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            except OSError:  # no file descriptor left: the listeners' own look has to do
+                return
             self._socket.setblocking(False)
         for path in listeners:
             try:

@@ -16,6 +16,9 @@ import msgspec
 
 from tako_runtime.errors import StepFailed
 
+#: What is kept of a message or a traceback, in characters.
+LONGEST = 20_000
+
 _HERE = str(Path(__file__).parent)
 
 
@@ -85,8 +88,13 @@ def rebuild(failure: Failure) -> Exception:
 
 
 def clean(text: str) -> str:
-    """Without lone surrogates (from undecodable file names, for instance), which no store takes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    """Without lone surrogates (from undecodable file names, for instance), which no store takes; the middle of what is
+    very long is left out."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) > LONGEST:
+        half = LONGEST // 2
+        text = f"{text[:half]}\n[... {len(text) - LONGEST:,} characters left out ...]\n{text[-half:]}"
+    return text
 
 
 def _library_made(kind: type) -> bool:
@@ -104,7 +112,8 @@ def _asked(question: Callable[[], Any]) -> Any:
 
 def _carried(value: Any) -> Any:
     try:
-        return msgspec.json.decode(msgspec.json.encode(value))
+        data = msgspec.json.encode(value)
+        return msgspec.json.decode(data) if len(data) <= LONGEST else None
     except Exception:  # noqa: BLE001 -- a user's exception may hold anything; what cannot be kept is left out
         return None
 

@@ -258,3 +258,13 @@ def test_a_deep_recursion_is_described_in_a_few_lines() -> None:
         shown = stored(error).traceback
     assert "in dig" in shown
     assert len(shown.splitlines()) < 30
+
+
+def test_of_a_very_long_message_the_middle_is_left_out() -> None:
+    error = ValueError("begin" + "x" * 10_000_000 + "end")
+    described = failure.describe(error)
+    assert described.message.startswith("begin")
+    assert described.message.endswith("end")
+    assert "characters left out" in described.message
+    assert len(described.text()) < 10 * failure.LONGEST
+    assert str(failure.rebuild(described)) == described.message
