@@ -1,4 +1,5 @@
-"""The embedded store: SQLite in WAL mode through apsw, every commit synced (`synchronous=FULL`).
+"""The embedded store: SQLite in WAL mode through apsw. Every commit that somebody is told of is synced
+(`synchronous=FULL`); one that holds nothing but claims, leases and what became due is not (`base.Operation`).
 
 Writers of several processes queue at a turnstile of two advisory locks around `BEGIN IMMEDIATE`. SQLite's own busy
 handler sleeps and retries: one writer in a hurry can starve the others for a second and more, which the turnstile
