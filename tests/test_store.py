@@ -1075,3 +1075,20 @@ def test_asking_without_a_loop_is_an_error_at_the_call_and_asks_for_nothing(
     with pytest.raises(RuntimeError, match="no running event loop"):
         opened.do(base.Enqueue(runs=[caller.new()], now=caller.now))
     assert caller.do(base.ListRuns()) == []
+
+
+# --- health ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_is_unhealthy_since_its_first_report_until_it_is_reported_healthy(caller: Caller) -> None:
+    first = caller.now
+    caller.do(base.ReportHealth(group="media", host="a", now=first, reason="no module", details="line 1"))
+    caller.do(base.ReportHealth(group="media", host="a", now=first + SECOND, reason="exit code 3"))
+    caller.do(base.ReportHealth(group="default", host="b", now=first, reason="frozen"))
+    assert caller.do(base.ListHealth()) == [
+        base.Unhealthy("default", "b", first, "frozen", ""),
+        base.Unhealthy("media", "a", first, "exit code 3", ""),
+    ]
+    caller.do(base.ReportHealth(group="media", host="a", now=first, reason=None))
+    caller.do(base.ReportHealth(group="media", host="never reported", now=first, reason=None))
+    assert [one.group for one in caller.do(base.ListHealth())] == ["default"]

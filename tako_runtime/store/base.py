@@ -158,6 +158,33 @@ class RunsOf(Operation[list[Run]], frozen=True):
     worker: str
 
 
+class ReportHealth(Operation[None], frozen=True):
+    """Say that the workers of a group on a host cannot work, and why; without a `reason`, that they can. The first
+    report's time stays while the group stays unhealthy."""
+
+    group: str
+    host: str
+    now: int
+    reason: str | None
+    details: str = ""
+
+
+class ListHealth(Operation[list["Unhealthy"]], frozen=True):
+    """The groups whose workers cannot work, by group and host; one that is not here is healthy."""
+
+    writes = False
+
+
+class Unhealthy(msgspec.Struct, frozen=True):
+    """`reason` is one sentence, `details` the last lines that its worker said."""
+
+    group: str
+    host: str
+    since: int
+    reason: str
+    details: str
+
+
 # --- the rest of the night: leader, schedules, old runs ------------------------------------------------------------
 
 

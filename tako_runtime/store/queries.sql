@@ -147,6 +147,16 @@ SELECT id, "group", host, pid, release, started_at, lease_until FROM workers ORD
 -- name: runs_of
 SELECT {run} FROM runs WHERE status = 'running' AND worker = :worker ORDER BY seq;
 
+-- name: report_unhealthy
+INSERT INTO unhealthy ("group", host, since, reason, details) VALUES (:group, :host, :now, :reason, :details)
+    ON CONFLICT ("group", host) DO UPDATE SET reason = excluded.reason, details = excluded.details;
+
+-- name: report_healthy
+DELETE FROM unhealthy WHERE "group" = :group AND host = :host;
+
+-- name: list_health
+SELECT "group", host, since, reason, details FROM unhealthy ORDER BY "group", host;
+
 -- ===== leader, schedules, old runs ===================================================================================
 
 -- name: take_lease

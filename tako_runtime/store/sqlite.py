@@ -347,6 +347,17 @@ class SqliteStore(Store):
     def _runs_of(self, op: base.RunsOf, topics: Topics) -> list[Run]:
         return [rows.run(row) for row in self._db.execute(Q["runs_of"], {"worker": op.worker})]
 
+    def _report_health(self, op: base.ReportHealth, topics: Topics) -> None:
+        bound = {"group": op.group, "host": op.host}
+        if op.reason is None:
+            self._db.execute(Q["report_healthy"], bound)
+        else:
+            told = {"now": op.now, "reason": op.reason, "details": op.details}
+            self._db.execute(Q["report_unhealthy"], {**bound, **told})
+
+    def _list_health(self, op: base.ListHealth, topics: Topics) -> list[base.Unhealthy]:
+        return [base.Unhealthy(*row) for row in self._db.execute(Q["list_health"])]
+
     # --- leader, schedules, old runs ---
 
     def _take_lease(self, op: base.TakeLease, topics: Topics) -> bool:
@@ -463,6 +474,8 @@ class SqliteStore(Store):
         base.RemoveWorker: _remove_worker,
         base.ListWorkers: _list_workers,
         base.RunsOf: _runs_of,
+        base.ReportHealth: _report_health,
+        base.ListHealth: _list_health,
         base.TakeLease: _take_lease,
         base.DropLease: _drop_lease,
         base.SetSchedules: _set_schedules,
