@@ -42,7 +42,7 @@ SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND status = 'running';
 -- name: save_step
 -- The first write wins; a failure that the next attempt may mend counts as not written.
 INSERT INTO steps (run, kind, name, position, status, attempt, started_at, finished_at, due_at, result, error)
-SELECT :seq, :kind, :name, :position, :status, :attempt, :started_at, :finished_at, :due_at, :result, :error
+SELECT :seq, :kind, :name, :position, :status, :attempt, :started_at, :finished_at, :due_at, {result}, :error
  WHERE EXISTS (SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND status = 'running')
     ON CONFLICT (run, kind, name) DO UPDATE
    SET position = excluded.position, status = excluded.status, attempt = excluded.attempt,
@@ -56,7 +56,7 @@ UPDATE runs
    SET status = :status, reason = :reason, ready = :ready, due_at = :due_at, worker = :worker,
        attempt_started_at = :attempt_started_at, finished_at = :finished_at, losses = :losses,
        max_attempts = :max_attempts, cancelling = :cancelling, result = :result, error = :error
- WHERE seq = :seq AND claim = :claim AND status = :seen_status AND (:goes_on = 0 OR cancelling IS NULL);
+ WHERE seq = :seq AND claim = :claim AND status = :seen_status AND (:ready IS NULL OR cancelling IS NULL);
 
 -- name: insert_attempt
 INSERT INTO attempts (run, n, worker, started_at, finished_at, outcome, error)
@@ -75,7 +75,7 @@ DELETE FROM steps WHERE run = :seq AND position >= :drop_from;
 DELETE FROM waits WHERE run = :seq AND position >= :drop_from;
 
 -- name: drop_waits
-DELETE FROM waits WHERE run = :seq;
+DELETE FROM waits WHERE run IN ({runs});
 
 -- name: wait_is_open
 SELECT 1 FROM waits WHERE run = :seq AND step = :name;

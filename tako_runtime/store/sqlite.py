@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -50,12 +51,18 @@ _WORDS = {
     "claimed": _columns([name if name != "result" else "NULL" for name in RUN_COLUMNS]),
     "step": _STEP_COLUMNS,
     "payload": "CAST(payload AS BLOB)",
+    "result": "CAST(:result AS TEXT)",
+    "runs": "SELECT value FROM json_each(:runs)",
     "workflows": "SELECT value FROM json_each(:workflows)",
     "lock": "",
 }
 
 
 Q = load(_WORDS)
+
+#: The operations of a batch by their kind, each with its place in the batch.
+_Sorts = dict[type[Operation[Any]], list[tuple[int, Any]]]
+_place = itemgetter(0)
 
 
 class SqliteStore(Store):
@@ -119,13 +126,16 @@ class SqliteStore(Store):
 
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
         topics: Topics = set()
+        sorts: _Sorts = {}
+        for place, op in enumerate(batch):
+            sorts.setdefault(type(op), []).append((place, op))
         try:
-            if not any(op.writes for op in batch):
-                return self._run(batch, topics), topics
-            self._sync(any(op.acknowledged for op in batch if op.writes))
+            if not any(sort.writes for sort in sorts):
+                return self._run(batch, sorts, topics), topics
+            self._sync(any(sort.writes and sort.acknowledged for sort in sorts))
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                answers = self._run(batch, topics)
+                answers = self._run(batch, sorts, topics)
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:
@@ -144,23 +154,20 @@ class SqliteStore(Store):
     def turn(self) -> AbstractContextManager[None]:
         return self._turnstile or nullcontext()
 
-    def _run(self, batch: Sequence[Operation[Any]], topics: Topics) -> list[Any]:
-        """The answers, in the order of `batch`. Saves and plain ends come in numbers: they are written in bulk
+    def _run(self, batch: Sequence[Operation[Any]], sorts: "_Sorts", topics: Topics) -> list[Any]:
+        """The answers, in the order of `batch`. Saves and ends come in numbers: they are written in bulk, and
         first."""
         answers: list[Any] = [None] * len(batch)
-        saves = [(i, op) for i, op in enumerate(batch) if isinstance(op, base.SaveStep)]
-        ends = [(i, op) for i, op in enumerate(batch) if isinstance(op, base.Apply)]
-        if saves:
+        if saves := sorts.pop(base.SaveStep, None):
             self._save_steps(saves, answers)
-        if ends:
+        if ends := sorts.pop(base.Apply, None):
             self._apply_all(ends, answers, topics)
-        if len(saves) + len(ends) < len(batch):
-            for i, op in enumerate(batch):
+        if sorts:
+            for place, op in sorted((pair for pairs in sorts.values() for pair in pairs), key=_place):
                 handler = self._handlers.get(type(op))
-                if handler is not None:
-                    answers[i] = handler(self, op, topics)
-                elif not isinstance(op, base.SaveStep | base.Apply):
+                if handler is None:
                     raise StoreError(f"this store cannot do {type(op).__name__}")
+                answers[place] = handler(self, op, topics)
         return answers
 
     # --- a run's life ---
@@ -242,35 +249,45 @@ class SqliteStore(Store):
             self._db.execute("RELEASE bulk")
             if not landed:
                 return
-        for i, _ in ops:
-            answers[i] = landed
+        for place, _ in ops:
+            answers[place] = landed
         if landed:
-            used = [rows.attempt_row(op.change) for _, op in ops if op.change.used]
-            self._db.executemany(Q["insert_attempt"], used)
-            self._db.executemany(Q["drop_waits"], [{"seq": op.change.seq} for _, op in ops if op.change.status.ended])
-            for _, op in ops:
-                self._follow_up(op.change, topics)
+            self._follow_up([op.change for _, op in ops], topics)
 
-    def _follow_up(self, change: Change, topics: Topics) -> None:
-        """What a change writes beside its row, and whom it concerns."""
+    def _follow_up(self, changes: Sequence[Change], topics: Topics) -> None:
+        """What changes write beside their rows, and whom they concern."""
+        used = [rows.attempt_row(change.seq, change.used) for change in changes if change.used is not None]
+        if used:
+            self._db.executemany(Q["insert_attempt"], used)
+        ended = [change.seq for change in changes if change.finished_at is not None]
+        if ended:
+            topics.add("ended")
+            self._db.execute(Q["drop_waits"], {"runs": msgspec.json.encode(ended).decode()})
+        for change in changes:
+            if change.rerun:
+                step = {"seq": change.seq}
+                self._db.executemany(
+                    Q["mark_rerun"], [{**step, "kind": kind, "name": name} for kind, name in change.rerun]
+                )
+            if change.finished_at is None:
+                self._go_on(change, topics)
+
+    def _go_on(self, change: Change, topics: Topics) -> None:
+        """The rest of a change that does not end its run."""
         seq = change.seq
-        for kind, name in change.rerun:
-            self._db.execute(Q["mark_rerun"], {"seq": seq, "kind": kind, "name": name})
         if change.drop_from is not None:
             for query in ("drop_steps", "drop_waits_from"):
                 self._db.execute(Q[query], {"seq": seq, "drop_from": change.drop_from})
         if change.fresh_steps:
             self._db.execute(Q["mark_all_rerun"], {"seq": seq})
-        if change.status.ended:
-            topics.add("ended")
-        elif change.cancelling is not None:
+        if not change.goes_on:
             topics.add("cancel")
-        elif change.goes_on:
-            due = change.due_at is not None and change.due_at <= change.now
-            if any(self._value("wait_is_open", {"seq": seq, "name": name}) is None for name in change.open_waits):
-                self._db.execute(Q["make_due"], {"seq": seq, "now": change.now})
-                due = True
-            topics.add(f"due:{change.group}" if due else "later")
+            return
+        due = change.due_at is not None and change.due_at <= change.now
+        if any(self._value("wait_is_open", {"seq": seq, "name": name}) is None for name in change.open_waits):
+            self._db.execute(Q["make_due"], {"seq": seq, "now": change.now})
+            due = True
+        topics.add(f"due:{change.group}" if due else "later")
 
     # --- waits and signals ---
 
