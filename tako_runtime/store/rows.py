@@ -24,17 +24,16 @@ def schedule(row: Sequence[Any]) -> ScheduleRecord:
     return record(*row[:-1], bool(row[-1]))
 
 
-# A sequence is bound to the parameters of a query in the order in which it first names them: those that a busy worker
-# writes by the thousand are given so, since a dict costs more than what it binds.
+# What a busy worker writes by the thousand: the columns of a `{rows}`, in its order.
 
 
 def step_row(op: SaveStep | OpenWait) -> tuple[Any, ...]:
-    """For `save_step`."""
+    """For `save_steps`."""
     return (op.seq, *astuple(op.step)[:-1], op.claim)
 
 
 def change_row(change: Change) -> tuple[Any, ...]:
-    """For `apply`. `ready` is NULL unless the run is pending."""
+    """For `apply`."""
     ready = None
     if change.goes_on:
         ready = int(change.due_at is not None and change.due_at <= change.now)
@@ -46,5 +45,5 @@ def change_row(change: Change) -> tuple[Any, ...]:
 
 
 def attempt_row(seq: int, used: AttemptRecord) -> tuple[Any, ...]:
-    """For `insert_attempt`."""
+    """For `insert_attempts`."""
     return (seq, *astuple(used))

@@ -10,6 +10,8 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -51,7 +53,8 @@ _WORDS = {
     "claimed": _columns([name if name != "result" else "NULL" for name in RUN_COLUMNS]),
     "step": _STEP_COLUMNS,
     "payload": "CAST(payload AS BLOB)",
-    "result": "CAST(:result AS TEXT)",
+    "result": "CAST(result AS TEXT)",
+    "rows": "{rows}",
     "runs": "SELECT value FROM json_each(:runs)",
     "workflows": "SELECT value FROM json_each(:workflows)",
     "lock": "",
@@ -59,6 +62,17 @@ _WORDS = {
 
 
 Q = load(_WORDS)
+
+#: The most rows that one statement writes. Each count is a statement of its own, so only powers of two are used.
+_MOST_ROWS = 64
+
+
+@cache
+def in_bulk(name: str, width: int, count: int) -> str:
+    """The query that writes `count` rows of `width` columns."""
+    row = f"({', '.join('?' * width)})"
+    return Q[name].replace("{rows}", f"VALUES {', '.join([row] * count)}")
+
 
 #: The operations of a batch by their kind, each with its place in the batch.
 _Sorts = dict[type[Operation[Any]], list[tuple[int, Any]]]
@@ -170,6 +184,16 @@ class SqliteStore(Store):
                 answers[place] = handler(self, op, topics)
         return answers
 
+    def _write(self, name: str, found: Sequence[tuple[Any, ...]]) -> None:
+        """Write rows, many with one statement: the interpreter's lock is given up once for all of them, and while they
+        are written the event loop runs."""
+        at = 0
+        while at < len(found):
+            count = min(_MOST_ROWS, 1 << (len(found) - at).bit_length() - 1)
+            bound = tuple(chain.from_iterable(found[at : at + count]))
+            self._db.execute(in_bulk(name, len(found[0]), count), bound)
+            at += count
+
     # --- a run's life ---
 
     def _enqueue(self, op: base.Enqueue, topics: Topics) -> list[str]:
@@ -218,7 +242,7 @@ class SqliteStore(Store):
 
     def _save_steps(self, ops: Sequence[tuple[int, base.SaveStep]], answers: list[Any]) -> None:
         before = self._db.total_changes()
-        self._db.executemany(Q["save_step"], [rows.step_row(op) for _, op in ops])
+        self._write("save_steps", [rows.step_row(op) for _, op in ops])
         if self._db.total_changes() - before == len(ops):
             for i, op in ops:
                 answers[i] = op.step
@@ -239,7 +263,7 @@ class SqliteStore(Store):
         if len(ops) > 1:
             self._db.execute("SAVEPOINT bulk")
         before = self._db.total_changes()
-        self._db.executemany(Q["apply"], [rows.change_row(op.change) for _, op in ops])
+        self._write("apply", [rows.change_row(op.change) for _, op in ops])
         landed = self._db.total_changes() - before == len(ops)
         if len(ops) > 1:
             if not landed:  # at least one came too late: take them one by one, to learn which
@@ -258,7 +282,7 @@ class SqliteStore(Store):
         """What changes write beside their rows, and whom they concern."""
         used = [rows.attempt_row(change.seq, change.used) for change in changes if change.used is not None]
         if used:
-            self._db.executemany(Q["insert_attempt"], used)
+            self._write("insert_attempts", used)
         ended = [change.seq for change in changes if change.finished_at is not None]
         if ended:
             topics.add("ended")
@@ -292,7 +316,7 @@ class SqliteStore(Store):
     # --- waits and signals ---
 
     def _open_wait(self, op: base.OpenWait, topics: Topics) -> StepRecord | None:
-        self._db.execute(Q["save_step"], rows.step_row(op))
+        self._write("save_steps", [rows.step_row(op)])
         stored = self._stored(op.seq, op.claim, op.step.kind, op.step.name)
         if stored is None or stored.status != "waiting":
             return stored
