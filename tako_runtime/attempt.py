@@ -10,6 +10,7 @@ slot is free.
 import asyncio
 import contextvars
 import functools
+import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from tako_runtime import clock, codec, failure, log
 from tako_runtime.clock import Clock
 from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy, Unreadable
 from tako_runtime.failure import Failure
+from tako_runtime.inflight import InFlight
 from tako_runtime.log import emit
-from tako_runtime.run import Claimed, Run, Status, StepKey, StepRecord
+from tako_runtime.run import Claimed, Status, StepKey, StepRecord
 from tako_runtime.standstill import at_standstill
 from tako_runtime.state import (
     Bailed,
@@ -36,7 +38,7 @@ from tako_runtime.state import (
     settle,
 )
 from tako_runtime.step import Step, Suspension, SyncStep
-from tako_runtime.store.base import Apply, GetRun, Operation, SaveStep, Steps
+from tako_runtime.store.base import Apply, ExpireWait, GetRun, OpenWait, Operation, SaveStep, Steps
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import Workflow
 
@@ -61,11 +63,12 @@ class Desk(Protocol):
     handlers: ThreadPoolExecutor
     bodies: ThreadPoolExecutor
     max_value: int
+    inflight: InFlight
+    lease_until: int
 
-    def lease_holds(self, now: int) -> bool: ...
     async def confirm_lease(self) -> bool: ...
     def handler_ended(self, attempt: "Attempt") -> None: ...
-    def note(self, run: Run, where: str) -> None: ...
+    def ended(self, attempt: "Attempt", broken: BaseException | None) -> None: ...
 
 
 class ClaimLost(Suspension):
@@ -92,8 +95,9 @@ class Attempt:
         self.now = desk.clock.now
         self._workflow, self._desk = workflow, desk
         self._loop = asyncio.get_running_loop()
-        self._task: asyncio.Task[Any] | None = None
-        self._uses: dict[tuple[str, str], int] = {}
+        self.task: asyncio.Task[None]
+        self.claim = (self.run.seq, self.run.claim)
+        self._uses: dict[StepKey, int] = {}
         self._position = 0
         self._in_flight: set[StepKey] = set()  # step calls in progress that neither sleep nor wait
         self._waiting: dict[StepKey, _Waiting] = {}
@@ -109,20 +113,26 @@ class Attempt:
     # --- the stages ---
 
     async def perform(self) -> None:
-        """All of it. What goes wrong is written to the run; raises only where that cannot be written."""
-        run = self.run
-        with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt):
-            began = "run.resumed" if self.history else "run.started"
-            emit(began, max_attempts=run.max_attempts, group=run.group, done=len(self.history))
-            try:
-                outcome = self._misfit() or await self._call()
-            except (Exception, SystemExit) as error:  # noqa: BLE001 -- the last net: what no stage expected ends the run, not the worker
-                outcome = Failed(failure.describe(error))
-            self._desk.handler_ended(self)
-            if outcome is None or self._lost:
-                emit("run.lost")
-                return
-            await self._settle(outcome)
+        """All of it. What goes wrong is written to the run; the worker hears of what could not be written."""
+        run, broken = self.run, None
+        try:
+            with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt):
+                began = "run.resumed" if self.history else "run.started"
+                emit(began, max_attempts=run.max_attempts, group=run.group, done=len(self.history))
+                try:
+                    outcome = self._misfit() or await self._call()
+                except (Exception, SystemExit) as error:  # noqa: BLE001 -- what no stage expected ends its run only
+                    outcome = Failed(failure.describe(error))
+                self._desk.handler_ended(self)
+                if outcome is None or self._lost:
+                    emit("run.lost")
+                else:
+                    await self._settle(outcome)
+        except asyncio.CancelledError:  # the worker leaves without it
+            pass
+        except BaseException as error:  # noqa: BLE001 -- the worker gives up what cannot be written
+            broken = error
+        self._desk.ended(self, broken)
 
     def _misfit(self) -> Outcome | None:
         """Read the payload. One that does not fit cannot be mended by a retry."""
@@ -138,7 +148,6 @@ class Attempt:
 
     async def _call(self) -> Outcome | None:
         """Call the handler, let what is in flight end, and say what came of it."""
-        self._task = asyncio.current_task()
         value: Any = None
         raised: BaseException | None = None
         token = _current.set(self)
@@ -151,7 +160,8 @@ class Attempt:
         if self._look is not None:
             self._look.cancel()
         self._release()
-        await self._until_quiet()
+        if self._in_flight:
+            await self._until_quiet()
         return self._outcome(value, raised)
 
     def _handler(self) -> Awaitable[Any]:
@@ -248,25 +258,26 @@ class Attempt:
             )
         if not isinstance(name, str) or not name or "#" in name or len(name) > 500:
             raise StepMisuse(f"a step's name is text of 1 to 500 characters without '#', not {name!r}")
-        uses = self._uses[kind, name] = self._uses.get((kind, name), 0) + 1
-        key = StepKey(kind, name if uses == 1 else f"{name}#{uses}")
+        key = StepKey(kind, name)
+        uses = self._uses[key] = self._uses.get(key, 0) + 1
+        if uses > 1:
+            key = StepKey(kind, f"{name}#{uses}")
         self._position += 1
         self._in_flight.add(key)
         return key, self._position, self.history.get(key)
 
     def may_start(self, key: StepKey, now: int) -> bool:
         """A step's body is about to run: whether it may. If not, only the store can tell (`confirm_start`)."""
-        if self._lost or not self._desk.lease_holds(now):
+        if self._lost or now >= self._desk.lease_until:
             return False
-        self._desk.note(self.run, f"in step {key.name}")
+        self._desk.inflight.note(self.claim, f"in step {key.name}")
         return True
 
     async def confirm_start(self, key: StepKey) -> None:
         """After a stop longer than the lease. Raises where the claim is gone."""
         if self._lost or not await self._desk.confirm_lease():
-            self.lose()
-            raise ClaimLost
-        self._desk.note(self.run, f"in step {key.name}")
+            self._lost_claim()
+        self._desk.inflight.note(self.claim, f"in step {key.name}")
 
     def leave(self, key: StepKey) -> None:
         """The step call is over, or goes to sleep."""
@@ -274,7 +285,8 @@ class Attempt:
         if not self._in_flight:
             if self._quiet is not None:
                 self._quiet.set()
-            self._consider_parking()
+            if self._waiting:
+                self._consider_parking()
 
     def failed(self, error: Exception, key: StepKey, final: bool) -> Exception:
         """Remember which step an exception comes from."""
@@ -297,15 +309,22 @@ class Attempt:
             stored = await self._desk.store.do(op)
         except StoreBusy as error:
             stored = await self._write_later(op, error)
-        return self.held(stored)
+        if stored is None:
+            self._lost_claim()
+        return stored
 
-    def held(self, record: StepRecord | None) -> StepRecord:
-        """The answer of a write that names the claim: None says that the claim is lost."""
-        if record is None:
-            self.lose()
-            raise ClaimLost
-        self.history[record.key] = record
-        return record
+    async def save_wait(self, op: OpenWait | ExpireWait) -> StepRecord:
+        """Begin or end a wait; the record that is stored, where a look finds it too."""
+        stored = await self.write(op)
+        if stored is None:
+            self._lost_claim()
+        self.history[stored.key] = stored
+        return stored
+
+    def _lost_claim(self) -> NoReturn:
+        """What a write that names the claim was answered with."""
+        self.lose()
+        raise ClaimLost
 
     async def write(self, op: Operation[R]) -> R:
         """Hand `op` to the store, again and again while the store is busy and the lease holds."""
@@ -328,9 +347,15 @@ class Attempt:
                 error = again
 
     async def in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """Call `fn` in a thread, with this code's context."""
+        """Call `fn` in a thread, with this code's context; what it returns, or what comes of that where it can be
+        awaited."""
         call = functools.partial(contextvars.copy_context().run, _contained, fn, *args)
-        return await self._loop.run_in_executor(self._desk.bodies, call)
+        try:
+            value = await self._loop.run_in_executor(self._desk.bodies, call)
+        except asyncio.CancelledError:
+            emit("step.left")
+            raise
+        return await value if inspect.isawaitable(value) else value
 
     async def see_through(self, key: StepKey, doing: Coroutine[Any, Any, R]) -> R:
         """Do a step whose body runs in a thread. A thread cannot be stopped: where its caller is cancelled (by a task
@@ -395,8 +420,8 @@ class Attempt:
         if not self._lost:
             self._lost = True
             self._release()
-            if self._task is not None and self._task is not asyncio.current_task() and not self._handler_ended:
-                self._task.cancel()
+            if self.task is not asyncio.current_task() and not self._handler_ended:
+                self.task.cancel()
 
     @property
     def waits_for_signals(self) -> bool:
@@ -468,9 +493,7 @@ class Attempt:
 
     def _branches(self) -> set[asyncio.Task[Any]]:
         """The tasks of the handler; a plain `def` one stands in its step call, and its own task waits for that."""
-        if self._workflow.blocking or self._task is None:
-            return self._tasks
-        return {self._task, *self._tasks}
+        return self._tasks if self._workflow.blocking else {self.task, *self._tasks}
 
     def adopt(self, task: asyncio.Task[Any]) -> None:
         """The handler has made a task: a branch, which may come to a step call of its own."""

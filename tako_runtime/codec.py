@@ -34,6 +34,8 @@ def encode(value: object, what: str, *, limit: int = MAX_VALUE) -> str:
     >>> encode({"n": 1}, "an example")
     '{"n":1}'
     """
+    if value is None:  # what most handlers return
+        return "null"
     try:
         data = _encoder.encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -65,7 +67,7 @@ def carry(value: object, annotation: object, what: str, *, limit: int = MAX_VALU
     """
     text = encode(value, what, limit=limit)
     try:
-        return text, decoder(annotation)(text)
+        return text, _decoder(annotation)(text)
     except msgspec.ValidationError as error:
         raise NotCarried(
             f"{what}: returned {_name(type(value))}, which does not fit its annotation {_name(annotation)}: {error}",
@@ -97,16 +99,17 @@ def decoder(annotation: object) -> Callable[[str | bytes], Any]:
 
 def returns(fn: Callable[..., Any]) -> Any:
     """The type that `fn`'s value is read back into: its return annotation without `Awaitable`, or `Any`."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    if inspect.isclass(fn):
-        return fn
     if type(fn) is not types.FunctionType:
+        while isinstance(fn, functools.partial):
+            fn = fn.func
+        if inspect.isclass(fn):
+            return fn
         if not inspect.isroutine(fn):
             fn = type(fn).__call__
         fn = getattr(fn, "__func__", fn)
-    if "return" not in getattr(fn, "__annotations__", ()):  # every lambda: nothing to look up
-        return Any
+    annotation = getattr(fn, "__annotations__", {}).get("return", Any)
+    if annotation is Any or type(annotation) is type:  # every lambda, every plain class: nothing to look up
+        return annotation
     try:
         return _returned[fn]
     except KeyError:

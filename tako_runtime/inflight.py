@@ -9,32 +9,31 @@ believed.
 import fcntl
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 #: A run's `seq` and the number of the claim: the same run may be claimed anew while its last attempt still ends here.
 Claim = tuple[int, int]
 
 _SLOT = 256
-_SLOTS = 1024
 
 
 class InFlight:
-    """The worker's own side."""
+    """The worker's own side, with room for so many runs at once."""
 
-    def __init__(self, app_dir: Path, worker: str) -> None:
+    def __init__(self, app_dir: Path, worker: str, room: int) -> None:
         folder = app_dir / "workers"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = folder / worker
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(self._file, _SLOT * _SLOTS)
-        self._map = mmap.mmap(self._file, _SLOT * _SLOTS)
-        self._free = list(range(_SLOTS))
+        os.ftruncate(self._file, _SLOT * room)
+        self._map = mmap.mmap(self._file, _SLOT * room)
+        self._free = list(range(room))
         self._slots: dict[Claim, int] = {}
 
     def note(self, claim: Claim, where: str) -> None:
-        """`where`: "in step charge". With more runs in hand than slots, some go without: their loss is told less
-        exactly."""
+        """The run has come to `where`: "in step charge". Beyond the room that there is, some go without."""
         slot = self._slots.get(claim)
         if slot is None and self._free:
             slot = self._slots[claim] = self._free.pop()
@@ -70,18 +69,18 @@ def gone(app_dir: Path, worker: str) -> bool | None:
         os.close(file)
 
 
-def last_seen(app_dir: Path, worker: str) -> dict[int, str]:
-    """Where the runs of a worker that is gone stood, by `Run.seq`; empty where nobody knows."""
+def last_seen(app_dir: Path, worker: str) -> Callable[[int], str]:
+    """Where a run of a worker that is gone stood, by `Run.seq`: a run without a note was not in a step yet. "" where
+    nobody knows."""
     try:
         data = (app_dir / "workers" / worker).read_bytes()
     except OSError:
-        return {}
+        return lambda seq: ""
     found = {}
     for at in range(0, len(data), _SLOT):
         seq, _, where = data[at : at + _SLOT].split(b"\0")[0].decode(errors="replace").partition(" ")
-        if seq.isdigit():
-            found[int(seq)] = where
-    return found
+        found[seq] = where
+    return lambda seq: found.get(str(seq), "before its first step")
 
 
 def forget(app_dir: Path, worker: str) -> None:

@@ -39,7 +39,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "step.cached": (DEBUG, "step {step} was done already"),
     "step.retrying": (WARNING, "step {step} failed, try {n} of {tries}, again in {pause}: {error}"),
     "step.failed": (WARNING, "step {step} failed: {error}"),
-    "step.left": (WARNING, "step {step} ran past its timeout; its thread cannot be stopped and is left behind"),
+    "step.left": (WARNING, "step {step} is not waited for any longer; its thread cannot be stopped and is left behind"),
     "wait.done": (DEBUG, "got signal {signal}"),
     "wait.timed_out": (INFO, "no signal {signal} by its deadline"),
     "store.busy": (WARNING, "a write waits and is tried again: {error}"),

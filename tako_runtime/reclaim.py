@@ -29,11 +29,11 @@ async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now
     count = 0
     while not await store.do(RemoveWorker(worker=worker.id)):
         for run in await store.do(RunsOf(worker=worker.id)):
-            change = settle(run, WorkerLost(where.get(run.seq, "")), now)
+            change = settle(run, WorkerLost(where(run.seq)), now)
             if not await store.do(Apply(change=change)):
                 continue
             count += 1
-            message = f"worker died during attempt {run.attempt} {where.get(run.seq, '')}".rstrip()
+            message = f"worker died during attempt {run.attempt} {where(run.seq)}".rstrip()
             again = "taken up at once" if change.due_at == now else f"again at {clock.iso(change.due_at or now)}"
             then = again if change.status == Status.PENDING else str(change.status)
             emit("run.reclaimed", run=run.id, workflow=run.workflow, attempt=run.attempt, message=message, then=then)

@@ -132,7 +132,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 
     seq: int
     claim: int
-    seen_status: Status
+    seen_status: str
     now: int
     status: Status
     reason: str
@@ -247,20 +247,36 @@ def steps_from(steps: Sequence[StepRecord], name: str) -> int | None:
 
 
 def _ended(
-    run: Run, now: int, status: Status, reason: str, *, outcome: str, error: str | None = None, **rest: Any
+    run: Run,
+    now: int,
+    status: Status,
+    reason: str,
+    *,
+    outcome: str,
+    result: str | None = None,
+    error: str | None = None,
+    losses: int | None = None,
+    rerun: tuple[StepKey, ...] = (),
 ) -> Change:
-    used = _used(run, now, outcome, error)
-    return _change(
-        run,
-        now,
+    return Change(
+        seq=run.seq,
+        claim=run.claim,
+        seen_status=run.status,
+        now=now,
         status=status,
         reason=reason,
+        group=run.group,
+        worker=None,
+        due_at=run.due_at,
         attempt_started_at=None,
         finished_at=now,
+        losses=run.losses if losses is None else losses,
+        max_attempts=run.max_attempts,
         cancelling=None,
+        result=result,
         error=error if error is not None else run.error if status is Status.CANCELLED else None,
-        used=used,
-        **rest,
+        used=_used(run, now, outcome, error),
+        rerun=rerun,
     )
 
 
@@ -303,7 +319,7 @@ def _change(run: Run, now: int, **fields: Any) -> Change:
     return Change(
         seq=run.seq,
         claim=run.claim,
-        seen_status=Status(run.status),
+        seen_status=run.status,
         now=now,
         group=run.group,
         worker=run.worker if fields["status"] is Status.RUNNING else None,

@@ -127,17 +127,19 @@ class Step:
             await attempt.refuse()
         key, position, record = attempt.begin("run", name)
         if record is None:
-            doing = self._do(key, position, wanted, fn, args, retries, backoff or _STEP_BACKOFF, retry, limit)
+            backoff = backoff or _STEP_BACKOFF
             if not _is_async(fn):
+                call = functools.partial(attempt.in_thread, fn)
+                doing = self._do(key, position, wanted, call, args, retries, backoff, retry, limit)
                 return await attempt.see_through(key, doing)
             try:
-                return await doing
+                return await self._do(key, position, wanted, fn, args, retries, backoff, retry, limit)
             finally:
                 attempt.leave(key)
         attempt.leave(key)
         if record.error is not None:
             raise attempt.failed(failure.rebuild(failure.read(record.error)), key, final=not retry)
-        emit("step.cached", step=key.label)
+        emit("step.cached", step=key.name)
         return attempt.reading(key, record, wanted)
 
     async def _do(
@@ -145,7 +147,7 @@ class Step:
         key: StepKey,
         position: int,
         wanted: Any,
-        fn: Callable[..., Any],
+        call: Callable[..., Awaitable[Any]],
         args: tuple[Any, ...],
         retries: int,
         backoff: Backoff,
@@ -161,14 +163,14 @@ class Step:
                 await attempt.confirm_start(key)
                 started = attempt.now()
             try:
-                value = await _body(attempt, key, fn, args, timeout)
+                value = await _body(key, call, args, timeout)
                 text, carried = codec.carry(value, wanted, f"step {key.name!r}", limit=attempt.max_value)
             except Exception as error:
                 described = failure.describe(error)
                 if tries <= retries and retry and not isinstance(error, NotCarried | StepMisuse):
                     pause = backoff.delay(tries, f"{self.run_id}:{key.name}")
                     emit(
-                        "step.retrying", step=key.label, n=tries, tries=retries + 1, pause=clock.spell(pause),
+                        "step.retrying", step=key.name, n=tries, tries=retries + 1, pause=clock.spell(pause),
                         error=described.line,
                     )  # fmt: skip
                     await attempt.pause(key, attempt.now() + pause)
@@ -178,7 +180,7 @@ class Step:
                     "run", key.name, position, "failed", attempt.run.attempt, started, now, error=described.text()
                 )
                 await attempt.save(record)
-                emit("step.failed", step=key.label, error=described.line, ms=(now - started) / 1_000)
+                emit("step.failed", step=key.name, error=described.line, ms=(now - started) / 1_000)
                 attempt.failed(error, key, final=not retry)
                 raise
             now = attempt.now()
@@ -188,7 +190,7 @@ class Step:
             stored = await attempt.save(record)
             if stored is not record:  # somebody's first write won: go on with that
                 return attempt.reading(key, stored, wanted)
-            emit("step.done", step=key.label, ms=(now - started) / 1_000)
+            emit("step.done", step=key.name, ms=(now - started) / 1_000)
             return carried
 
     async def sleep(self, length: Duration, *, name: str | None = None) -> None:
@@ -250,13 +252,11 @@ class Step:
             record = StepRecord("wait", key.name, position, "waiting", attempt.run.attempt, now, due_at=due)
         seq, claim = attempt.run.seq, attempt.run.claim
         if record.due_at is None or now < record.due_at or timeout == 0:
-            op = OpenWait(seq=seq, claim=claim, step=record, signal=signal, now=now)
-            record = attempt.held(await attempt.write(op))
+            record = await attempt.save_wait(OpenWait(seq=seq, claim=claim, step=record, signal=signal, now=now))
         while record.status == "waiting":
             now = attempt.now()
             if record.due_at is not None and now >= record.due_at:
-                expire = ExpireWait(seq=seq, claim=claim, name=key.name, now=now)
-                record = attempt.held(await attempt.write(expire))
+                record = await attempt.save_wait(ExpireWait(seq=seq, claim=claim, name=key.name, now=now))
             else:
                 await attempt.wait(key, record, parks=True)
                 record = attempt.history[key]
@@ -276,39 +276,23 @@ class Step:
 _STEP_BACKOFF = Backoff()
 
 
-async def _body(
-    attempt: "Attempt", key: StepKey, fn: Callable[..., Any], args: tuple[Any, ...], timeout: int | None
-) -> Any:
-    """One try of a step's body. `sys.exit` in it is a failure of the step, not the end of the worker."""
+async def _body(key: StepKey, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], timeout: int | None) -> Any:
+    """One try of a step's body, for `timeout` microseconds at most. `sys.exit` in it is a failure of the step, not the
+    end of the worker."""
     token = in_step.set(key.name)
     try:
-        if timeout is not None:
-            return await _limited(key, fn, _call(attempt, fn, args), timeout)
-        if _is_async(fn):
-            return await fn(*args)
-        return await _call(attempt, fn, args)
+        if timeout is None:
+            return await call(*args)
+        async with asyncio.timeout(timeout / clock.SECOND) as scope:
+            return await call(*args)
+    except TimeoutError as error:
+        if timeout is None or not scope.expired():
+            raise
+        raise StepTimeout(f"step {key.name!r} ran past its timeout of {clock.spell(timeout)}") from error
     except (SystemExit, KeyboardInterrupt) as error:
         raise StepFailed(f"step {key.name!r} called for the end of its process: {error!r}") from None
     finally:
         in_step.reset(token)
-
-
-async def _call(attempt: "Attempt", fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    value = fn(*args) if _is_async(fn) else await attempt.in_thread(fn, *args)
-    return await value if inspect.isawaitable(value) else value
-
-
-async def _limited(key: StepKey, fn: Callable[..., Any], call: Coroutine[Any, Any, Any], timeout: int) -> Any:
-    """A body that may run for `timeout` microseconds."""
-    try:
-        async with asyncio.timeout(timeout / clock.SECOND) as scope:
-            return await call
-    except TimeoutError as error:
-        if not scope.expired():
-            raise
-        if not _is_async(fn):
-            emit("step.left", step=key.label)
-        raise StepTimeout(f"step {key.name!r} ran past its timeout of {clock.spell(timeout)}") from error
 
 
 def _is_async(fn: Callable[..., Any]) -> bool:

@@ -6,7 +6,6 @@ by a thread of its own, which no handler can block.
 """
 
 import asyncio
-import functools
 import os
 import socket
 import threading
@@ -16,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tako_runtime import clock, codec, failure, inflight
+from tako_runtime import clock, codec, failure
 from tako_runtime.attempt import Attempt, whose
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.errors import StepFailed, StoreBusy, StoreError
+from tako_runtime.inflight import InFlight
 from tako_runtime.log import emit
-from tako_runtime.run import Claimed, Run, WorkerRecord, new_id
+from tako_runtime.run import Claimed, WorkerRecord, new_id
 from tako_runtime.store.base import (
     AddWorker,
     ClaimRuns,
@@ -75,8 +75,8 @@ class Worker:
         self._workflows = {name: flow for name, flow in workflows.items() if flow.group == settings.group}
         self._busy = 0  # attempts whose handler has not ended
         self._attempts: dict[Attempt, asyncio.Task[None]] = {}
-        self._inflight: inflight.InFlight | None = None
-        self._lease_until = 0
+        self.inflight: InFlight
+        self.lease_until = 0
         self._lost_lease = False
         self._left = False
         self._broken: BaseException | None = None
@@ -91,13 +91,13 @@ class Worker:
         loop = asyncio.get_running_loop()
         loop.set_task_factory(_task)
         listener = self.store.bell.listen(self.id)
-        self._inflight = inflight.InFlight(self._app_dir, self.id)
+        self.inflight = InFlight(self._app_dir, self.id, room=2 * settings.concurrency)  # ends on their way count too
         now = self.clock.now()
-        self._lease_until = now + settings.lease
+        self.lease_until = now + settings.lease
         await self.store.do(
             AddWorker(
                 worker=WorkerRecord(
-                    self.id, settings.group, socket.gethostname(), os.getpid(), release(), now, self._lease_until
+                    self.id, settings.group, socket.gethostname(), os.getpid(), release(), now, self.lease_until
                 )
             )
         )
@@ -120,7 +120,7 @@ class Worker:
             raise self._broken
         if not self._lost_lease:
             await self._leave()
-        self._inflight.close()
+        self.inflight.close()
         self.handlers.shutdown(wait=False, cancel_futures=True)
         self.bodies.shutdown(wait=False, cancel_futures=True)
         emit("worker.stopped", worker=self.id, group=settings.group, reason=reason)
@@ -217,30 +217,14 @@ class Worker:
         return (await self.store.do(Demand(now=now))).next_at
 
     def _begin(self, claimed: Claimed) -> None:
-        assert self._inflight is not None
         run = claimed.run
         attempt = Attempt(claimed, self._workflows[run.workflow], self)
-        self._inflight.note((run.seq, run.claim), "before its first step")
         self._busy += 1
-        task = self._attempts[attempt] = asyncio.Task(attempt.perform())
-        task.add_done_callback(functools.partial(self._ended, attempt))
+        attempt.task = self._attempts[attempt] = asyncio.Task(attempt.perform())
         if claimed.run.cancelling is not None:
             attempt.cancel(claimed.run.cancelling)
 
-    def _ended(self, attempt: Attempt, task: "asyncio.Task[None]") -> None:
-        assert self._inflight is not None
-        broken = None if task.cancelled() else task.exception()
-        if broken is not None:  # it could not be written: give all back by leaving, rather than hold a run for ever
-            self._broken = self._broken or broken
-            self.stop("broken")
-        del self._attempts[attempt]
-        self._inflight.give_up((attempt.run.seq, attempt.run.claim))
-        self._wake.set()
-
     # --- what attempts ask for (`attempt.Desk`) ---
-
-    def lease_holds(self, now: int) -> bool:
-        return now < self._lease_until and not self._lost_lease
 
     async def confirm_lease(self) -> bool:
         """After a stop longer than the lease (a suspended process, a laptop's lid) only the store can tell."""
@@ -253,7 +237,7 @@ class Worker:
                 await asyncio.sleep(1)
                 continue
             if held:
-                self._lease_until = until
+                self.lease_until = until
                 return True
             self._lose_lease()
         return False
@@ -262,9 +246,13 @@ class Worker:
         self._busy -= 1
         self._wake.set()
 
-    def note(self, run: Run, where: str) -> None:
-        assert self._inflight is not None
-        self._inflight.note((run.seq, run.claim), where)
+    def ended(self, attempt: Attempt, broken: BaseException | None) -> None:
+        if broken is not None:  # it could not be written: give all back by leaving, rather than hold a run for ever
+            self._broken = self._broken or broken
+            self.stop("broken")
+        del self._attempts[attempt]
+        self.inflight.give_up(attempt.claim)
+        self._wake.set()
 
     # --- news from outside ---
 
@@ -298,11 +286,12 @@ class Worker:
             if not held:
                 loop.call_soon_threadsafe(self._lose_lease)
                 return
-            self._lease_until = until
+            self.lease_until = until
 
     def _lose_lease(self) -> None:
         if not self._lost_lease and not self._left:
             self._lost_lease = True
+            self.lease_until = 0
             emit("worker.lost_lease", worker=self.id, group=self.settings.group, runs=len(self._attempts))
             for attempt in self._attempts:
                 attempt.lose()

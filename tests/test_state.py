@@ -302,7 +302,7 @@ DEAD = {**CANCELLED, "status": "dead", "attempt": 3, "error": BROKE.text(), "los
 def test_a_pending_run_is_cancelled_at_once(fields: dict[str, Any], used: bool) -> None:
     change = state.cancel(run(**fields), "by Ada", NOW)
     assert (change.status, change.reason, change.finished_at) == (Status.CANCELLED, "by Ada", NOW)
-    assert change.seen_status is Status.PENDING
+    assert change.seen_status == Status.PENDING
     assert (change.used is not None) == used
     assert change.used is None or change.used.outcome == "cancelled"
 

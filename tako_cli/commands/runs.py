@@ -89,7 +89,7 @@ def show(run: Id, as_json: Json = False) -> None:
     from tako_cli.timeline import timeline
     from tako_runtime import inflight, store
 
-    place = inflight.last_seen(store.locate().app_dir, found.worker).get(found.seq, "") if found.worker else ""
+    place = inflight.last_seen(store.locate().app_dir, found.worker)(found.seq) if found.worker else ""
     output.show(*timeline(shown, wording.now(), Path.cwd(), place))
 
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from tako_runtime.bell import Bell
 from tako_runtime.errors import StoreBusy, StoreError, TakoError
@@ -60,7 +60,7 @@ class StoreThread:
                 live = {lp: box for lp, box in self._outboxes.items() if not lp.is_closed()}
                 outbox = live[loop] = _Outbox(loop, self._send)
                 self._outboxes = live
-        return cast("asyncio.Future[R]", outbox.send(op))
+        return outbox.send(op)
 
     def do_sync(self, op: Operation[R], timeout: float = PATIENCE) -> R:
         """The same for callers without an event loop. `StoreBusy` if its turn has not come after `timeout` seconds."""
@@ -259,10 +259,10 @@ class _Outbox:
         self._ops: list[Operation[Any]] = []
         self._futures: list[asyncio.Future[Any]] = []
 
-    def send(self, op: Operation[Any]) -> "asyncio.Future[Any]":
+    def send(self, op: Operation[R]) -> "asyncio.Future[R]":
         if not self._ops:
             self._loop.call_soon(self._hand_over)
-        future = self._loop.create_future()
+        future: asyncio.Future[R] = asyncio.Future(loop=self._loop)
         self._ops.append(op)
         self._futures.append(future)
         return future
