@@ -25,9 +25,6 @@ from tako_runtime.store.base import Enqueue, SendSignal
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: How long a signal that nobody waits for is kept.
-SIGNAL_RETENTION = 7 * clock.DAY
-
 #: Every workflow that this process has imported, by name.
 registry: dict[str, "Workflow[..., Any]"] = {}
 
@@ -189,11 +186,12 @@ class Workflow(Generic[P, R]):
         if retries is not None:
             _check_count(retries, "retries")
         base, longest = self.backoff.base_micros, self.backoff.max_micros
+        most = store.limits().max_value
         runs = [
             new_run(
-                self.name, self.group, codec.payload_text(payload, self.payload_type, self.name), now=now, due=due,
-                retries=self.retries if retries is None else retries, backoff_base=base, backoff_max=longest,
-                priority=priority, unique_key=unique_key(payload),
+                self.name, self.group, codec.payload_text(payload, self.payload_type, self.name, limit=most), now=now,
+                due=due, retries=self.retries if retries is None else retries, backoff_base=base,
+                backoff_max=longest, priority=priority, unique_key=unique_key(payload),
             )
             for payload in payloads
         ]  # fmt: skip
@@ -231,8 +229,8 @@ def new_run(
 async def signal(name: str, payload: object = None) -> int:
     """Send `payload` to every run that waits for `name`; answers how many that woke.
 
-    Where nobody waits, the signal is kept on disk for seven days and given to the first wait on that name. Several kept
-    signals are taken in the order in which they were sent.
+    Where nobody waits, the signal is kept on disk for `signal_retention` (seven days unless tako.toml says otherwise)
+    and given to the first wait on that name. Several kept signals are taken in the order in which they were sent.
     """
     return await store.current().do(signal_op(name, payload))
 
@@ -244,9 +242,9 @@ def signal_sync(name: str, payload: object = None) -> int:
 
 def signal_op(name: str, payload: object) -> SendSignal:
     check_signal_name(name)
-    now = _clock.now()
-    text = codec.encode(payload, f"the payload of signal {name!r}")
-    return SendSignal(name=name, payload=text, now=now, expires_at=now + SIGNAL_RETENTION)
+    now, limits = _clock.now(), store.limits()
+    text = codec.encode(payload, f"the payload of signal {name!r}", limit=limits.max_value)
+    return SendSignal(name=name, payload=text, now=now, expires_at=now + limits.signal_retention)
 
 
 def release() -> str:

@@ -190,6 +190,7 @@ def signal(
       tako runs signal approval:42 --payload '{"approved": true}'
     """
     from tako_cli import context
+    from tako_runtime import clock, store
 
     text = _payload(payload)
     with context.control() as control:
@@ -199,7 +200,8 @@ def signal(
     elif woken:
         output.text(f"{name} woke {woken} run{'s' if woken > 1 else ''}")
     else:
-        output.text(f"nobody waits for {name}: it is kept for 7 days, for the first who does")
+        kept = clock.spell(store.limits().signal_retention)
+        output.text(f"nobody waits for {name}: it is kept for {kept}, for the first who does")
 
 
 @app.command("cancel")
