@@ -17,7 +17,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from tako_runtime import clock, codec, store
 from tako_runtime.clock import Duration, SystemClock
-from tako_runtime.errors import DuplicateWorkflow, InvalidValue
+from tako_runtime.errors import DuplicateWorkflow, InvalidValue, Unreadable
 from tako_runtime.run import NewRun, new_id
 from tako_runtime.state import Backoff
 from tako_runtime.store.base import Enqueue, SendSignal
@@ -47,8 +47,11 @@ def workflow(
 
     The handler takes `(payload, step)`, or `(step)` alone; `async def` or plain `def` (that one runs in a thread, and
     its step methods block). `retries=4` is five attempts. `timeout` bounds one attempt's running time, parked time not
-    counted. `schedule` is a cron expression in `timezone` (UTC unless said). `group` is the lane of workers that run
-    it.
+    counted. `group` is the lane of workers that run it.
+
+    `schedule` is a cron expression in `timezone` (UTC unless said), by which it is started without a payload. Of the
+    times that an outage swallowed the latest is made up for, or none with `catchup="skip"`. With `overlap="skip"` a
+    time that comes while the last such run lives is passed over.
 
     Raises `InvalidValue` for what cannot be meant, `DuplicateWorkflow` where the name is taken.
     """
@@ -90,6 +93,7 @@ class Workflow(Generic[P, R]):
         self.timeout = None if timeout is None else clock.duration(timeout, f"timeout of {name!r}", least=1_000)
         self.blocking = not inspect.iscoroutinefunction(handler)
         self.takes_payload, self.payload_type = _payload_of(handler, name)
+        _check_schedule(self)
         self.__doc__ = handler.__doc__
         self.__name__ = getattr(handler, "__name__", name)
         self.__module__ = handler.__module__
@@ -300,6 +304,29 @@ def _payload_of(handler: Callable[..., Any], name: str) -> tuple[bool, Any]:
     annotation = codec.annotations(handler).get(parameters[0].name, Any)
     codec.decoder(annotation)  # an annotation that nothing can be read into is a mistake of now, not of the first run
     return True, annotation
+
+
+def _check_schedule(flow: Workflow[..., Any]) -> None:
+    """What can be told without the calendar, which the manifest asks: an app that only enqueues need not load that."""
+    for what, value in (("schedule", flow.schedule), ("timezone", flow.timezone)):
+        if value is not None and not isinstance(value, str):
+            raise InvalidValue(f"{what} of {flow.name!r} is text, not {value!r}")
+    for what, given, known in (
+        ("catchup", flow.catchup, ("latest", "skip")),
+        ("overlap", flow.overlap, ("allow", "skip")),
+    ):
+        if given not in known:
+            raise InvalidValue(f"{what} of {flow.name!r} is {' or '.join(map(repr, known))}, not {given!r}")
+    if flow.schedule is None and flow.timezone is not None:
+        raise InvalidValue(f"{flow.name!r} has a timezone and no schedule", hint="Give it a schedule, or no timezone.")
+    if flow.schedule is not None and flow.takes_payload:
+        try:
+            codec.decode("null", flow.payload_type)
+        except Unreadable as error:
+            raise InvalidValue(
+                f"{flow.name!r} is started by a schedule, which has no payload to give: {error}",
+                hint="Let the handler take (step) alone, or a payload that may be None.",
+            ) from None
 
 
 def _check_name(name: str, what: str) -> None:
