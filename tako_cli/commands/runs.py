@@ -332,14 +332,11 @@ def _change(ids: list[str], change: Any, done: str, as_json: bool) -> None:
 
 def _say_started(run: str, workflow: str, is_new: bool, delay: str | None) -> None:
     from tako_cli import context
-    from tako_runtime import store
 
     output.text(f"{run}  {workflow}  {'started' if is_new else 'is alive with this key: no second one was started'}")
     if is_new and delay is not None:
         output.note(f"it is due in {delay}")
-    home = store.locate()
-    if home.data_dir.name == ".tako" and context.developing(home) is None:
-        output.note("nothing runs here now: it goes on when you start tako dev")
+    context.note_if_nothing_runs("it goes on when you start tako dev")
 
 
 def _say_end(run: dict[str, Any]) -> None:
