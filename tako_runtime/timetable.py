@@ -80,12 +80,11 @@ def standing(one: ScheduleRecord, runs: Mapping[str, Run], now: int) -> Json:
 
 
 def upcoming(one: ScheduleRecord, now: int, count: int) -> list[Json]:
-    """The next times, and what is worth saying of one on the day of a clock change. `InvalidValue` where the schedule
-    cannot be read."""
+    """The next times, and what is worth saying of one on the day of a clock change: first the one that is stored, if it
+    lies ahead and `cron.due` will go by it. `InvalidValue` where the schedule cannot be read."""
     schedule = cron.Schedule.parse(one.expression, one.timezone)
-    times = [schedule.next(now)]
-    if one.next_at is not None and times[0] < one.next_at < now + cron.CORRECTION:
-        times = [one.next_at]  # the clock was set back a little: what it shows again does not fire again
+    stands = one.next_at is not None and one.next_at > now and (one.last_at or 0) - now <= cron.CORRECTION
+    times = [one.next_at if one.next_at is not None and stands else schedule.next(now)]
     while len(times) < count:
         times.append(schedule.next(times[-1]))
     return [{**_time(one, at), "note": cron.odd(schedule, at)} for at in times[:count]]

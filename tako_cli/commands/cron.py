@@ -134,7 +134,7 @@ def _standing(one: dict[str, Any]) -> "list[Text]":
     parts = [_title(one["workflow"], one["expression"], one["timezone"])]
     now = wording.now()
     if one["error"]:
-        parts += _lines("error", [one["error"]])
+        parts += _lines("", [one["error"]])
     if one["next"]:
         parts += _lines("next", [*_spelled(one["next"]), wording.distance(one["next"]["at"], now)])
         parts += [_note(one["next"]["note"])] if one["next"]["note"] else []
