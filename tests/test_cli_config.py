@@ -1,12 +1,15 @@
 """`tako config`: what holds, and where it comes from."""
 
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
-from cli import at_terminal, document, done, make_project, plain, tako
+from cli import at_terminal, document, done, environment, make_project, plain, tako
 
 from tako_runtime import config
+from tako_runtime.store import Home
 
 EXAMPLE = Path(config.__file__).with_name("example.toml").read_text()
 
@@ -76,3 +79,17 @@ def test_show_of_a_wrong_file_tells_every_mistake(project: Path) -> None:
     assert "tako.toml:3: workflows.workers: must be a whole number from 0 to 1000" in told.stderr
     assert "tako.toml:4: workflows.concurency: unknown key" in told.stderr
     assert "Did you mean workflows.concurrency?" in told.stderr
+
+
+def test_with_a_wrong_file_nothing_starts(project: Path, home: Home) -> None:
+    (project / "tako.toml").write_text('name = "shop"\n[workflows]\nworkers = 2\ngrace = "1 year"\n')
+    says = "tako.toml:4: workflows.grace: must be a duration from 0s to 1h"
+    assert says in document("dev", cwd=project, code=3)["error"]["message"]
+    assert not (project / ".tako").exists()
+    served = subprocess.run(
+        [sys.executable, "-m", "tako_runtime", "serve"], cwd=project, env=environment(**home.environment()),
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert served.returncode != 0
+    assert says in served.stderr
+    assert not home.app_dir.exists()
