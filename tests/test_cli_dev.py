@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 from cli import Dev, at_terminal, developing, document, done, environment, is_alive, make_project, run_of, start, tako
 from conftest import until
+from workers import now
 
-from tako_runtime.clock import HOUR
+from tako_runtime.clock import HOUR, SECOND
 from tako_runtime.store import open_store, project_home
-from tako_runtime.store.base import KeptSignals
+from tako_runtime.store.base import KeptSignals, ListWorkers
 
 
 @pytest.fixture
@@ -197,6 +198,17 @@ def test_limits_of_tako_toml_hold_for_runs_signals_and_results(tmp_path: Path) -
     for words in (["start", "much"], ["signal", "go"]):
         refused = document("runs", *words, "--payload", much, cwd=project, code=1)
         assert refused["error"]["code"] == "too_large"
+
+
+def test_the_lease_of_tako_toml_is_that_of_the_workers(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "shop", config='name = "shop"\n[workflows]\nworkers = 1\nlease = "3s"\n')
+    with developing(project) as dev:
+        dev.wait_for("worker.started")
+        with closing(open_store(project_home("shop", project))) as opened:
+            [worker] = opened.do_sync(ListWorkers())
+            assert 0 < worker.lease_until - now() <= 3 * SECOND
+        dev.send(signal.SIGINT)
+        assert dev.ended() == 0
 
 
 # --- stopping --------------------------------------------------------------------------------------------------------

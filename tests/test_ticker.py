@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 from cli import make_project
 from conftest import Caller, FakeClock, until
-from workers import now, serving, shown
+from workers import eventually, now, serving, shown
 
-from tako_runtime import clock, log
+from tako_runtime import clock, config, log
 from tako_runtime.cron import CORRECTION
+from tako_runtime.errors import StoreBusy, StoreError
 from tako_runtime.manifest import Declared, Manifest, Mistake
 from tako_runtime.run import Run, Status
+from tako_runtime.server import Server
 from tako_runtime.state import Returned
 from tako_runtime.store import Home, base, open_store
 from tako_runtime.store.commit import StoreThread
@@ -308,6 +310,59 @@ def test_a_leader_that_stops_hands_over_at_once(opened: StoreThread) -> None:
     second.declare(declared())
     second.tick()
     assert second.fired() == [clock.DAY]
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def test_a_clock_that_is_set_forward_is_seen_though_nothing_tells_of_it(rig: Rig) -> None:
+    rig.declare(declared())
+
+    async def live() -> None:
+        running = asyncio.create_task(rig.cron.run())
+        await eventually(lambda: rig.opened.do_sync(base.ListSchedules())[0].next_at)
+        rig.clock.advance(clock.HOUR)
+        await eventually(rig.runs)
+        rig.cron.stop()
+        await running
+
+    asyncio.run(live())
+    assert rig.fired() == [0]
+
+
+def test_a_busy_store_is_asked_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.declare(declared())
+    tick, asked = rig.cron.tick, list[int]()
+
+    async def busy_at_first() -> int | None:
+        asked.append(1)
+        if len(asked) == 1:
+            raise StoreBusy
+        rig.cron.stop()
+        return await tick()
+
+    monkeypatch.setattr(rig.cron, "tick", busy_at_first)
+    with events() as lines:
+        asyncio.run(rig.cron.run())
+    assert [line["event"] for line in lines] == ["store.busy"]
+    assert len(asked) == 2
+
+
+def test_a_server_whose_cron_cannot_go_on_ends_and_says_why(opened: StoreThread, home: Home, tmp_path: Path) -> None:
+    loaded = config.load(make_project(tmp_path / "shop", TICKS) / "tako.toml")
+
+    async def live() -> None:
+        server = Server(opened, home, loaded, lambda source, event: None)
+
+        async def fails() -> int | None:
+            raise StoreError("the store is damaged")
+
+        server.cron.tick = fails  # type: ignore[method-assign]
+        async with asyncio.timeout(20):
+            await server.run()
+
+    with pytest.raises(StoreError, match="damaged"):
+        asyncio.run(live())
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
