@@ -3,14 +3,14 @@
     read the payload -> call the handler -> let what is in flight end -> settle -> write
 
 The handler runs in this task. Its steps come back here: what is done already, what may begin, what must stop. When
-every step call in progress is a sleep or a wait, and nothing else of the handler can move, the run parks and its slot
-is free.
+every step call in progress is a sleep or a wait, and no other branch of the handler can move, the run parks and its
+slot is free.
 """
 
 import asyncio
 import contextvars
 import functools
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -21,6 +21,7 @@ from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy, U
 from tako_runtime.failure import Failure
 from tako_runtime.log import emit
 from tako_runtime.run import Claimed, Run, Status, StepKey, StepRecord
+from tako_runtime.standstill import at_standstill
 from tako_runtime.state import (
     Bailed,
     Cancelled,
@@ -41,9 +42,15 @@ from tako_runtime.workflow import Workflow
 
 R = TypeVar("R")
 
-#: Passes of the event loop in which another branch of a handler may come to its next step call before the handler
-#: counts as quiet. Each gather or task group between a step's end and the next call costs one or two.
+#: Passes of the event loop that news of a step's end may need to get through to the branch that waits for it. Each
+#: gather or task group on the way costs one or two.
 QUIET_PASSES = 20
+
+#: How long, in seconds, until a handler is looked at again that waits, but has a branch that can still move.
+LOOK = 1.0
+
+#: The attempt whose handler this code belongs to.
+_current: "contextvars.ContextVar[Attempt | None]" = contextvars.ContextVar("tako_attempt", default=None)
 
 
 class Desk(Protocol):
@@ -90,7 +97,9 @@ class Attempt:
         self._position = 0
         self._in_flight: set[StepKey] = set()  # step calls in progress that neither sleep nor wait
         self._waiting: dict[StepKey, _Waiting] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()  # those that the handler has made, outside of its steps
         self._quiet: asyncio.Event | None = None
+        self._look: asyncio.TimerHandle | None = None
         self._failures: list[tuple[BaseException, StepKey, bool, int]] = []
         self._stop: Outcome | None = None  # what must end this attempt at its next step boundary
         self._lost = False
@@ -107,7 +116,7 @@ class Attempt:
             emit(began, max_attempts=run.max_attempts, group=run.group, done=len(self.history))
             try:
                 outcome = self._misfit() or await self._call()
-            except Exception as error:  # noqa: BLE001 -- the last net: what no stage expected ends the run, not the worker
+            except (Exception, SystemExit) as error:  # noqa: BLE001 -- the last net: what no stage expected ends the run, not the worker
                 outcome = Failed(failure.describe(error))
             self._desk.handler_ended(self)
             if outcome is None or self._lost:
@@ -132,38 +141,33 @@ class Attempt:
         self._task = asyncio.current_task()
         value: Any = None
         raised: BaseException | None = None
+        token = _current.set(self)
         try:
-            value = await self._handle()
+            value = await self._handler()
         except BaseException as error:  # noqa: BLE001 -- whatever a handler raises belongs to its run
             raised = error
+        _current.reset(token)
         self._handler_ended = True
+        if self._look is not None:
+            self._look.cancel()
         self._release()
-        if not self._lost:
-            await self._until_quiet()
+        await self._until_quiet()
         return self._outcome(value, raised)
 
-    async def _handle(self) -> Any:
-        limit = self._workflow.timeout
-        if limit is None:
-            return await self._handler()
-        try:
-            async with asyncio.timeout(limit / clock.SECOND) as scope:
-                return await self._handler()
-        except TimeoutError as error:
-            if not scope.expired():
-                raise
-            raise RunTimeout(f"the attempt ran past its timeout of {clock.spell(limit)}") from error
-
-    async def _handler(self) -> Any:
+    def _handler(self) -> Awaitable[Any]:
+        """The handler, under way."""
         step = Step(self)
         given = (self._payload,) if self._workflow.takes_payload else ()
         handler: Callable[..., Any] = self._workflow.handler
-        if not self._workflow.blocking:
-            return await handler(*given, step)
-        call = functools.partial(
-            contextvars.copy_context().run, _contained, handler, *given, SyncStep(step, self._loop)
-        )
-        return await self._loop.run_in_executor(self._desk.handlers, call)
+        if self._workflow.blocking:
+            call = functools.partial(
+                contextvars.copy_context().run, _contained, handler, *given, SyncStep(step, self._loop)
+            )
+            going: Awaitable[Any] = self._loop.run_in_executor(self._desk.handlers, call)
+        else:
+            going = handler(*given, step)
+        limit = self._workflow.timeout
+        return going if limit is None else _limited(going, limit)
 
     def _outcome(self, value: Any, raised: BaseException | None) -> Outcome | None:
         if self._lost:
@@ -233,9 +237,9 @@ class Attempt:
 
     # --- what a step asks for ---
 
-    async def begin(self, kind: str, name: str) -> tuple[StepKey, int, StepRecord | None]:
-        """Number the call, and say what is stored of it. Raises where no step may begin; else `leave(key)` must
-        follow, and the call counts as in flight until then."""
+    def begin(self, kind: str, name: str) -> tuple[StepKey, int, StepRecord | None]:
+        """Number the call, and say what is stored of it. `leave(key)` must follow: the call counts as in flight until
+        then."""
         outer = log.in_step.get()
         if outer is not None:
             raise StepMisuse(
@@ -247,15 +251,12 @@ class Attempt:
         uses = self._uses[kind, name] = self._uses.get((kind, name), 0) + 1
         key = StepKey(kind, name if uses == 1 else f"{name}#{uses}")
         self._position += 1
-        position = self._position
-        if self._must_stop():
-            await self._refuse()
         self._in_flight.add(key)
-        return key, position, self.history.get(key)
+        return key, self._position, self.history.get(key)
 
-    def may_start(self, key: StepKey) -> bool:
+    def may_start(self, key: StepKey, now: int) -> bool:
         """A step's body is about to run: whether it may. If not, only the store can tell (`confirm_start`)."""
-        if self._lost or not self._desk.lease_holds(self.now()):
+        if self._lost or not self._desk.lease_holds(now):
             return False
         self._desk.note(self.run, f"in step {key.name}")
         return True
@@ -352,9 +353,9 @@ class Attempt:
 
     async def wait(self, key: StepKey, record: StepRecord | None, *, parks: bool, until: int | None = None) -> None:
         """Wait until the record is due, or a look finds news of it, or the attempt must stop: then it raises."""
-        if self._must_stop():
+        if self.must_stop():
             self.leave(key)  # what waits for the others to become quiet must not be one of them
-            await self._refuse()
+            await self.refuse()
         due = record.due_at if record is not None else until
         timer = None
         future = self._loop.create_future()
@@ -368,8 +369,8 @@ class Attempt:
             del self._waiting[key]
             if timer is not None:
                 timer.cancel()
-        if self._must_stop():  # it may be why the future was resolved
-            await self._refuse()
+        if self.must_stop():  # it may be why the future was resolved
+            await self.refuse()
         self._in_flight.add(key)
 
     def conclude(self, verdict: Bailed | Failed) -> NoReturn:
@@ -417,15 +418,16 @@ class Attempt:
             self._stop = outcome
             self._release()
 
-    def _must_stop(self) -> bool:
+    def must_stop(self) -> bool:
+        """No step may begin any more: its call has to `refuse`."""
         return self._stop is not None or self._handler_ended or self._lost
 
     def _release(self) -> None:
         """Let every sleep and wait go: each finds that it must stop, and raises."""
-        for waiting in list(self._waiting.values()):
+        for waiting in self._waiting.values():
             _wake(waiting.future)
 
-    async def _refuse(self) -> NoReturn:
+    async def refuse(self) -> NoReturn:
         """No step may begin. Before a drain unwinds the handler, what its other branches have in flight may end."""
         self._refused = True
         if self._stop is not None and not self._lost and not self._handler_ended:
@@ -440,20 +442,44 @@ class Attempt:
             await self._quiet.wait()
 
     def _consider_parking(self) -> None:
-        if self._stop is None and not self._handler_ended and self._can_park():
+        if self._can_park():
             self._loop.call_soon(self._park_if_still_quiet, self._position, QUIET_PASSES)
 
     def _can_park(self) -> bool:
-        return not self._in_flight and bool(self._waiting) and all(w.parks for w in self._waiting.values())
+        return (
+            self._stop is None
+            and not (self._in_flight or self._handler_ended)
+            and bool(self._waiting)
+            and all(w.parks for w in self._waiting.values())
+        )
 
     def _park_if_still_quiet(self, position: int, passes: int) -> None:
         """Another branch of the handler may be on its way to its next step call: give it time to make it."""
-        if self._stop is not None or self._handler_ended or self._position != position or not self._can_park():
+        if self._position != position or not self._can_park():
             return
         if passes:
             self._loop.call_soon(self._park_if_still_quiet, position, passes - 1)
-        else:
+        elif at_standstill(self._branches(), {waiting.future for waiting in self._waiting.values()}):
             self._park()
+        else:
+            if self._look is not None:
+                self._look.cancel()
+            self._look = self._loop.call_later(LOOK, self._consider_parking)
+
+    def _branches(self) -> set[asyncio.Task[Any]]:
+        """The tasks of the handler; a plain `def` one stands in its step call, and its own task waits for that."""
+        if self._workflow.blocking or self._task is None:
+            return self._tasks
+        return {self._task, *self._tasks}
+
+    def adopt(self, task: asyncio.Task[Any]) -> None:
+        """The handler has made a task: a branch, which may come to a step call of its own."""
+        self._tasks.add(task)
+        task.add_done_callback(self._branch_ended)
+
+    def _branch_ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        self._consider_parking()
 
     def _park(self) -> None:
         records = [w.record for w in self._waiting.values() if w.record is not None]
@@ -461,6 +487,22 @@ class Attempt:
         waits = tuple(record.name for record in records if record.kind == "wait")
         self._stop = Waits(waits, due) if waits else Sleeps(due or self.now())
         self._release()
+
+
+def whose() -> Attempt | None:
+    """The attempt whose handler this code belongs to; None within a step's body, whose tasks are its own affair."""
+    return _current.get() if log.in_step.get() is None else None
+
+
+async def _limited(going: Awaitable[Any], limit: int) -> Any:
+    """A handler that may run for `limit` microseconds."""
+    try:
+        async with asyncio.timeout(limit / clock.SECOND) as scope:
+            return await going
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        raise RunTimeout(f"the attempt ran past its timeout of {clock.spell(limit)}") from error
 
 
 def _contained(fn: Callable[..., Any], *args: Any) -> Any:

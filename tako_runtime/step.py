@@ -123,7 +123,9 @@ class Step:
         wanted = codec.returns(fn)
         codec.decoder(wanted)  # an annotation that cannot be read back must not cost the body's side effects
         limit = None if timeout is None else clock.duration(timeout, "timeout", least=1_000)
-        key, position, record = await attempt.begin("run", name)
+        if attempt.must_stop():
+            await attempt.refuse()
+        key, position, record = attempt.begin("run", name)
         if record is None:
             doing = self._do(key, position, wanted, fn, args, retries, backoff or _STEP_BACKOFF, retry, limit)
             if not _is_async(fn):
@@ -154,9 +156,10 @@ class Step:
         tries = 0
         while True:
             tries += 1
-            if not attempt.may_start(key):
-                await attempt.confirm_start(key)
             started = attempt.now()
+            if not attempt.may_start(key, started):
+                await attempt.confirm_start(key)
+                started = attempt.now()
             try:
                 value = await _body(attempt, key, fn, args, timeout)
                 text, carried = codec.carry(value, wanted, f"step {key.name!r}", limit=attempt.max_value)
@@ -201,7 +204,9 @@ class Step:
 
     async def _sleep(self, name: str, end: Callable[[int], int]) -> None:
         attempt = self._attempt
-        key, position, record = await attempt.begin("sleep", name)
+        if attempt.must_stop():
+            await attempt.refuse()
+        key, position, record = attempt.begin("sleep", name)
         try:
             now = attempt.now()
             if record is None:
@@ -221,7 +226,9 @@ class Step:
         check_signal_name(name)
         micros = None if timeout is None else clock.duration(timeout, "timeout")
         attempt = self._attempt
-        key, position, record = await attempt.begin("wait", name)
+        if attempt.must_stop():
+            await attempt.refuse()
+        key, position, record = attempt.begin("wait", name)
         try:
             if record is None or record.status == "waiting":
                 record = await self._wait(key, position, name, micros, record)
@@ -275,16 +282,11 @@ async def _body(
     """One try of a step's body. `sys.exit` in it is a failure of the step, not the end of the worker."""
     token = in_step.set(key.name)
     try:
-        if timeout is None:
-            return await _call(attempt, fn, args)
-        async with asyncio.timeout(timeout / clock.SECOND) as scope:
-            return await _call(attempt, fn, args)
-    except TimeoutError as error:
-        if timeout is None or not scope.expired():
-            raise
-        if not inspect.iscoroutinefunction(fn):
-            emit("step.left", step=key.label)
-        raise StepTimeout(f"step {key.name!r} ran past its timeout of {clock.spell(timeout)}") from error
+        if timeout is not None:
+            return await _limited(key, fn, _call(attempt, fn, args), timeout)
+        if _is_async(fn):
+            return await fn(*args)
+        return await _call(attempt, fn, args)
     except (SystemExit, KeyboardInterrupt) as error:
         raise StepFailed(f"step {key.name!r} called for the end of its process: {error!r}") from None
     finally:
@@ -292,10 +294,21 @@ async def _body(
 
 
 async def _call(attempt: "Attempt", fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    if _is_async(fn):
-        return await fn(*args)
-    value = await attempt.in_thread(fn, *args)
+    value = fn(*args) if _is_async(fn) else await attempt.in_thread(fn, *args)
     return await value if inspect.isawaitable(value) else value
+
+
+async def _limited(key: StepKey, fn: Callable[..., Any], call: Coroutine[Any, Any, Any], timeout: int) -> Any:
+    """A body that may run for `timeout` microseconds."""
+    try:
+        async with asyncio.timeout(timeout / clock.SECOND) as scope:
+            return await call
+    except TimeoutError as error:
+        if not scope.expired():
+            raise
+        if not _is_async(fn):
+            emit("step.left", step=key.label)
+        raise StepTimeout(f"step {key.name!r} ran past its timeout of {clock.spell(timeout)}") from error
 
 
 def _is_async(fn: Callable[..., Any]) -> bool:

@@ -6,6 +6,7 @@ by a thread of its own, which no handler can block.
 """
 
 import asyncio
+import functools
 import os
 import socket
 import threading
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tako_runtime import clock, codec, failure, inflight
-from tako_runtime.attempt import Attempt
+from tako_runtime.attempt import Attempt, whose
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.errors import StepFailed, StoreBusy, StoreError
 from tako_runtime.log import emit
@@ -221,8 +222,8 @@ class Worker:
         attempt = Attempt(claimed, self._workflows[run.workflow], self)
         self._inflight.note((run.seq, run.claim), "before its first step")
         self._busy += 1
-        task = self._attempts[attempt] = asyncio.get_running_loop().create_task(attempt.perform())
-        task.add_done_callback(lambda task: self._ended(attempt, task))
+        task = self._attempts[attempt] = asyncio.Task(attempt.perform())
+        task.add_done_callback(functools.partial(self._ended, attempt))
         if claimed.run.cancelling is not None:
             attempt.cancel(claimed.run.cancelling)
 
@@ -330,8 +331,13 @@ class Worker:
 
 
 def _task(loop: asyncio.AbstractEventLoop, coroutine: Any, **rest: Any) -> "asyncio.Task[Any]":
-    """Every task of the worker's loop: a `sys.exit` in one that a handler made must not end the worker."""
-    return asyncio.Task(_contained(coroutine), loop=loop, **rest)
+    """Every task that code of the user's makes: its attempt learns of it, and a `sys.exit` in it must not end the
+    worker."""
+    task: asyncio.Task[Any] = asyncio.Task(_contained(coroutine), loop=loop, **rest)
+    attempt = whose()
+    if attempt is not None:
+        attempt.adopt(task)
+    return task
 
 
 async def _contained(coroutine: Coroutine[Any, Any, Any]) -> Any:

@@ -1,5 +1,6 @@
 -- Every query of every store. `-- name:` begins one and names it; the comment below says what it is for. Parameters are
--- `:name`; `{word}` stands for what a dialect has to say: `{run}` and `{step}` for the columns as it reads them. Loaded and translated once (`queries.py`).
+-- `:name`; `{word}` stands for what a dialect has to say: `{run}` and `{step}` for the columns as it reads them, `{rows}`
+-- for many rows of parameters in one statement. Loaded and translated once (`queries.py`).
 
 -- ===== a run's life, in order ========================================================================================
 
@@ -39,11 +40,13 @@ SELECT {step} FROM steps WHERE run = :seq AND kind = :kind AND name = :name;
 -- name: holds_claim
 SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND status = 'running';
 
--- name: save_step
+-- name: save_steps
 -- The first write wins; a failure that the next attempt may mend counts as not written.
+WITH new (seq, kind, name, position, status, attempt, started_at, finished_at, due_at, result, error, claim) AS ({rows})
 INSERT INTO steps (run, kind, name, position, status, attempt, started_at, finished_at, due_at, result, error)
-SELECT :seq, :kind, :name, :position, :status, :attempt, :started_at, :finished_at, :due_at, :result, :error
- WHERE EXISTS (SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND status = 'running')
+SELECT seq, kind, name, position, status, attempt, started_at, finished_at, due_at, {result}, error
+  FROM new
+ WHERE EXISTS (SELECT 1 FROM runs WHERE runs.seq = new.seq AND runs.claim = new.claim AND runs.status = 'running')
     ON CONFLICT (run, kind, name) DO UPDATE
    SET position = excluded.position, status = excluded.status, attempt = excluded.attempt,
        started_at = excluded.started_at, finished_at = excluded.finished_at, due_at = excluded.due_at,
@@ -51,16 +54,22 @@ SELECT :seq, :kind, :name, :position, :status, :attempt, :started_at, :finished_
  WHERE steps.rerun = 1;
 
 -- name: apply
--- One guarded write for every change: it lands only if the row is as the change saw it.
+-- One guarded write for every change: it lands only if the row is as the change saw it. `ready` is set where the run is to
+-- go on, which a cancellation that came meanwhile forbids.
+WITH change (status, reason, ready, due_at, worker, attempt_started_at, finished_at, losses, max_attempts, cancelling,
+             result, error, seq, claim, seen_status) AS ({rows})
 UPDATE runs
-   SET status = :status, reason = :reason, ready = :ready, due_at = :due_at, worker = :worker,
-       attempt_started_at = :attempt_started_at, finished_at = :finished_at, losses = :losses,
-       max_attempts = :max_attempts, cancelling = :cancelling, result = :result, error = :error
- WHERE seq = :seq AND claim = :claim AND status = :seen_status AND (:goes_on = 0 OR cancelling IS NULL);
+   SET status = change.status, reason = change.reason, ready = change.ready, due_at = change.due_at,
+       worker = change.worker, attempt_started_at = change.attempt_started_at, finished_at = change.finished_at,
+       losses = change.losses, max_attempts = change.max_attempts, cancelling = change.cancelling,
+       result = change.result, error = change.error
+  FROM change
+ WHERE runs.seq = change.seq AND runs.claim = change.claim AND runs.status = change.seen_status
+   AND (change.ready IS NULL OR runs.cancelling IS NULL);
 
--- name: insert_attempt
+-- name: insert_attempts
 INSERT INTO attempts (run, n, worker, started_at, finished_at, outcome, error)
-VALUES (:seq, :n, :worker, :started_at, :finished_at, :outcome, :error);
+{rows};
 
 -- name: mark_rerun
 UPDATE steps SET rerun = 1 WHERE run = :seq AND kind = :kind AND name = :name AND status = 'failed';
@@ -75,7 +84,7 @@ DELETE FROM steps WHERE run = :seq AND position >= :drop_from;
 DELETE FROM waits WHERE run = :seq AND position >= :drop_from;
 
 -- name: drop_waits
-DELETE FROM waits WHERE run = :seq;
+DELETE FROM waits WHERE run IN ({runs});
 
 -- name: wait_is_open
 SELECT 1 FROM waits WHERE run = :seq AND step = :name;

@@ -10,6 +10,9 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import cache
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -57,12 +60,30 @@ _WORDS = {
     "claimed": _columns([name if name != "result" else "NULL" for name in RUN_COLUMNS]),
     "step": _STEP_COLUMNS,
     "payload": "CAST(payload AS BLOB)",
+    "result": "CAST(result AS TEXT)",
+    "rows": "{rows}",
+    "runs": "SELECT value FROM json_each(:runs)",
     "workflows": "SELECT value FROM json_each(:workflows)",
     "lock": "",
 }
 
 
 Q = load(_WORDS)
+
+#: The most rows that one statement writes. Each count is a statement of its own, so only powers of two are used.
+_MOST_ROWS = 64
+
+
+@cache
+def in_bulk(name: str, width: int, count: int) -> str:
+    """The query that writes `count` rows of `width` columns."""
+    row = f"({', '.join('?' * width)})"
+    return Q[name].replace("{rows}", f"VALUES {', '.join([row] * count)}")
+
+
+#: The operations of a batch by their kind, each with its place in the batch.
+_Sorts = dict[type[Operation[Any]], list[tuple[int, Any]]]
+_place = itemgetter(0)
 
 
 class SqliteStore(Store):
@@ -127,13 +148,16 @@ class SqliteStore(Store):
 
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
         topics: Topics = set()
+        sorts: _Sorts = {}
+        for place, op in enumerate(batch):
+            sorts.setdefault(type(op), []).append((place, op))
         try:
-            if not any(op.writes for op in batch):
-                return self._run(batch, topics), topics
-            self._sync(any(op.acknowledged for op in batch if op.writes))
+            if not any(sort.writes for sort in sorts):
+                return self._run(batch, sorts, topics), topics
+            self._sync(any(sort.writes and sort.acknowledged for sort in sorts))
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                answers = self._run(batch, topics)
+                answers = self._run(batch, sorts, topics)
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:
@@ -156,24 +180,31 @@ class SqliteStore(Store):
     def turn(self) -> AbstractContextManager[None]:
         return self._turnstile or nullcontext()
 
-    def _run(self, batch: Sequence[Operation[Any]], topics: Topics) -> list[Any]:
-        """The answers, in the order of `batch`. Saves and plain ends come in numbers: they are written in bulk
+    def _run(self, batch: Sequence[Operation[Any]], sorts: "_Sorts", topics: Topics) -> list[Any]:
+        """The answers, in the order of `batch`. Saves and ends come in numbers: they are written in bulk, and
         first."""
         answers: list[Any] = [None] * len(batch)
-        saves = [(i, op) for i, op in enumerate(batch) if isinstance(op, base.SaveStep)]
-        ends = [(i, op) for i, op in enumerate(batch) if isinstance(op, base.Apply)]
-        if saves:
+        if saves := sorts.pop(base.SaveStep, None):
             self._save_steps(saves, answers)
-        if ends:
+        if ends := sorts.pop(base.Apply, None):
             self._apply_all(ends, answers, topics)
-        if len(saves) + len(ends) < len(batch):
-            for i, op in enumerate(batch):
+        if sorts:
+            for place, op in sorted((pair for pairs in sorts.values() for pair in pairs), key=_place):
                 handler = self._handlers.get(type(op))
-                if handler is not None:
-                    answers[i] = handler(self, op, topics)
-                elif not isinstance(op, base.SaveStep | base.Apply):
+                if handler is None:
                     raise StoreError(f"this store cannot do {type(op).__name__}")
+                answers[place] = handler(self, op, topics)
         return answers
+
+    def _write(self, name: str, found: Sequence[tuple[Any, ...]]) -> None:
+        """Write rows, many with one statement: the interpreter's lock is given up once for all of them, and while they
+        are written the event loop runs."""
+        at = 0
+        while at < len(found):
+            count = min(_MOST_ROWS, 1 << (len(found) - at).bit_length() - 1)
+            bound = tuple(chain.from_iterable(found[at : at + count]))
+            self._db.execute(in_bulk(name, len(found[0]), count), bound)
+            at += count
 
     # --- a run's life ---
 
@@ -223,7 +254,7 @@ class SqliteStore(Store):
 
     def _save_steps(self, ops: Sequence[tuple[int, base.SaveStep]], answers: list[Any]) -> None:
         before = self._db.total_changes()
-        self._db.executemany(Q["save_step"], [rows.step_row(op) for _, op in ops])
+        self._write("save_steps", [rows.step_row(op) for _, op in ops])
         if self._db.total_changes() - before == len(ops):
             for i, op in ops:
                 answers[i] = op.step
@@ -244,7 +275,7 @@ class SqliteStore(Store):
         if len(ops) > 1:
             self._db.execute("SAVEPOINT bulk")
         before = self._db.total_changes()
-        self._db.executemany(Q["apply"], [rows.change_row(op.change) for _, op in ops])
+        self._write("apply", [rows.change_row(op.change) for _, op in ops])
         landed = self._db.total_changes() - before == len(ops)
         if len(ops) > 1:
             if not landed:  # at least one came too late: take them one by one, to learn which
@@ -254,40 +285,50 @@ class SqliteStore(Store):
             self._db.execute("RELEASE bulk")
             if not landed:
                 return
-        for i, _ in ops:
-            answers[i] = landed
+        for place, _ in ops:
+            answers[place] = landed
         if landed:
-            used = [rows.attempt_row(op.change) for _, op in ops if op.change.used]
-            self._db.executemany(Q["insert_attempt"], used)
-            self._db.executemany(Q["drop_waits"], [{"seq": op.change.seq} for _, op in ops if op.change.status.ended])
-            for _, op in ops:
-                self._follow_up(op.change, topics)
+            self._follow_up([op.change for _, op in ops], topics)
 
-    def _follow_up(self, change: Change, topics: Topics) -> None:
-        """What a change writes beside its row, and whom it concerns."""
+    def _follow_up(self, changes: Sequence[Change], topics: Topics) -> None:
+        """What changes write beside their rows, and whom they concern."""
+        used = [rows.attempt_row(change.seq, change.used) for change in changes if change.used is not None]
+        if used:
+            self._write("insert_attempts", used)
+        ended = [change.seq for change in changes if change.finished_at is not None]
+        if ended:
+            topics.add("ended")
+            self._db.execute(Q["drop_waits"], {"runs": msgspec.json.encode(ended).decode()})
+        for change in changes:
+            if change.rerun:
+                step = {"seq": change.seq}
+                self._db.executemany(
+                    Q["mark_rerun"], [{**step, "kind": kind, "name": name} for kind, name in change.rerun]
+                )
+            if change.finished_at is None:
+                self._go_on(change, topics)
+
+    def _go_on(self, change: Change, topics: Topics) -> None:
+        """The rest of a change that does not end its run."""
         seq = change.seq
-        for kind, name in change.rerun:
-            self._db.execute(Q["mark_rerun"], {"seq": seq, "kind": kind, "name": name})
         if change.drop_from is not None:
             for query in ("drop_steps", "drop_waits_from"):
                 self._db.execute(Q[query], {"seq": seq, "drop_from": change.drop_from})
         if change.fresh_steps:
             self._db.execute(Q["mark_all_rerun"], {"seq": seq})
-        if change.status.ended:
-            topics.add("ended")
-        elif change.cancelling is not None:
+        if not change.goes_on:
             topics.add("cancel")
-        elif change.goes_on:
-            due = change.due_at is not None and change.due_at <= change.now
-            if any(self._value("wait_is_open", {"seq": seq, "name": name}) is None for name in change.open_waits):
-                self._db.execute(Q["make_due"], {"seq": seq, "now": change.now})
-                due = True
-            topics.add(f"due:{change.group}" if due else "later")
+            return
+        due = change.due_at is not None and change.due_at <= change.now
+        if any(self._value("wait_is_open", {"seq": seq, "name": name}) is None for name in change.open_waits):
+            self._db.execute(Q["make_due"], {"seq": seq, "now": change.now})
+            due = True
+        topics.add(f"due:{change.group}" if due else "later")
 
     # --- waits and signals ---
 
     def _open_wait(self, op: base.OpenWait, topics: Topics) -> StepRecord | None:
-        self._db.execute(Q["save_step"], rows.step_row(op))
+        self._write("save_steps", [rows.step_row(op)])
         stored = self._stored(op.seq, op.claim, op.step.kind, op.step.name)
         if stored is None or stored.status != "waiting":
             return stored
