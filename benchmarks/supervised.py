@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.latency import FOLDER, ROOT
 from benchmarks.measure import processes
-from tako_runtime.store import Home, open_store
+from tako_runtime.store import Home, Limits, open_store
 from tako_runtime.supervisor import Group, Supervisor
 
 
@@ -32,7 +32,7 @@ def children(pid: int) -> list[int]:
 
 
 def _supervise(home: Home, group: Group) -> None:
-    os.environ.update(home.environment())
+    os.environ.update(home.environment() | Limits().environment())  # as a server does
     asyncio.run(_run(home, group))
 
 

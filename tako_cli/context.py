@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tako_runtime.control import Control
     from tako_runtime.manifest import Declared, Manifest, Mistake
     from tako_runtime.store import Home
+    from tako_runtime.store.commit import StoreThread
 
 #: The environment whose variables `tako dev` uses: those of [vars], and over them those of [vars.development].
 DEV = "development"
@@ -33,16 +34,24 @@ def project() -> "Config":
 
 
 @contextmanager
-def control() -> "Iterator[Control]":
-    """The operations on the store of this folder's project, or of the app that the environment names."""
+def opened() -> "Iterator[StoreThread]":
+    """The store of this folder's project, or of the app that the environment names."""
     from tako_runtime import store
+
+    found = store.open_store(store.locate())
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+@contextmanager
+def control() -> "Iterator[Control]":
+    """The operations on that store."""
     from tako_runtime.control import Control
 
-    opened = store.open_store(store.locate())
-    try:
-        yield Control(opened)
-    finally:
-        opened.close()
+    with opened() as found:
+        yield Control(found)
 
 
 def environment(config: "Config", home: "Home") -> dict[str, str]:
@@ -92,3 +101,12 @@ def developing(home: "Home") -> int | None:
     except (OSError, ValueError):
         return None
     return pid
+
+
+def note_if_nothing_runs(then: str) -> None:
+    """Say so where the project's own store has nobody who works on it, and what will be `then`."""
+    from tako_runtime import store
+
+    home = store.locate()
+    if home.data_dir.name == ".tako" and developing(home) is None:
+        output.note(f"nothing runs here now: {then}")

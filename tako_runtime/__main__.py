@@ -100,6 +100,7 @@ def _work(args: argparse.Namespace) -> int:
         concurrency=args.concurrency,
         idle_timeout=clock.duration(args.idle_timeout, "--idle-timeout") if args.idle_timeout else None,
         lease=clock.duration(args.lease, "--lease", least=100_000),
+        max_value=store.limits().max_value,
     )
     lifeline = os.dup(0)  # our supervisor holds the other end: when it closes, the supervisor is gone
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -178,9 +178,22 @@ class Config:
         """The variables of an environment: those of [vars], and over them those of [vars.ENV]."""
         return {**self.vars, **_variables(self.stated, ("vars", env))}
 
+    def environments(self) -> tuple[str, ...]:
+        """The environments that the file has, be it only with variables; and "development", which needs nothing."""
+        return tuple(dict.fromkeys([*self.envs, *_tables_in(self.stated, ("vars",)), "development"]))
+
     def explain(self, env: str | None = None, server: str | None = None) -> list[tuple[str, object, str]]:
         """Each effective value: its dotted key, the value as the file would have it, and where it comes from:
-        "built-in", or "tako.toml:12 [workflows.email]". `env` says whose variables, `server` whose groups."""
+        "built-in", or "tako.toml:12 [workflows.email]". `env` says whose variables, `server` whose groups.
+        `ConfigError` for one that is not in the file, and for a server that is not one of the environment's."""
+        if env is not None and env not in (known := self.environments()):
+            near = difflib.get_close_matches(env, known, 1, 0.5)
+            hint = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(known)}."
+            raise ConfigError(f"{self.path}: there is no environment {values.shown(env)}", hint=hint)
+        theirs = self.envs[env].servers if env is not None and env in self.envs else tuple(self.servers)
+        if server in self.servers and server not in theirs:
+            hint = f"It has {', '.join(theirs)}."
+            raise ConfigError(f"{self.path}: {server} is not a server of the environment {env}", hint=hint)
         rows: list[tuple[str, object, str]] = []
 
         def add(at: KeyPath, known: Mapping[str, Setting], layers: Iterable[KeyPath] = ()) -> None:

@@ -16,7 +16,7 @@ from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.errors import InvalidValue, NotFound, Refused, Unreadable
 from tako_runtime.manifest import Declared
 from tako_runtime.run import AttemptRecord, Run, Status, StepRecord, first_id_at, new_id
-from tako_runtime.store import base
+from tako_runtime.store import base, limits
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import check_signal_name, new_run, signal_op
 
@@ -101,19 +101,22 @@ class Control:
         delay: int = 0,
         unique_key: str | None = None,
         priority: int = 0,
+        scheduled_at: int | None = None,
     ) -> Run:
         """Start a run of a declared workflow with a payload given as JSON text; the run (the live one with the unique
         key, if there is one). Whether the payload fits is for the handler to say: a misfit ends dead at once."""
         try:
-            payload = msgspec.json.encode(msgspec.json.decode(payload)).decode()
+            value = msgspec.json.decode(payload)
         except msgspec.DecodeError as error:
             raise InvalidValue(
                 f"the payload is not JSON: {error}", hint="""Text needs its quotes: --payload '"text"'."""
             ) from None
+        payload = codec.encode(value, f"the payload of {flow.name!r}", limit=limits().max_value)
         now = self._clock.now()
         new = new_run(
             flow.name, flow.group, payload, now=now, due=now + delay, retries=flow.retries,
             backoff_base=flow.backoff_base, backoff_max=flow.backoff_max, priority=priority, unique_key=unique_key,
+            scheduled_at=scheduled_at,
         )  # fmt: skip
         [run_id] = self._store.do_sync(base.Enqueue(runs=[new], now=now))
         return self.find(run_id)

@@ -43,6 +43,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "wait.done": (DEBUG, "got signal {signal}"),
     "wait.timed_out": (INFO, "no signal {signal} by its deadline"),
     "store.busy": (WARNING, "a write waits and is tried again: {error}"),
+    "store.pruned": (INFO, "what is past its retention is gone: ended runs {runs}, kept signals {signals}"),
     "worker.started": (INFO, "worker {worker} of group {group} started, {concurrency} runs at once: {workflows}"),
     "worker.draining": (INFO, "worker {worker} drains, runs in hand: {runs}"),
     "worker.stopped": (INFO, "worker {worker} stopped: {reason}"),

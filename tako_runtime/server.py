@@ -15,25 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tako_runtime import clock, cron
+from tako_runtime import clock
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
-from tako_runtime.errors import Refused, StoreBusy, TakoError
+from tako_runtime.errors import Refused, TakoError
 from tako_runtime.log import emit
-from tako_runtime.manifest import Declared, Manifest, read
-from tako_runtime.run import NewRun, ScheduleRecord, new_id
-from tako_runtime.store import Home
-from tako_runtime.store.base import DropLease, FireSchedule, ListSchedules, Prune, SetSchedules, TakeLease
+from tako_runtime.manifest import Manifest, read
+from tako_runtime.retention import Retention
+from tako_runtime.store import Home, Limits
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.supervisor import Group, Supervisor
-from tako_runtime.workflow import new_run
-
-#: How long a leader that has fallen silent holds cron up.
-LEADER_LEASE = 5 * clock.SECOND
-
-#: How often old runs are looked for, in seconds, and how many go in one transaction.
-PRUNE_EVERY = 600.0
-PRUNE_BATCH = 200
+from tako_runtime.ticker import Cron
 
 
 class Server:
@@ -52,14 +44,16 @@ class Server:
         clock: Clock | None = None,
     ) -> None:
         self._store, self._config, self._server = store, config, server
-        self._environment = {**(environment or os.environ), **home.environment()}
+        limits = Limits(config.workflows.max_value, config.workflows.signal_retention)
+        self._environment = {**(environment or os.environ), **home.environment(), **limits.environment()}
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
         self.supervisor = Supervisor(
             store, home, config.root, config.workflows.dir, groups, show, default=groups["default"],
             lease=config.workflows.lease, log_level=log_level, environment=self._environment,
         )  # fmt: skip
-        self.cron = Cron(store, clock or SystemClock())
-        self._clock: Clock = clock or SystemClock()
+        ticking: Clock = clock or SystemClock()
+        self.cron = Cron(store, ticking)
+        self.retention = Retention(store, config, server, ticking)
         self.manifest = Manifest(())
 
     async def declare(self) -> Manifest:
@@ -75,122 +69,26 @@ class Server:
         return self.manifest
 
     async def run(self) -> None:
-        """Until `stop()`; then drain the workers, and leave none behind."""
-        ticking = asyncio.get_running_loop().create_task(self.cron.run())
-        pruning = asyncio.get_running_loop().create_task(self._prune())
+        """Until `stop()`; then drain the workers, and leave none behind. If one of the parts cannot go on, all end, and
+        what it failed of is raised: an app whose cron has silently died would be worse than one that is down."""
+        loop = asyncio.get_running_loop()
+        supervising, ticking, pruning = parts = [
+            loop.create_task(part.run()) for part in (self.supervisor, self.cron, self.retention)
+        ]
         try:
-            await self.supervisor.run()
+            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (ticking, pruning):
-                task.cancel()
-            await asyncio.gather(ticking, pruning, return_exceptions=True)
+            self.stop()
+            pruning.cancel()
+            await asyncio.gather(*parts, return_exceptions=True)
+        for part in (supervising, ticking, pruning):
+            if not part.cancelled():
+                part.result()
 
     def stop(self) -> None:
         """Fire nothing more, claim nothing more, drain. Call it in the event loop."""
         self.cron.stop()
         self.supervisor.stop()
-
-    async def _prune(self) -> None:
-        """Old ended runs go in small batches, so that no writer waits long for the lock."""
-        while True:
-            try:
-                for name in self._config.group_names(self._server):
-                    kept = self._config.group(name, self._server).retention
-                    before = self._clock.now() - kept
-                    while await self._store.do(Prune(group=name, before=before, limit=PRUNE_BATCH)):
-                        await asyncio.sleep(0.05)
-            except StoreBusy as error:
-                emit("store.busy", error=str(error))
-            await asyncio.sleep(PRUNE_EVERY)
-
-
-class Cron:
-    """Fires what is due, while it leads. Of several on one store one leads, by a lease; and even two fire once, since a
-    firing moves the schedule on only from where it was seen."""
-
-    def __init__(self, store: StoreThread, clock: Clock) -> None:
-        self._store, self._clock = store, clock
-        self._flows: dict[str, Declared] = {}
-        self._holder = "l-" + new_id(clock.now())
-        self._wake = asyncio.Event()
-        self._stopping = False
-
-    async def declare(self, manifest: Manifest) -> None:
-        """Take the schedules of a manifest over. While a file of it is broken, what was known of it goes on."""
-        declared = {flow.name: flow for flow in manifest.workflows}
-        self._flows = {**self._flows, **declared} if manifest.mistakes else declared
-        if not manifest.mistakes:
-            scheduled = [flow for flow in manifest.workflows if flow.schedule is not None]
-            await self._store.do(SetSchedules(schedules=[_schedule(flow) for flow in scheduled]))
-        self._wake.set()
-
-    def stop(self) -> None:
-        self._stopping = True
-        self._wake.set()
-
-    async def run(self) -> None:
-        try:
-            while not self._stopping:
-                self._wake.clear()
-                pause = LEADER_LEASE // 3
-                try:
-                    now = self._clock.now()
-                    lease = TakeLease(name="cron", holder=self._holder, until=now + LEADER_LEASE, now=now)
-                    if await self._store.do(lease):
-                        next_at = await self.tick()
-                        pause = min(pause, max(0, (next_at or clock.LATEST) - self._clock.now()))
-                except StoreBusy as error:
-                    emit("store.busy", error=str(error))
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(pause / clock.SECOND):
-                        await self._wake.wait()
-        finally:
-            with contextlib.suppress(TakoError):
-                await self._store.do(DropLease(name="cron", holder=self._holder))
-
-    async def tick(self) -> int | None:
-        """Fire what is due now; when the next one is."""
-        records = {record.workflow: record for record in await self._store.do(ListSchedules())}
-        for firing in cron.due(records.values(), self._clock.now()):
-            if self._stopping:
-                break
-            flow = self._flows.get(firing.workflow)
-            if flow is None or (firing.note == "invalid" and firing.was is None):
-                continue  # another release's, which fires it; or one that was told of already
-            now = self._clock.now()
-            run = _run(flow, firing.at, now) if firing.at is not None else None
-            fired = await self._store.do(
-                FireSchedule(
-                    workflow=firing.workflow, seen_next_at=firing.was, next_at=firing.next_at, fired_at=firing.at,
-                    run=run, now=now,
-                )
-            )  # fmt: skip
-            if fired:
-                _announce(firing, run)
-        left = await self._store.do(ListSchedules())
-        ours = [record.next_at for record in left if record.next_at is not None and record.workflow in self._flows]
-        return min(ours, default=None)
-
-
-def _run(flow: Declared, at: int, now: int) -> NewRun:
-    return new_run(
-        flow.name, flow.group, "null", now=now, due=now, retries=flow.retries, backoff_base=flow.backoff_base,
-        backoff_max=flow.backoff_max, scheduled_at=at,
-    )  # fmt: skip
-
-
-def _announce(firing: cron.Firing, run: NewRun | None) -> None:
-    if run is not None and firing.at is not None:
-        emit("cron.fired", workflow=firing.workflow, run=run.id, scheduled_at=clock.iso(firing.at))
-    elif firing.note != "new":
-        emit("cron.passed_over", workflow=firing.workflow, note=firing.note, error=firing.error)
-
-
-def _schedule(flow: Declared) -> ScheduleRecord:
-    assert flow.schedule is not None
-    return ScheduleRecord(
-        flow.name, flow.group, flow.schedule, flow.timezone or "UTC", flow.catchup, flow.overlap, next_at=None
-    )
 
 
 def _group(config: Config, name: str, server: str | None) -> Group:

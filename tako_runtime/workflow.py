@@ -17,16 +17,13 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from tako_runtime import clock, codec, store
 from tako_runtime.clock import Duration, SystemClock
-from tako_runtime.errors import DuplicateWorkflow, InvalidValue
+from tako_runtime.errors import DuplicateWorkflow, InvalidValue, Unreadable
 from tako_runtime.run import NewRun, new_id
 from tako_runtime.state import Backoff
 from tako_runtime.store.base import Enqueue, SendSignal
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-#: How long a signal that nobody waits for is kept.
-SIGNAL_RETENTION = 7 * clock.DAY
 
 #: Every workflow that this process has imported, by name.
 registry: dict[str, "Workflow[..., Any]"] = {}
@@ -50,8 +47,11 @@ def workflow(
 
     The handler takes `(payload, step)`, or `(step)` alone; `async def` or plain `def` (that one runs in a thread, and
     its step methods block). `retries=4` is five attempts. `timeout` bounds one attempt's running time, parked time not
-    counted. `schedule` is a cron expression in `timezone` (UTC unless said). `group` is the lane of workers that run
-    it.
+    counted. `group` is the lane of workers that run it.
+
+    `schedule` is a cron expression in `timezone` (UTC unless said), by which it is started without a payload. Of the
+    times that an outage swallowed the latest is made up for, or none with `catchup="skip"`. With `overlap="skip"` a
+    time that comes while the last such run lives is passed over.
 
     Raises `InvalidValue` for what cannot be meant, `DuplicateWorkflow` where the name is taken.
     """
@@ -93,6 +93,7 @@ class Workflow(Generic[P, R]):
         self.timeout = None if timeout is None else clock.duration(timeout, f"timeout of {name!r}", least=1_000)
         self.blocking = not inspect.iscoroutinefunction(handler)
         self.takes_payload, self.payload_type = _payload_of(handler, name)
+        _check_schedule(self)
         self.__doc__ = handler.__doc__
         self.__name__ = getattr(handler, "__name__", name)
         self.__module__ = handler.__module__
@@ -189,11 +190,12 @@ class Workflow(Generic[P, R]):
         if retries is not None:
             _check_count(retries, "retries")
         base, longest = self.backoff.base_micros, self.backoff.max_micros
+        most = store.limits().max_value
         runs = [
             new_run(
-                self.name, self.group, codec.payload_text(payload, self.payload_type, self.name), now=now, due=due,
-                retries=self.retries if retries is None else retries, backoff_base=base, backoff_max=longest,
-                priority=priority, unique_key=unique_key(payload),
+                self.name, self.group, codec.payload_text(payload, self.payload_type, self.name, limit=most), now=now,
+                due=due, retries=self.retries if retries is None else retries, backoff_base=base,
+                backoff_max=longest, priority=priority, unique_key=unique_key(payload),
             )
             for payload in payloads
         ]  # fmt: skip
@@ -231,8 +233,8 @@ def new_run(
 async def signal(name: str, payload: object = None) -> int:
     """Send `payload` to every run that waits for `name`; answers how many that woke.
 
-    Where nobody waits, the signal is kept on disk for seven days and given to the first wait on that name. Several kept
-    signals are taken in the order in which they were sent.
+    Where nobody waits, the signal is kept on disk for `signal_retention` (seven days unless tako.toml says otherwise)
+    and given to the first wait on that name. Several kept signals are taken in the order in which they were sent.
     """
     return await store.current().do(signal_op(name, payload))
 
@@ -244,9 +246,9 @@ def signal_sync(name: str, payload: object = None) -> int:
 
 def signal_op(name: str, payload: object) -> SendSignal:
     check_signal_name(name)
-    now = _clock.now()
-    text = codec.encode(payload, f"the payload of signal {name!r}")
-    return SendSignal(name=name, payload=text, now=now, expires_at=now + SIGNAL_RETENTION)
+    now, limits = _clock.now(), store.limits()
+    text = codec.encode(payload, f"the payload of signal {name!r}", limit=limits.max_value)
+    return SendSignal(name=name, payload=text, now=now, expires_at=now + limits.signal_retention)
 
 
 def release() -> str:
@@ -302,6 +304,29 @@ def _payload_of(handler: Callable[..., Any], name: str) -> tuple[bool, Any]:
     annotation = codec.annotations(handler).get(parameters[0].name, Any)
     codec.decoder(annotation)  # an annotation that nothing can be read into is a mistake of now, not of the first run
     return True, annotation
+
+
+def _check_schedule(flow: Workflow[..., Any]) -> None:
+    """What can be told without the calendar, which the manifest asks: an app that only enqueues need not load that."""
+    for what, value in (("schedule", flow.schedule), ("timezone", flow.timezone)):
+        if value is not None and not isinstance(value, str):
+            raise InvalidValue(f"{what} of {flow.name!r} is text, not {value!r}")
+    for what, given, known in (
+        ("catchup", flow.catchup, ("latest", "skip")),
+        ("overlap", flow.overlap, ("allow", "skip")),
+    ):
+        if given not in known:
+            raise InvalidValue(f"{what} of {flow.name!r} is {' or '.join(map(repr, known))}, not {given!r}")
+    if flow.schedule is None and flow.timezone is not None:
+        raise InvalidValue(f"{flow.name!r} has a timezone and no schedule", hint="Give it a schedule, or no timezone.")
+    if flow.schedule is not None and flow.takes_payload:
+        try:
+            codec.decode("null", flow.payload_type)
+        except Unreadable as error:
+            raise InvalidValue(
+                f"{flow.name!r} is started by a schedule, which has no payload to give: {error}",
+                hint="Let the handler take (step) alone, or a payload that may be None.",
+            ) from None
 
 
 def _check_name(name: str, what: str) -> None:

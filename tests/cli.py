@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -216,3 +217,8 @@ def at_terminal(*words: str, cwd: Path, columns: int = 80, answer: str = "", **e
         shown += part
     os.close(ours)
     return process.wait(PATIENCE), shown.decode().replace("\r\n", "\n")
+
+
+def plain(shown: str) -> str:
+    """What a terminal shows, without its colours."""
+    return re.sub(r"\x1b\[[0-9;]*m", "", shown)

@@ -1,16 +1,23 @@
 """`tako dev`: one log, nothing lost, nobody left behind."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from cli import Dev, at_terminal, developing, document, done, environment, is_alive, make_project, run_of, start, tako
 from conftest import until
+from workers import now
+
+from tako_runtime.clock import HOUR, SECOND
+from tako_runtime.store import open_store, project_home
+from tako_runtime.store.base import KeptSignals, ListWorkers
 
 
 @pytest.fixture
@@ -165,6 +172,43 @@ def test_variables_of_tako_toml_reach_the_workflows_and_the_shell_wins(tmp_path:
     run = start(project, "tell")
     done("dev", "--once", cwd=project, THREE="shell")
     assert run_of(project, run)["result"] == ["file", "dev", "shell"]
+
+
+def test_limits_of_tako_toml_hold_for_runs_signals_and_results(tmp_path: Path) -> None:
+    flows = """
+        from tako_runtime import Step, signal, workflow
+
+        @workflow("much", retries=0)
+        async def much(step: Step) -> None:
+            await signal("from-a-worker")
+            await step.run("fetch", lambda: "x" * 2_000)
+    """
+    config = 'name = "shop"\n[workflows]\nmax_value = "1KiB"\nsignal_retention = "1h"\n'
+    project = make_project(tmp_path / "shop", flows, config)
+    run = start(project, "much")
+    assert tako("dev", "--once", cwd=project).returncode == 1
+    error = run_of(project, run)["error"]
+    assert error["type"] == "TooLarge"
+    assert "the limit is 1,024" in error["message"]
+    assert "kept for 1h" in done("runs", "signal", "go", cwd=project)
+    with closing(open_store(project_home("shop", project))) as opened:
+        kept = opened.do_sync(KeptSignals(now=0))
+    assert {one.name: one.expires_at - one.sent_at for one in kept} == {"from-a-worker": HOUR, "go": HOUR}
+    much = json.dumps("x" * 2_000)
+    for words in (["start", "much"], ["signal", "go"]):
+        refused = document("runs", *words, "--payload", much, cwd=project, code=1)
+        assert refused["error"]["code"] == "too_large"
+
+
+def test_the_lease_of_tako_toml_is_that_of_the_workers(tmp_path: Path) -> None:
+    project = make_project(tmp_path / "shop", config='name = "shop"\n[workflows]\nworkers = 1\nlease = "3s"\n')
+    with developing(project) as dev:
+        dev.wait_for("worker.started")
+        with closing(open_store(project_home("shop", project))) as opened:
+            [worker] = opened.do_sync(ListWorkers())
+            assert 0 < worker.lease_until - now() <= 3 * SECOND
+        dev.send(signal.SIGINT)
+        assert dev.ended() == 0
 
 
 # --- stopping --------------------------------------------------------------------------------------------------------

@@ -162,17 +162,45 @@ def test_metrics_listen_on_a_loopback_address_or_a_socket(listen: str) -> None:
 CHAIN = ["workflows", "workflows.email", "servers.web.workflows", "servers.web.workflows.email"]
 
 
+@pytest.mark.parametrize("key", config.settings(config.Lane))
 @pytest.mark.parametrize("stating", range(2 ** len(CHAIN)))
-def test_the_most_particular_table_that_states_a_value_wins(stating: int) -> None:
+def test_the_most_particular_table_that_states_a_value_wins(key: str, stating: int) -> None:
     tables = [table for bit, table in enumerate(CHAIN) if stating >> bit & 1]
     text = '[servers.web]\nhost = "web"\n' + "".join(
-        f"[{table}]\nworkers = {CHAIN.index(table) + 1}\n" for table in reversed(tables)
+        f"[{table}]\n{key} = {CHAIN.index(table) + 1}\n" for table in reversed(tables)
     )
-    read = shop(text)
-    strongest = CHAIN.index(tables[-1]) + 1 if tables else 0
-    assert read.group("email", "web").workers == strongest
-    everywhere = [table for table in tables if table.startswith("workflows")]
-    assert read.group("email").workers == (CHAIN.index(everywhere[-1]) + 1 if everywhere else 0)
+    read, setting = shop(text), config.settings(config.Lane)[key]
+
+    def stated_last(of: list[str]) -> object:
+        return setting.read(CHAIN.index(of[-1]) + 1) if of else setting.builtin()
+
+    assert getattr(read.group("email", "web"), key) == stated_last(tables)
+    assert getattr(read.group("email"), key) == stated_last([one for one in tables if one.startswith("workflows")])
+    assert getattr(read.group("other", "web"), key) == stated_last([one for one in tables if "email" not in one])
+
+
+BOUNDS = {
+    "workers": ("0", "1000", "1001"),
+    "concurrency": ("1", "10000", "10001"),
+    "idle_timeout": ('"0s"', '"365d"', '"366d"'),
+    "grace": ("0", '"1h"', "3601"),
+    "retention": ("1", '"3650d"', '"3651d"'),
+    "signal_retention": ('"1s"', '"3650d"', '"521w4d"'),
+    "max_value": ('"1KiB"', '"256MiB"', '"257MiB"'),
+    "lease": ('"1s"', "3600", '"1h1s"'),
+}
+
+
+def test_every_number_of_a_group_has_bounds() -> None:
+    keys = config.settings(config.Workflows).keys() - {"dir"}
+    assert keys == BOUNDS.keys()
+    for key, (least, most, more) in BOUNDS.items():
+        for written in (least, most):
+            assert shop(f"[workflows]\n{key} = {written}").stated["workflows", key].value is not None
+        for written in (more, "-1", '"-1s"', "true", '""', "inf"):
+            assert str(refused(f"[workflows]\n{key} = {written}")).startswith(
+                f"tako.toml:3: workflows.{key}: must be a"
+            )
 
 
 def test_each_field_of_a_group_finds_its_own_table() -> None:
@@ -211,6 +239,29 @@ def test_a_server_that_the_file_does_not_have_is_a_config_error_with_the_nearest
         with pytest.raises(ConfigError, match="there is no server") as caught:
             ask("web-2")
         assert caught.value.hint == "Did you mean servers.web-1?"
+
+
+def test_an_environment_that_the_file_does_not_have_is_a_config_error_with_the_nearest() -> None:
+    read = shop('[envs.production]\nservers = ["web-1"]\n[servers.web-1]\nhost = "web"\n[vars.staging]\nA = "1"')
+    assert read.environments() == ("production", "staging", "development")
+    for env in read.environments():
+        assert read.explain(env)
+    with pytest.raises(ConfigError, match='there is no environment "prodution"') as caught:
+        read.explain("prodution")
+    assert caught.value.hint == "Did you mean production?"
+    with pytest.raises(ConfigError) as caught:
+        read.explain("x")
+    assert caught.value.hint == "There is: production, staging, development."
+
+
+def test_a_server_of_another_environment_is_a_config_error_with_those_that_it_has() -> None:
+    read = shop(
+        '[envs.production]\nservers = ["a", "b"]\n[servers.a]\nhost="a"\n[servers.b]\nhost="b"\n[servers.c]\nhost="c"'
+    )
+    assert read.explain("production", "b")
+    with pytest.raises(ConfigError, match="c is not a server of the environment production") as caught:
+        read.explain("production", "c")
+    assert caught.value.hint == "It has a, b."
 
 
 def test_explain_gives_each_value_as_written_and_its_source() -> None:
@@ -484,8 +535,8 @@ def parses_or_is_refused(data: bytes) -> None:
             assert row.startswith("tako.toml:"), row
             assert 1 <= int(row.split(":")[1]) <= rows
     else:
-        for env in (None, *read.envs, "nowhere"):
-            for server in (None, *read.servers):
+        for env in (None, *read.environments()):
+            for server in (None, *(read.envs[env].servers if env in read.envs else read.servers)):
                 assert read.explain(env, server)
 
 

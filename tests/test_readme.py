@@ -19,6 +19,11 @@ def test_the_command_reference_is_what_the_commands_say_of_themselves() -> None:
     assert made.strip() in README, "python -m tako_cli.reference --write README.md"
 
 
+def test_it_shows_the_annotated_example_of_tako_toml_as_it_is() -> None:
+    [shown] = re.findall(r"<!-- example: tako_runtime/example.toml -->\n\n```toml\n(.*?)```", README, re.DOTALL)
+    assert shown == (ROOT / "tako_runtime" / "example.toml").read_text("utf-8")
+
+
 def test_every_error_of_the_public_names_is_documented_in_the_tree_of_errors() -> None:
     from tako_runtime import errors
 

@@ -677,6 +677,18 @@ def test_a_lease_has_one_holder_until_it_lapses_or_is_dropped(caller: Caller) ->
     assert take("a")
 
 
+def test_a_lease_that_a_clock_far_ahead_has_taken_holds_nobody_up(caller: Caller) -> None:
+    def take(holder: str) -> bool:
+        return caller.do(base.TakeLease(name="leader", holder=holder, until=caller.now + HOUR, now=caller.now))
+
+    caller.clock.advance(HOUR)
+    assert take("ahead")
+    caller.clock.advance(-HOUR)
+    assert not take("b"), "two clocks are never quite the same"
+    caller.clock.advance(-1)
+    assert take("b")
+
+
 def schedule(workflow: str, next_at: int = 100, **fields: Any) -> ScheduleRecord:
     told = {"group": "default", "expression": "* * * * *", "timezone": "UTC", "catchup": "latest", "overlap": "allow"}
     return ScheduleRecord(workflow=workflow, next_at=next_at, **told | fields)
@@ -737,6 +749,29 @@ def test_pruning_deletes_what_ended_before_with_its_steps_and_attempts_and_nothi
     for run, kept in zip(runs, (0, 0, 1, 0), strict=True):
         assert len(caller.do(base.Steps(seq=run.seq))) == kept
         assert len(caller.do(base.Attempts(seq=run.seq))) == kept
+
+
+def test_the_groups_that_have_ended_runs_are_told(caller: Caller) -> None:
+    assert caller.do(base.EndedGroups()) == []
+    for group in ("media", "email"):
+        caller.join(f"w-{group}", group)
+        for _ in range(2):
+            caller.enqueue(group=group)
+            [claimed] = caller.claim(worker=f"w-{group}", group=group)
+            caller.settle(claimed.run, Returned("1"))
+    caller.started()
+    assert caller.do(base.EndedGroups()) == ["email", "media"]
+
+
+def test_expired_signals_go_the_oldest_first_and_no_more_than_asked_for(caller: Caller) -> None:
+    for n in range(4):
+        caller.signal(f"s{n}", keep=(n + 1) * HOUR)
+    caller.clock.advance(3 * HOUR)
+    assert caller.do(base.ExpireSignals(now=caller.now, limit=2)) == 2
+    assert [kept.name for kept in caller.do(base.KeptSignals(now=0))] == ["s2", "s3"]
+    assert caller.do(base.ExpireSignals(now=caller.now, limit=2)) == 1
+    assert caller.do(base.ExpireSignals(now=caller.now, limit=2)) == 0
+    assert [kept.name for kept in caller.do(base.KeptSignals(now=0))] == ["s3"]
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------

@@ -85,9 +85,8 @@ def test_a_workflow_has_what_was_declared_and_else_the_documented_values(
     plain = declared("plain")
     assert (plain.retries, plain.backoff, plain.group, plain.timeout) == (2, Backoff("1s", "1h"), "default", None)
     assert (plain.schedule, plain.timezone, plain.catchup, plain.overlap) == (None, None, "latest", "allow")
-    told = declared("told", retries=4, backoff=Backoff("5s"), group="media", timeout="2m", schedule="0 9 * * *")
+    told = declared("told", retries=4, backoff=Backoff("5s"), group="media", timeout="2m")
     assert (told.retries, told.backoff, told.group, told.timeout) == (4, Backoff("5s"), "media", 120 * SECOND)
-    assert told.schedule == "0 9 * * *"
     assert clean_registry == {"plain": plain, "told": told}
 
 
@@ -153,6 +152,39 @@ def test_a_decorator_without_its_name_says_how_to_write_it() -> None:
 def test_numbers_that_cannot_be_meant_are_refused_where_they_are_declared(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue, match=f"{next(iter(fields))} of 'fulfill-order'"):
         declared(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"schedule": 15}, "schedule of 'fulfill-order' is text, not 15"),
+        ({"schedule": "@daily", "timezone": 2}, "timezone of 'fulfill-order' is text, not 2"),
+        ({"catchup": "lates"}, "catchup of 'fulfill-order' is 'latest' or 'skip', not 'lates'"),
+        ({"overlap": "skp"}, "overlap of 'fulfill-order' is 'allow' or 'skip', not 'skp'"),
+        ({"timezone": "Europe/Berlin"}, "'fulfill-order' has a timezone and no schedule"),
+        ({"schedule": "@daily"}, "'fulfill-order' is started by a schedule, which has no payload to give: Expected"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_schedule_that_cannot_be_meant_is_refused_where_it_is_declared(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(InvalidValue) as caught:
+        declared(**fields)
+    assert str(caught.value).startswith(says)
+
+
+def test_a_handler_that_can_do_without_a_payload_can_be_scheduled(
+    clean_registry: dict[str, Workflow[..., object]],
+) -> None:
+    def alone(step: Step) -> None: ...
+
+    def maybe(payload: Order | None, step: Step) -> None: ...
+
+    def anything(payload, step) -> None: ...  # type: ignore[no-untyped-def]
+
+    for n, handler in enumerate((alone, maybe, anything)):
+        flow = workflow(f"scheduled-{n}", schedule="@daily", timezone="Asia/Tokyo", catchup="skip")(handler)
+        assert (flow.schedule, flow.timezone, flow.catchup, flow.overlap) == ("@daily", "Asia/Tokyo", "skip", "allow")
+    assert len(clean_registry) == 3
 
 
 def nothing() -> None: ...
@@ -408,6 +440,49 @@ def test_a_signals_payload_that_cannot_be_stored_is_refused_by_the_signals_name(
         signal_sync("go", object())
     with pytest.raises(TooLarge, match="signal 'go'"):
         signal_sync("go", "x" * (1 << 20))
+    assert opened.do_sync(base.KeptSignals(now=0)) == []
+
+
+# --- limits ----------------------------------------------------------------------------------------------------------
+
+
+def test_values_and_signals_go_by_the_limits_that_the_environment_hands_down(
+    opened: StoreThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in store.Limits(max_value=100, signal_retention=DAY).environment().items():
+        monkeypatch.setenv(name, value)
+    store.use(opened)  # they are looked for once
+    assert store.limits() == store.Limits(100, DAY)
+    with pytest.raises(TooLarge, match="the limit is 100"):
+        signal_sync("go", "x" * 100)
+    with pytest.raises(TooLarge, match="the limit is 100"):
+        declared().enqueue_sync({"id": 1, "note": "x" * 100})
+    signal_sync("go", "x")
+    [kept] = opened.do_sync(base.KeptSignals(now=0))
+    assert kept.expires_at - kept.sent_at == DAY
+    assert runs(opened) == []
+
+
+@pytest.mark.parametrize(("app", "expected"), [("shop", (2048, 3600)), ("another", (1 << 20, 7 * 86_400))])
+def test_without_them_the_limits_are_those_of_the_apps_own_tako_toml_and_else_the_built_in_ones(
+    home: Home, app: str, expected: tuple[int, int]
+) -> None:
+    text = f'name = "{app}"\n[workflows]\nmax_value = "2KiB"\nsignal_retention = "1h"\n'
+    (home.data_dir / "tako.toml").write_text(text)
+    code = "from tako_runtime import store; print(*store.limits())"
+    told = finished(script(code, home=home, cwd=home.data_dir)).split()
+    assert (int(told[0]), int(told[1]) // SECOND) == expected
+
+
+@pytest.mark.parametrize(("size", "kept"), [("1MiB", "1h"), ("5", "a while")])
+def test_limits_in_the_environment_that_cannot_be_read_are_told(
+    opened: StoreThread, monkeypatch: pytest.MonkeyPatch, size: str, kept: str
+) -> None:
+    monkeypatch.setenv("TAKO_MAX_VALUE", size)
+    monkeypatch.setenv("TAKO_SIGNAL_RETENTION", kept)
+    store.use(opened)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        signal_sync("go")
     assert opened.do_sync(base.KeptSignals(now=0)) == []
 
 

@@ -178,9 +178,9 @@ def bodies(log: Path) -> list[str]:
 class SupervisorProcess:
     """A supervisor in a process of its own; what it and its workers say is in a file."""
 
-    def __init__(self, home: Home, folder: str, root: Path, options: dict[str, Any]) -> None:
+    def __init__(self, home: Home, root: Path, script: str, *words: str) -> None:
         self.log = home.data_dir / f"supervisor-{os.urandom(4).hex()}.log"
-        words = [str(HERE / "scenarios" / "supervise.py"), folder, msgspec.json.encode(options).decode()]
+        words = (str(HERE / "scenarios" / script), *words)
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *words], cwd=root, env={**os.environ, **home.environment()}, stdout=log, stderr=log
@@ -205,9 +205,22 @@ class SupervisorProcess:
 @contextmanager
 def supervised(home: Home, *, folder: str = FLOWS, root: Path = HERE, **options: Any) -> Iterator[SupervisorProcess]:
     """A supervisor of one group: `options` are those of `Group`, and `lease`. Stopped at the end, in order."""
-    supervisor = SupervisorProcess(home, folder, root, options)
-    try:
+    words = ("supervise.py", folder, msgspec.json.encode(options).decode())
+    with _stopped_at_the_end(SupervisorProcess(home, root, *words)) as supervisor:
         until(lambda: supervisor.events("supervisor.started") or supervisor.process.poll() is not None)
+        yield supervisor
+
+
+@contextmanager
+def serving(home: Home, root: Path) -> Iterator[SupervisorProcess]:
+    """All that `serve` is, for the project in `root`, with the store of `home`. Stopped at the end, in order."""
+    with _stopped_at_the_end(SupervisorProcess(home, root, "serve.py")) as server:
+        yield server
+
+
+@contextmanager
+def _stopped_at_the_end(supervisor: SupervisorProcess) -> Iterator[SupervisorProcess]:
+    try:
         yield supervisor
         if supervisor.process.poll() is None:
             assert supervisor.stop() == 0, supervisor.log.read_text()

@@ -190,6 +190,7 @@ def signal(
       tako runs signal approval:42 --payload '{"approved": true}'
     """
     from tako_cli import context
+    from tako_runtime import clock, store
 
     text = _payload(payload)
     with context.control() as control:
@@ -199,7 +200,8 @@ def signal(
     elif woken:
         output.text(f"{name} woke {woken} run{'s' if woken > 1 else ''}")
     else:
-        output.text(f"nobody waits for {name}: it is kept for 7 days, for the first who does")
+        kept = clock.spell(store.limits().signal_retention)
+        output.text(f"nobody waits for {name}: it is kept for {kept}, for the first who does")
 
 
 @app.command("cancel")
@@ -330,14 +332,11 @@ def _change(ids: list[str], change: Any, done: str, as_json: bool) -> None:
 
 def _say_started(run: str, workflow: str, is_new: bool, delay: str | None) -> None:
     from tako_cli import context
-    from tako_runtime import store
 
     output.text(f"{run}  {workflow}  {'started' if is_new else 'is alive with this key: no second one was started'}")
     if is_new and delay is not None:
         output.note(f"it is due in {delay}")
-    home = store.locate()
-    if home.data_dir.name == ".tako" and context.developing(home) is None:
-        output.note("nothing runs here now: it goes on when you start tako dev")
+    context.note_if_nothing_runs("it goes on when you start tako dev")
 
 
 def _say_end(run: dict[str, Any]) -> None:

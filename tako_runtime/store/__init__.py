@@ -2,7 +2,8 @@
 
 An app, a script or a worker finds its store from `TAKO_APP_NAME` and `TAKO_DATA_DIR` (the supervisor sets both), else
 from the nearest `tako.toml` upwards, whose project keeps a development store under `.tako/`. It is opened at first use,
-once per process; a forked child opens its own.
+once per process; a forked child opens its own. What `tako.toml` says of every value that is stored (`Limits`) is found
+in the same places.
 """
 
 import os
@@ -11,8 +12,9 @@ import threading
 from pathlib import Path
 from typing import NamedTuple
 
+from tako_runtime import clock, codec
 from tako_runtime.bell import Bell
-from tako_runtime.errors import ConfigError, TakoUnavailable
+from tako_runtime.errors import ConfigError, InvalidValue, TakoUnavailable
 from tako_runtime.store.base import Store
 from tako_runtime.store.commit import StoreThread
 
@@ -35,6 +37,17 @@ class Home(NamedTuple):
         return {"TAKO_APP_NAME": self.app, "TAKO_DATA_DIR": str(self.data_dir)}
 
 
+class Limits(NamedTuple):
+    """What `[workflows]` says of whatever is stored: the largest value in bytes, how long a signal is kept."""
+
+    max_value: int = codec.MAX_VALUE
+    signal_retention: int = 7 * clock.DAY
+
+    def environment(self) -> dict[str, str]:
+        """The variables from which a child finds the same limits."""
+        return {"TAKO_MAX_VALUE": str(self.max_value), "TAKO_SIGNAL_RETENTION": f"{self.signal_retention}us"}
+
+
 def locate() -> Home:
     """The home of this process's app. Raises `TakoUnavailable` where nothing names one."""
     app, data_dir = os.environ.get("TAKO_APP_NAME"), os.environ.get("TAKO_DATA_DIR")
@@ -53,6 +66,27 @@ def locate() -> Home:
             f"no tako.toml in {Path.cwd()} or above it, and TAKO_APP_NAME and TAKO_DATA_DIR are not set"
         )
     return project_home(config.load(path).name, path.parent)
+
+
+def _find_limits() -> Limits:
+    """Those that the supervisor has put into the environment, else those of the app's own tako.toml, else the built-in
+    ones: a script on a server may know no more than where the store is."""
+    size, kept = os.environ.get("TAKO_MAX_VALUE"), os.environ.get("TAKO_SIGNAL_RETENTION")
+    if size is not None and kept is not None:
+        try:
+            return Limits(int(size), clock.duration(kept, "TAKO_SIGNAL_RETENTION", least=1))
+        except (ValueError, InvalidValue):
+            raise ConfigError(
+                f"TAKO_MAX_VALUE={size!r} or TAKO_SIGNAL_RETENTION={kept!r} cannot be read",
+                hint="tako sets both; unset them to go by tako.toml.",
+            ) from None
+    from tako_runtime import config
+
+    path = config.find()
+    found = config.load(path) if path else None
+    if found is None or found.name != locate().app:
+        return Limits()
+    return Limits(found.workflows.max_value, found.workflows.signal_retention)
 
 
 def project_home(app: str, root: Path) -> Home:
@@ -78,6 +112,7 @@ class _Current:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.store: StoreThread | None = None
+        self.limits: Limits | None = None
 
 
 _current = _Current()
@@ -94,9 +129,17 @@ def current() -> StoreThread:
     return store
 
 
+def limits() -> Limits:
+    """The limits of this process's app, found at first use."""
+    found = _current.limits
+    if found is None:
+        found = _current.limits = _find_limits()
+    return found
+
+
 def use(store: StoreThread | None) -> None:
     """Make `store` the one of this process: a worker's handlers enqueue through the worker's own thread."""
-    _current.store = store
+    _current.store, _current.limits = store, None
 
 
 def _forget() -> None:

@@ -189,8 +189,10 @@ class Unhealthy(msgspec.Struct, frozen=True):
 
 
 class TakeLease(Operation[bool], frozen=True):
-    """Take a named lease, or keep one's own, until `until`; False while somebody else holds it at `now`."""
+    """Take a named lease, or keep one's own, until `until`; False while somebody else holds it at `now`. A clock that
+    was far ahead holds nobody up: a lease that ends later than two of this length from now has lapsed."""
 
+    acknowledged = False
     name: str
     holder: str
     until: int
@@ -229,13 +231,32 @@ class FireSchedule(Operation[bool], frozen=True):
     now: int
 
 
+class EndedGroups(Operation[list[str]], frozen=True):
+    """The groups that have ended runs."""
+
+    writes = False
+
+
 class Prune(Operation[int], frozen=True):
-    """Delete up to `limit` runs of a group that ended before `before`, with their steps and attempts; how many. Space
-    that becomes free goes back to the file system."""
+    """Delete up to `limit` runs of a group that ended before `before`, with their steps and attempts; how many. Fewer
+    where they hold much, so that nobody waits long: go on until it is 0."""
 
     group: str
     before: int
     limit: int
+
+
+class ExpireSignals(Operation[int], frozen=True):
+    """Delete up to `limit` kept signals that have expired; how many."""
+
+    now: int
+    limit: int
+
+
+class GiveBackSpace(Operation[bool], frozen=True):
+    """Give some of the space that deleted runs have left back to the file system; whether there is more."""
+
+    acknowledged = False
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------

@@ -169,9 +169,10 @@ SELECT "group", host, since, reason, details FROM unhealthy ORDER BY "group", ho
 -- ===== leader, schedules, old runs ===================================================================================
 
 -- name: take_lease
+-- One that lies further ahead than anybody could take it now was taken by a clock that was ahead: it holds no longer.
 INSERT INTO leases (name, holder, until) VALUES (:name, :holder, :until)
     ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, until = excluded.until
- WHERE leases.holder = :holder OR leases.until <= :now
+ WHERE leases.holder = :holder OR leases.until <= :now OR leases.until > :until + :until - :now
 RETURNING 1;
 
 -- name: drop_lease
@@ -200,11 +201,19 @@ UPDATE schedules SET next_at = :next_at, last_at = COALESCE(:fired_at, last_at),
  WHERE workflow = :workflow AND (next_at = :seen_next_at OR (next_at IS NULL AND :seen_next_at IS NULL))
 RETURNING 1;
 
--- name: prune
-DELETE FROM runs
- WHERE seq IN (SELECT seq FROM runs WHERE finished_at IS NOT NULL AND finished_at < :before AND "group" = :group
-                ORDER BY finished_at LIMIT :limit)
-RETURNING seq;
+-- name: next_ended_group
+-- The first group after this one that has ended runs: asked again and again, it skips from group to group.
+SELECT min("group") FROM runs WHERE finished_at IS NOT NULL AND "group" > :after;
+
+-- name: prunable
+-- What may go, the oldest first, each with about the bytes that go with it.
+SELECT seq, octet_length(payload) + COALESCE(octet_length(result), 0)
+            + COALESCE((SELECT sum(200 + COALESCE(octet_length(s.result), 0)) FROM steps AS s WHERE s.run = runs.seq), 0)
+  FROM runs WHERE finished_at IS NOT NULL AND finished_at < :before AND "group" = :group
+ ORDER BY finished_at LIMIT :limit {lock};
+
+-- name: delete_run
+DELETE FROM runs WHERE seq = :seq;
 
 -- name: delete_steps
 DELETE FROM steps WHERE run = :seq;
@@ -264,7 +273,7 @@ SELECT w.signal, r.id, w.step, w.since, w.deadline FROM waits AS w JOIN runs AS 
 SELECT name, {payload}, sent_at, expires_at FROM signals WHERE expires_at > :now ORDER BY seq LIMIT :limit;
 
 -- name: expire_signals
-DELETE FROM signals WHERE seq IN (SELECT seq FROM signals WHERE expires_at <= :now ORDER BY expires_at LIMIT 1000);
+DELETE FROM signals WHERE seq IN (SELECT seq FROM signals WHERE expires_at <= :now ORDER BY expires_at LIMIT :limit);
 
 -- name: count_live
 SELECT 'pending', reason, count(*) FROM runs WHERE status = 'pending' AND status <> 'succeeded' GROUP BY reason

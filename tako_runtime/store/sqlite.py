@@ -9,7 +9,7 @@ bounds to each one's turn. `benchmarks/contention.py` shows both.
 import errno
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from itertools import chain
 from operator import itemgetter
@@ -32,6 +32,13 @@ PATIENCE = 30.0
 
 #: How long SQLite waits for a lock that is not ours to queue for (a backup tool, a shell), in milliseconds.
 BUSY_TIMEOUT = 10_000
+
+#: About how many bytes of old runs go in one transaction, and how many free pages: what others wait for meanwhile.
+_PRUNED_BYTES = 1 << 22
+_PRUNED_PAGES = 1_000
+
+#: How many expired signals go when another one is kept.
+_EXPIRED = 1_000
 
 #: Trouble that passes: the same write may work later.
 _TRANSIENT = (apsw.BusyError, apsw.LockedError, apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.ProtocolError)
@@ -90,6 +97,7 @@ class SqliteStore(Store):
         self.path = path
         self._turnstile: Turnstile | None = None
         self._synced = True
+        self._shrunk = False
         try:
             _make_private(path)
             if queueing == "turnstile":
@@ -155,6 +163,10 @@ class SqliteStore(Store):
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
                 raise
+            if self._shrunk:  # the file gets shorter when what was committed is carried into it
+                self._shrunk = False
+                with suppress(apsw.BusyError):  # somebody else does it
+                    self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             return answers, topics
         except (apsw.Error, OSError) as error:
             raise _translated(error, self.path) from error
@@ -351,7 +363,7 @@ class SqliteStore(Store):
             woken = self._value("wake", {"seq": seq, "now": op.now})
             topics.add(f"due:{woken}" if woken else "signal")
         if not waiting:
-            self._db.execute(Q["expire_signals"], {"now": op.now})
+            self._db.execute(Q["expire_signals"], {"now": op.now, "limit": _EXPIRED})
             self._db.execute(
                 Q["keep_signal"],
                 {"name": op.name, "payload": op.payload, "now": op.now, "expires_at": op.expires_at},
@@ -436,22 +448,46 @@ class SqliteStore(Store):
             self._enqueue(base.Enqueue(runs=[op.run], now=op.now), topics)
         return True
 
+    def _ended_groups(self, op: base.EndedGroups, topics: Topics) -> list[str]:
+        return self._groups("next_ended_group")
+
     def _prune(self, op: base.Prune, topics: Topics) -> int:
-        ended = self._db.execute(Q["prune"], {"group": op.group, "before": op.before, "limit": op.limit}).fetchall()
-        for table in ("delete_steps", "delete_attempts"):
-            self._db.executemany(Q[table], [{"seq": seq} for (seq,) in ended])
-        self._db.execute("PRAGMA incremental_vacuum(1000)").fetchall()
-        return len(ended)
+        found = self._db.execute(Q["prunable"], {"group": op.group, "before": op.before, "limit": op.limit})
+        going: list[dict[str, Any]] = []
+        room = _PRUNED_BYTES
+        for seq, size in found:
+            room -= cast(int, size)
+            if going and room < 0:
+                break
+            going.append({"seq": seq})
+        found.close()
+        for query in ("delete_run", "delete_steps", "delete_attempts"):
+            self._db.executemany(Q[query], going)
+        return len(going)
+
+    def _expire_signals(self, op: base.ExpireSignals, topics: Topics) -> int:
+        self._db.execute(Q["expire_signals"], {"now": op.now, "limit": op.limit})
+        return self._db.changes()
+
+    def _give_back_space(self, op: base.GiveBackSpace, topics: Topics) -> bool:
+        free = int(self._db.pragma("freelist_count"))
+        self._db.execute(f"PRAGMA incremental_vacuum({_PRUNED_PAGES})").fetchall()
+        left = int(self._db.pragma("freelist_count"))
+        self._shrunk = self._shrunk or left < free
+        return 0 < left < free
 
     # --- what is there ---
 
     def _demand(self, op: base.Demand, topics: Topics) -> base.Due:
         self._db.execute(Q["promote"], {"now": op.now})
-        groups, after = set(), ""
-        while (group := self._value("next_ready_group", {"after": after})) is not None:
-            groups.add(group)
+        return base.Due(frozenset(self._groups("next_ready_group")), self._value("next_due", {}))
+
+    def _groups(self, query: str) -> list[str]:
+        groups, after = [], ""
+        while (group := self._value(query, {"after": after})) is not None:
+            groups.append(group)
             after = group
-        return base.Due(frozenset(groups), self._value("next_due", {}))
+        return groups
 
     def _data_version(self, op: base.DataVersion, topics: Topics) -> int:
         return int(self._db.pragma("data_version"))
@@ -522,7 +558,10 @@ class SqliteStore(Store):
         base.SetSchedules: _set_schedules,
         base.ListSchedules: _list_schedules,
         base.FireSchedule: _fire_schedule,
+        base.EndedGroups: _ended_groups,
         base.Prune: _prune,
+        base.ExpireSignals: _expire_signals,
+        base.GiveBackSpace: _give_back_space,
         base.Demand: _demand,
         base.DataVersion: _data_version,
         base.GetRun: _get_run,

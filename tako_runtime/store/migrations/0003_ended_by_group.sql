@@ -1,0 +1,3 @@
+-- What has ended, by group: each group keeps its ended runs for a time of its own, and finds the oldest at once.
+
+CREATE INDEX runs_ended ON runs ("group", finished_at) WHERE finished_at IS NOT NULL;
