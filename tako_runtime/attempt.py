@@ -21,6 +21,7 @@ from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy, U
 from tako_runtime.failure import Failure
 from tako_runtime.log import emit
 from tako_runtime.run import Claimed, Run, Status, StepKey, StepRecord
+from tako_runtime.secrets import NOT_IN_NAMES, named_in
 from tako_runtime.state import (
     Bailed,
     Cancelled,
@@ -124,7 +125,7 @@ class Attempt:
             self._payload = codec.decode(self.run.payload, self._workflow.payload_type)
         except Unreadable as error:
             message = f"the payload does not fit the handler of {self.run.workflow!r}: {error}"
-            return Failed(Failure(type="PayloadRefused", message=message))
+            return Failed(Failure(type="PayloadRefused", message=failure.clean(message)))
         return None
 
     async def _call(self) -> Outcome | None:
@@ -244,6 +245,8 @@ class Attempt:
             )
         if not isinstance(name, str) or not name or "#" in name or len(name) > 500:
             raise StepMisuse(f"a step's name is text of 1 to 500 characters without '#', not {name!r}")
+        if secret := named_in(name):
+            raise StepMisuse(f"the step's name has the value of secret {secret} in it", hint=NOT_IN_NAMES)
         uses = self._uses[kind, name] = self._uses.get((kind, name), 0) + 1
         key = StepKey(kind, name if uses == 1 else f"{name}#{uses}")
         self._position += 1
@@ -286,7 +289,7 @@ class Attempt:
             return codec.decode(record.result if record.result is not None else b"null", wanted)
         except Unreadable as error:
             message = f"the stored result of step {key.label!r} cannot be read: {error}"
-            self.conclude(Failed(Failure(type="Unreadable", message=message)))
+            self.conclude(Failed(Failure(type="Unreadable", message=failure.clean(message))))
 
     async def save(self, record: StepRecord) -> StepRecord:
         """Store a step before the handler goes on; the record that is stored, whoever wrote it."""

@@ -58,6 +58,10 @@ WORDS: dict[str, tuple[int, str]] = {
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
     "file.broken": (ERROR, "{file}:{line} cannot be imported: {error}"),
+    "secret.masked": (WARNING, "the value of secret {name} turned up in {place}; it is masked there"),
+    "secret.short": (WARNING, "shorter than {least} characters, and so not masked where they turn up: {names}"),
+    "secret.unread": (ERROR, "the secrets cannot be read, those that were known go on: {error}"),
+    "secret.missing": (WARNING, "[secrets] required: {names} not set; what reads them fails"),
     "output": (INFO, "{text}"),
 }
 
@@ -67,6 +71,10 @@ _context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar
 in_step: contextvars.ContextVar[str | None] = contextvars.ContextVar("tako_step", default=None)
 _sinks: list[Callable[[dict[str, Any]], None]] = []
 _time = clock.SystemClock()
+#: Takes the values of secrets out of a text: (text, place) -> text. None where this process has none.
+_mask: Callable[[str, str], str] | None = None
+#: Facts that are ours: no value can be in them, and none must change them.
+_OURS = frozenset(("at", "level", "event"))
 
 
 def emit(event: str, **facts: Any) -> None:
@@ -77,8 +85,27 @@ def emit(event: str, **facts: Any) -> None:
     if (step := in_step.get()) is not None:
         line["step"] = step
     line.update(facts)
+    if _mask is not None:
+        line = _masked(line, _mask)
     for sink in _sinks:
         sink(line)
+
+
+def mask_with(mask: Callable[[str, str], str] | None) -> None:
+    """Every text of every event passes `mask(text, place)` from now on: this is where lines leave for the log."""
+    global _mask
+    _mask = mask
+
+
+def _masked(line: dict[str, Any], mask: Callable[[str, str], str]) -> dict[str, Any]:
+    place = f"a log line of step {line['step']!r}" if "step" in line else "a log line"
+    return {n: mask(fact, place) if isinstance(fact, str) and n not in _OURS else fact for n, fact in line.items()}
+
+
+def place(what: str) -> str:
+    """`what`, with the workflow that this code is in: how a warning names a place, the same for all its runs."""
+    workflow = (_context.get() or {}).get("workflow")
+    return what if workflow is None or repr(workflow) in what else f"{what} in {workflow!r}"
 
 
 def words(line: dict[str, Any]) -> str:

@@ -22,6 +22,7 @@ from tako_runtime.errors import Refused, StoreBusy, TakoError
 from tako_runtime.log import emit
 from tako_runtime.manifest import Declared, Manifest, read
 from tako_runtime.run import NewRun, ScheduleRecord, new_id
+from tako_runtime.secrets import SHORTEST, guarded, stored, too_short
 from tako_runtime.store import Home
 from tako_runtime.store.base import DropLease, FireSchedule, ListSchedules, Prune, SetSchedules, TakeLease
 from tako_runtime.store.commit import StoreThread
@@ -49,14 +50,17 @@ class Server:
         server: str | None = None,
         log_level: str = "info",
         environment: Mapping[str, str] | None = None,
+        secrets: Mapping[str, str] | None = None,
         clock: Clock | None = None,
     ) -> None:
+        self.home = home
         self._store, self._config, self._server = store, config, server
         self._environment = {**(environment or os.environ), **home.environment()}
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
         self.supervisor = Supervisor(
             store, home, config.root, config.workflows.dir, groups, show, default=groups["default"],
             lease=config.workflows.lease, log_level=log_level, environment=self._environment,
+            secrets=secrets,
         )  # fmt: skip
         self.cron = Cron(store, clock or SystemClock())
         self._clock: Clock = clock or SystemClock()
@@ -66,13 +70,23 @@ class Server:
         """Read what the workflows declare, and make the schedules those. Raises `ConfigError` where they cannot be read
         at all; a file that cannot be imported is a mistake in the manifest, and the schedules stay as they were."""
         folder = self._config.workflows.dir
-        self.manifest = await asyncio.to_thread(read, self._config.root, folder, self._environment)
+        self.manifest = await asyncio.to_thread(
+            read, self._config.root, folder, self._environment, self.supervisor.secrets
+        )
         for mistake in self.manifest.mistakes:
             emit(
                 "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
             )
         await self.cron.declare(self.manifest)
         return self.manifest
+
+    def look_at_secrets(self) -> None:
+        """Warn of what is missing, and of what cannot be masked."""
+        given = self.supervisor.secrets
+        if missing := [name for name in self._config.secrets.required if name not in given]:
+            emit("secret.missing", names=", ".join(missing))
+        if short := too_short(given):
+            emit("secret.short", names=", ".join(short), least=SHORTEST)
 
     async def run(self) -> None:
         """Until `stop()`; then drain the workers, and leave none behind."""
@@ -227,7 +241,14 @@ def alone(app_dir: Path, what: str) -> Iterator[None]:
 
 
 async def serve(server: Server) -> None:
-    """Run as a service: SIGTERM drains, SIGHUP reads the workflows anew; tells systemd how it stands (sd_notify(3))."""
+    """Run as a service: SIGTERM drains, SIGHUP reads the secrets and the workflows anew; tells systemd how it stands
+    (sd_notify(3)). Workers that run on keep the secrets they were given."""
+    with contextlib.ExitStack() as guards:
+        guards.enter_context(guarded(server.supervisor.secrets))
+        await _serve(server, guards)
+
+
+async def _serve(server: Server, guards: contextlib.ExitStack) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -236,6 +257,14 @@ async def serve(server: Server) -> None:
 
     async def reload() -> None:
         notify("RELOADING=1")
+        try:
+            fresh = stored(server.home.app_dir)
+            if fresh != server.supervisor.secrets:
+                guards.enter_context(guarded(fresh))  # beside the old ones: workers that have those are still there
+                server.supervisor.secrets = fresh
+        except TakoError as error:
+            emit("secret.unread", error=str(error))
+        server.look_at_secrets()
         try:
             await server.declare()
         except TakoError as error:

@@ -161,7 +161,7 @@ class Step:
                 value = await _body(attempt, key, fn, args, timeout)
                 text, carried = codec.carry(value, wanted, f"step {key.name!r}", limit=attempt.max_value)
             except Exception as error:
-                described = failure.describe(error)
+                described = failure.describe(error, f"the error of step {key.name!r}")
                 if tries <= retries and retry and not isinstance(error, NotCarried | StepMisuse):
                     pause = backoff.delay(tries, f"{self.run_id}:{key.name}")
                     emit(
@@ -257,7 +257,7 @@ class Step:
 
     def bail(self, reason: str) -> NoReturn:
         """End the run `cancelled`, for a reason that people read; no retries."""
-        self._attempt.conclude(Bailed(failure.clean(str(reason))))
+        self._attempt.conclude(Bailed(failure.clean(str(reason), "the reason of a bail")))
 
     def fail(self, error: BaseException | str) -> NoReturn:
         """End the run `dead`, with an exception or a text; no retries."""
