@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import gc
-import logging
 import os
 import signal
 import stat
@@ -15,6 +14,7 @@ import msgspec
 from tako_runtime import clock, log, store
 from tako_runtime.errors import TakoError
 from tako_runtime.manifest import discover, manifest
+from tako_runtime.output import captured
 from tako_runtime.secrets import guarded, masked_json, receive, stored
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
@@ -98,7 +98,7 @@ def _nothing_on_stdin() -> None:
 
 def _worker(args: argparse.Namespace) -> int:
     lines = log.JsonLines(os.dup(1), LEVELS[args.log_level])
-    with guarded(receive()), log.sink(lines):
+    with guarded(receive()), log.sink(lines), captured():
         try:
             return _work(args)
         finally:
@@ -114,8 +114,6 @@ def _work(args: argparse.Namespace) -> int:
     )
     lifeline = os.dup(0)  # our supervisor holds the other end: when it closes, the supervisor is gone
     _nothing_on_stdin()
-    sys.stdout, sys.stderr = log.Output("stdout"), log.Output("stderr")
-    logging.basicConfig(level=logging.INFO, handlers=[log.LoggingHandler()], force=True)
     mistakes = discover(Path.cwd(), args.dir)
     for mistake in mistakes:
         log.emit(

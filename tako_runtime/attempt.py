@@ -103,9 +103,13 @@ class Attempt:
     async def perform(self) -> None:
         """All of it. What goes wrong is written to the run; raises only where that cannot be written."""
         run = self.run
-        with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt):
-            began = "run.resumed" if self.history else "run.started"
-            emit(began, max_attempts=run.max_attempts, group=run.group, done=len(self.history))
+        self._began = self.now()
+        with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt, group=run.group):
+            by = self._woken_by() if self.history else ""
+            emit(
+                "run.woken" if by else "run.resumed" if self.history else "run.started", max_attempts=run.max_attempts,
+                done=len(self.history), by=by, ms=(self._began - (run.due_at or self._began)) / 1_000,
+            )  # fmt: skip
             try:
                 outcome = self._misfit() or await self._call()
             except Exception as error:  # noqa: BLE001 -- the last net: what no stage expected ends the run, not the worker
@@ -115,6 +119,21 @@ class Attempt:
                 emit("run.lost")
                 return
             await self._settle(outcome)
+
+    def _woken_by(self) -> str:
+        """Where a parked run goes on within its attempt: what it had waited for, which is the last that happened."""
+
+        def ended(step: StepRecord) -> int:
+            at = step.finished_at if step.finished_at is not None else step.due_at
+            return at if at is not None and at <= self._began else 0
+
+        last = max(self.history.values(), key=ended)
+        if last.kind == "run" or ended(last) < (self.run.attempt_started_at or 0):
+            return ""
+        if last.kind == "sleep":
+            return "the end of its sleep"
+        signal = last.name.partition("#")[0]
+        return f"signal {signal}" if last.status == "done" else f"the deadline of signal {signal}"
 
     def _misfit(self) -> Outcome | None:
         """Read the payload. One that does not fit cannot be mended by a retry."""
@@ -214,19 +233,21 @@ class Attempt:
         self._announce(outcome, change)
 
     def _announce(self, outcome: Outcome, change: Change) -> None:
+        ms = (change.now - (self.run.started_at or change.now)) / 1_000
         match change.status:
             case Status.SUCCEEDED:
-                emit("run.succeeded", ms=(change.now - (self.run.started_at or change.now)) / 1_000)
+                emit("run.succeeded", ms=ms)
             case Status.CANCELLED:
-                emit("run.cancelled", reason=change.reason)
+                emit("run.cancelled", reason=change.reason, ms=ms)
             case Status.DEAD:
-                emit("run.dead", reason=change.reason, error=_shown(outcome))
+                emit("run.dead", reason=change.reason, error=_shown(outcome), ms=ms)
             case _:
                 until = "a signal" if change.due_at is None else clock.iso(change.due_at)
                 emit(
                     f"run.{change.reason}", until=until, pause=clock.spell((change.due_at or 0) - change.now),
                     max_attempts=change.max_attempts, error=outcome.failure.line if isinstance(outcome, Raised) else "",
                     traceback=_shown(outcome), signals=", ".join(self._signals()),
+                    ms=(change.now - self._began) / 1_000,
                 )  # fmt: skip
 
     def _signals(self) -> list[str]:
