@@ -62,6 +62,8 @@ WORDS: dict[str, tuple[int, str]] = {
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
     "file.broken": (ERROR, "{file}:{line} cannot be imported: {error}"),
+    "metrics.listening": (INFO, "metrics are served on {listen}"),
+    "metrics.failed": (ERROR, "metrics cannot be served on {listen}: {error}"),
     "secret.masked": (WARNING, "the value of secret {name} turned up in {place}; it is masked there"),
     "secret.short": (WARNING, "shorter than {least} characters, and so not masked where they turn up: {names}"),
     "secret.unread": (ERROR, "the secrets cannot be read, those that were known go on: {error}"),

@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tako_runtime import clock, cron
+from tako_runtime import clock, cron, log
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import Refused, StoreBusy, TakoError
 from tako_runtime.log import emit
 from tako_runtime.manifest import Declared, Manifest, read
+from tako_runtime.metrics import Metrics
 from tako_runtime.run import NewRun, ScheduleRecord, new_id
 from tako_runtime.secrets import SHORTEST, guarded, stored, too_short
 from tako_runtime.store import Home
@@ -38,7 +39,8 @@ PRUNE_BATCH = 200
 
 
 class Server:
-    """Everything that one app needs on one machine. `show(source, event)` gets what its workers say."""
+    """Everything that one app needs on one machine. `show(source, event)` gets what its workers say: of every level
+    where there are metrics, which are counted from it, so it is for `show` to leave out what is below `log_level`."""
 
     def __init__(
         self,
@@ -57,14 +59,20 @@ class Server:
         self._store, self._config, self._server = store, config, server
         self._environment = {**(environment or os.environ), **home.environment()}
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
-        self.supervisor = Supervisor(
-            store, home, config.root, config.workflows.dir, groups, show, default=groups["default"],
-            lease=config.workflows.lease, log_level=log_level, environment=self._environment,
-            secrets=secrets,
-        )  # fmt: skip
-        self.cron = Cron(store, clock or SystemClock())
         self._clock: Clock = clock or SystemClock()
         self.manifest = Manifest(())
+        self.metrics = Metrics(config.metrics.listen, store, self._group_names, self._clock)
+
+        def heard(source: str, event: dict[str, Any]) -> None:
+            self.metrics.observe(event)
+            show(source, event)
+
+        self.supervisor = Supervisor(
+            store, home, config.root, config.workflows.dir, groups, heard, default=groups["default"],
+            lease=config.workflows.lease, log_level="debug" if config.metrics.listen else log_level,
+            environment=self._environment, secrets=secrets,
+        )  # fmt: skip
+        self.cron = Cron(store, self._clock)
 
     async def declare(self) -> Manifest:
         """Read what the workflows declare, and make the schedules those. Raises `ConfigError` where they cannot be read
@@ -80,6 +88,9 @@ class Server:
         await self.cron.declare(self.manifest)
         return self.manifest
 
+    def _group_names(self) -> set[str]:
+        return {*self._config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
+
     def look_at_secrets(self) -> None:
         """Warn of what is missing, and of what cannot be masked."""
         given = self.supervisor.secrets
@@ -93,7 +104,9 @@ class Server:
         ticking = asyncio.get_running_loop().create_task(self.cron.run())
         pruning = asyncio.get_running_loop().create_task(self._prune())
         try:
-            await self.supervisor.run()
+            with log.sink(self.metrics.observe):
+                async with self.metrics:
+                    await self.supervisor.run()
         finally:
             for task in (ticking, pruning):
                 task.cancel()
