@@ -171,7 +171,7 @@ def stored(app_dir: Path) -> dict[str, str]:
     except OSError as error:
         why = "it is a symbolic link" if path.is_symlink() else error.strerror
         raise ConfigError(f"{path} cannot be read: {why}", hint=_PRIVATE) from None
-    with os.fdopen(file, "rb") as opened:
+    try:
         seen = os.fstat(file)
         if not stat.S_ISREG(seen.st_mode):
             raise ConfigError(f"{path} is not a regular file", hint=_PRIVATE)
@@ -179,7 +179,10 @@ def stored(app_dir: Path) -> dict[str, str]:
             raise ConfigError(f"{path} belongs to another user (uid {seen.st_uid})", hint=_PRIVATE)
         if stat.S_IMODE(seen.st_mode) & ~0o600:
             raise ConfigError(f"{path} has mode {stat.S_IMODE(seen.st_mode):04o}", hint=_PRIVATE)
-        values = _decoded(opened.read())
+        with os.fdopen(file, "rb", closefd=False) as opened:
+            values = _decoded(opened.read())
+    finally:
+        os.close(file)
     if values is None:
         raise ConfigError(
             f'{path} is not one whole {{"secrets": {{NAME: text}}}} with names in UPPER_SNAKE',
