@@ -23,7 +23,7 @@ def captured() -> Iterator[None]:
     start, submit = threading.Thread.start, ThreadPoolExecutor.submit
     outputs = Output("stdout", 1), Output("stderr", 2)
     sys.stdout, sys.stderr = outputs
-    logging.basicConfig(level=logging.INFO, handlers=[LoggingHandler()], force=True)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LoggingHandler()], force=True)
     threading.excepthook = _uncaught
     # A thread does not know who started it (before Python 3.14, which has a switch for that): so it is told.
     threading.Thread.start = _telling(start)  # type: ignore[method-assign, assignment]
