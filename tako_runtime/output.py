@@ -72,9 +72,10 @@ class Output(io.TextIOBase):
         """Lines that nobody has ended are lines: those of a run whose pass is over, or all of them."""
         for key, (_, place) in list(self._held.items()) if self._held else ():
             if facts is None or place.facts is facts:
-                held, _ = self._held.pop(key)
-                with place:
-                    emit("output", stream=self._stream, text=held)
+                held, _ = self._held.pop(key, ("", place))  # its thread may be going on
+                if held:
+                    with place:
+                        emit("output", stream=self._stream, text=held)
 
     def writable(self) -> bool:
         return True

@@ -317,6 +317,8 @@ def test_two_runs_that_print_parts_of_lines_get_lines_of_their_own_and_none_is_l
     for name, text in (("a", "a0 a1 a2 "), ("b", "b0 b1 b2 whole")):
         assert server.printed(text)["run"] == ids[name]
         assert server.printed(text)["message"] == text
+    left = server.wait_for("worker.stopped")
+    assert server.events.index(server.printed("a0 a1 a2 ")) < server.events.index(left), "a pass's end ends its lines"
 
 
 def test_a_line_without_its_end_is_not_lost_when_the_worker_leaves(opened: StoreThread, server: Serving) -> None:
