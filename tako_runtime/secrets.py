@@ -236,7 +236,10 @@ def masked_json(data: bytes, place: str) -> bytes:
 
 def named_in(text: str) -> str | None:
     """The secret whose value is in a text that cannot be masked, since it is how something is found again."""
-    return next((name for mask in _masks for _, _, name in mask.found(text)), None)
+    for mask in _masks:
+        for _, _, name in mask.found(text):
+            return name
+    return None
 
 
 class Mask:

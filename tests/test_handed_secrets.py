@@ -60,6 +60,14 @@ READS = """
 """
 
 
+FATAL = """\
+import os
+from tako_runtime import secrets
+os.write(2, f"fatal: {secrets['STRIPE_KEY']}".encode())
+os._exit(9)
+"""
+
+
 # --- they arrive -----------------------------------------------------------------------------------------------------
 
 
@@ -154,6 +162,15 @@ def test_tako_dev_and_the_commands_read_the_projects_own_file(tmp_path: Path) ->
     assert refused.returncode == 3
     assert "has mode 0604" in refused.stderr
     assert KEY not in refused.stderr
+
+
+def test_what_ends_the_reading_of_the_workflows_is_masked_for_a_command_too(tmp_path: Path) -> None:
+    root = project(tmp_path / "project", FATAL)
+    keep_secrets(Home("shop", root / ".tako"), {"STRIPE_KEY": KEY})
+    failed = tako("workflows", "ls", cwd=root)
+    assert failed.returncode == 3
+    assert "fatal: [secret STRIPE_KEY]" in failed.stderr
+    assert KEY not in failed.stdout + failed.stderr
 
 
 # --- and nowhere else ------------------------------------------------------------------------------------------------
@@ -346,10 +363,7 @@ def test_what_a_broken_module_says_is_masked_in_the_log_of_the_server_and_of_its
         ended(opened, run)
         assert len(until(lambda: server.saw("file.broken"))) >= 1
         assert all("no use: [secret STRIPE_KEY]" in event["error"] for event in server.saw("file.broken"))
-        (root / "workflows" / "broken.py").write_text(
-            "import os, sys\nfrom tako_runtime import secrets\n"
-            "os.write(2, f\"fatal: {secrets['STRIPE_KEY']}\".encode())\nos._exit(9)\n"
-        )
+        (root / "workflows" / "broken.py").write_text(FATAL)
         server.process.send_signal(signal.SIGHUP)
         assert "fatal: [secret STRIPE_KEY]" in server.wait_for("server.unread")["error"]
     assert KEY not in server.log.read_text()
