@@ -65,9 +65,9 @@ WORDS: dict[str, tuple[int, str]] = {
     "metrics.listening": (INFO, "metrics are served on {listen}"),
     "metrics.failed": (ERROR, "metrics cannot be served on {listen}: {error}"),
     "secret.masked": (WARNING, "the value of secret {name} turned up in {place}; it is masked there"),
-    "secret.short": (WARNING, "shorter than {least} characters, and so not masked where they turn up: {names}"),
+    "secret.short": (WARNING, "secrets too short to be masked (less than {least} characters): {names}"),
     "secret.unread": (ERROR, "the secrets cannot be read, those that were known go on: {error}"),
-    "secret.missing": (WARNING, "[secrets] required: {names} not set; what reads them fails"),
+    "secret.missing": (WARNING, "required secrets that are not set: {names}"),
     "output": (INFO, "{text}"),
 }
 
