@@ -63,9 +63,11 @@ def environment(config: "Config", home: "Home") -> dict[str, str]:
 def manifest(config: "Config") -> "Manifest":
     """What the workflows declare, read in a process of its own, so that user code cannot take this one down."""
     from tako_runtime.manifest import read
+    from tako_runtime.secrets import stored
     from tako_runtime.store import project_home
 
-    return read(config.root, config.workflows.dir, environment(config, project_home(config.name, config.root)))
+    home = project_home(config.name, config.root)
+    return read(config.root, config.workflows.dir, environment(config, home), stored(home.app_dir))
 
 
 def tell(mistakes: "Sequence[Mistake]") -> None:

@@ -10,6 +10,7 @@ from tako_runtime.errors import (
     PayloadRefused,
     Refused,
     RunTimeout,
+    SecretMissing,
     StepFailed,
     StepMisuse,
     StepTimeout,
@@ -22,6 +23,7 @@ from tako_runtime.errors import (
     TooLarge,
     Unreadable,
 )
+from tako_runtime.secrets import secrets
 from tako_runtime.state import Backoff
 from tako_runtime.step import Step, Suspension, SyncStep
 from tako_runtime.workflow import Workflow, signal, signal_sync, workflow
@@ -36,11 +38,13 @@ __all__ = [
     "Backoff",
     "signal",
     "signal_sync",
+    "secrets",
     "Suspension",
     "TakoError",
     "TakoUnavailable",
     "ConfigError",
     "NotFound",
+    "SecretMissing",
     "Refused",
     "InvalidValue",
     "NotCarried",

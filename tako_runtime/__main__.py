@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import gc
-import logging
 import os
 import signal
 import stat
@@ -15,6 +14,8 @@ import msgspec
 from tako_runtime import clock, log, store
 from tako_runtime.errors import TakoError
 from tako_runtime.manifest import discover, manifest
+from tako_runtime.output import captured
+from tako_runtime.secrets import guarded, masked_json, receive, stored
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
 
@@ -49,11 +50,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _manifest(args: argparse.Namespace) -> int:
-
     out = os.dup(1)  # what a module prints at import must not end up in the JSON
     os.dup2(2, 1)
-    found = manifest(Path.cwd(), args.dir)
-    os.write(out, msgspec.json.encode(found) + b"\n")
+    with guarded(receive()):
+        _nothing_on_stdin()
+        found = manifest(Path.cwd(), args.dir)
+        said = masked_json(msgspec.json.encode(found), "the manifest") + b"\n"
+    with os.fdopen(out, "wb") as pipe:  # a big one does not fit into it at once
+        pipe.write(said)
     return 1 if found.mistakes else 0
 
 
@@ -65,6 +69,7 @@ def _serve(args: argparse.Namespace) -> int:
     home = store.locate()
     out = log.JsonLines(1, LEVELS[args.log_level])
     with log.sink(out), alone(home.app_dir, "supervisor"):
+        secrets = stored(home.app_dir)
         opened = store.open_store(home)
         environment = {**found.variables(args.env), **os.environ}
 
@@ -72,7 +77,7 @@ def _serve(args: argparse.Namespace) -> int:
             await serve(
                 Server(
                     opened, home, found, out.pass_on, server=args.server, log_level=args.log_level,
-                    environment=environment,
+                    environment=environment, secrets=secrets,
                 )
             )  # fmt: skip
 
@@ -84,9 +89,16 @@ def _serve(args: argparse.Namespace) -> int:
     return 0
 
 
+def _nothing_on_stdin() -> None:
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    if nothing != 0:
+        os.dup2(nothing, 0)
+        os.close(nothing)
+
+
 def _worker(args: argparse.Namespace) -> int:
     lines = log.JsonLines(os.dup(1), LEVELS[args.log_level])
-    with log.sink(lines):
+    with guarded(receive()), log.sink(lines), captured():
         try:
             return _work(args)
         finally:
@@ -94,7 +106,6 @@ def _worker(args: argparse.Namespace) -> int:
 
 
 def _work(args: argparse.Namespace) -> int:
-
     settings = Settings(
         group=args.group,
         concurrency=args.concurrency,
@@ -103,9 +114,7 @@ def _work(args: argparse.Namespace) -> int:
         max_value=store.limits().max_value,
     )
     lifeline = os.dup(0)  # our supervisor holds the other end: when it closes, the supervisor is gone
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.stdout, sys.stderr = log.Output("stdout"), log.Output("stderr")
-    logging.basicConfig(level=logging.INFO, handlers=[log.LoggingHandler()], force=True)
+    _nothing_on_stdin()
     mistakes = discover(Path.cwd(), args.dir)
     for mistake in mistakes:
         log.emit(

@@ -23,6 +23,7 @@ from tako_runtime.failure import Failure
 from tako_runtime.inflight import InFlight
 from tako_runtime.log import emit
 from tako_runtime.run import Claimed, Status, StepKey, StepRecord
+from tako_runtime.secrets import NOT_IN_NAMES, named_in
 from tako_runtime.standstill import at_standstill
 from tako_runtime.state import (
     Bailed,
@@ -116,9 +117,8 @@ class Attempt:
         """All of it. What goes wrong is written to the run; the worker hears of what could not be written."""
         run, broken = self.run, None
         try:
-            with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt):
-                began = "run.resumed" if self.history else "run.started"
-                emit(began, max_attempts=run.max_attempts, group=run.group, done=len(self.history))
+            with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt, group=run.group):
+                self._announce_begin()
                 try:
                     outcome = self._misfit() or await self._call()
                 except (Exception, SystemExit) as error:  # noqa: BLE001 -- what no stage expected ends its run only
@@ -134,6 +134,30 @@ class Attempt:
             broken = error
         self._desk.ended(self, broken)
 
+    def _announce_begin(self) -> None:
+        run = self.run
+        self._began = self.now()
+        by = self._woken_by() if self.history else ""
+        emit(
+            "run.woken" if by else "run.resumed" if self.history else "run.started", max_attempts=run.max_attempts,
+            done=len(self.history), by=by, ms=(self._began - (run.due_at or self._began)) / 1_000,
+        )  # fmt: skip
+
+    def _woken_by(self) -> str:
+        """Where a parked run goes on within its attempt: what it had waited for, which is the last that happened."""
+
+        def ended(step: StepRecord) -> int:
+            at = step.finished_at if step.finished_at is not None else step.due_at
+            return at if at is not None and at <= self._began else 0
+
+        last = max(self.history.values(), key=ended)
+        if last.kind == "run" or ended(last) < (self.run.attempt_started_at or 0):
+            return ""
+        if last.kind == "sleep":
+            return "the end of its sleep"
+        signal = last.name.partition("#")[0]
+        return f"signal {signal}" if last.status == "done" else f"the deadline of signal {signal}"
+
     def _misfit(self) -> Outcome | None:
         """Read the payload. One that does not fit cannot be mended by a retry."""
         self._payload: Any = None
@@ -143,7 +167,7 @@ class Attempt:
             self._payload = codec.decode(self.run.payload, self._workflow.payload_type)
         except Unreadable as error:
             message = f"the payload does not fit the handler of {self.run.workflow!r}: {error}"
-            return Failed(Failure(type="PayloadRefused", message=message))
+            return Failed(Failure(type="PayloadRefused", message=failure.clean(message)))
         return None
 
     async def _call(self) -> Outcome | None:
@@ -227,19 +251,21 @@ class Attempt:
         self._announce(outcome, change)
 
     def _announce(self, outcome: Outcome, change: Change) -> None:
+        ms = (change.now - (self.run.started_at or change.now)) / 1_000
         match change.status:
             case Status.SUCCEEDED:
-                emit("run.succeeded", ms=(change.now - (self.run.started_at or change.now)) / 1_000)
+                emit("run.succeeded", ms=ms)
             case Status.CANCELLED:
-                emit("run.cancelled", reason=change.reason)
+                emit("run.cancelled", reason=change.reason, ms=ms)
             case Status.DEAD:
-                emit("run.dead", reason=change.reason, error=_shown(outcome))
+                emit("run.dead", reason=change.reason, error=_shown(outcome), ms=ms)
             case _:
                 until = "a signal" if change.due_at is None else clock.iso(change.due_at)
                 emit(
                     f"run.{change.reason}", until=until, pause=clock.spell((change.due_at or 0) - change.now),
                     max_attempts=change.max_attempts, error=outcome.failure.line if isinstance(outcome, Raised) else "",
                     traceback=_shown(outcome), signals=", ".join(self._signals()),
+                    ms=(change.now - self._began) / 1_000,
                 )  # fmt: skip
 
     def _signals(self) -> list[str]:
@@ -258,6 +284,8 @@ class Attempt:
             )
         if not isinstance(name, str) or not name or "#" in name or len(name) > 500:
             raise StepMisuse(f"a step's name is text of 1 to 500 characters without '#', not {name!r}")
+        if secret := named_in(name):
+            raise StepMisuse(f"the step's name has the value of secret {secret} in it", hint=NOT_IN_NAMES)
         key = StepKey(kind, name)
         uses = self._uses[key] = self._uses.get(key, 0) + 1
         if uses > 1:
@@ -299,7 +327,7 @@ class Attempt:
             return codec.decode(record.result if record.result is not None else b"null", wanted)
         except Unreadable as error:
             message = f"the stored result of step {key.label!r} cannot be read: {error}"
-            self.conclude(Failed(Failure(type="Unreadable", message=message)))
+            self.conclude(Failed(Failure(type="Unreadable", message=failure.clean(message))))
 
     async def save(self, record: StepRecord) -> StepRecord:
         """Store a step before the handler goes on; the record that is stored, whoever wrote it."""

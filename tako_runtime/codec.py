@@ -8,6 +8,7 @@ import contextlib
 import functools
 import inspect
 import math
+import re
 import sys
 import types
 import typing
@@ -19,6 +20,7 @@ import msgspec
 import msgspec.inspect
 
 from tako_runtime.errors import NotCarried, PayloadRefused, TooLarge, Unreadable
+from tako_runtime.secrets import masked_json
 
 #: The largest value that is stored, in bytes of its JSON text: 1 MiB unless the app says otherwise.
 MAX_VALUE = 1 << 20
@@ -29,7 +31,7 @@ def encode(value: object, what: str, *, limit: int = MAX_VALUE) -> str:
 
     Carries what msgspec can encode (dataclasses, datetime, Decimal, UUID, enums, sets, TypedDict, Struct, attrs) and
     pydantic models. Raises `NotCarried` for any other type and for NaN or infinity (JSON would turn them into null),
-    `TooLarge` past `limit` bytes.
+    `TooLarge` past `limit` bytes. Every value passes here on its way to the store: a secret's is masked here.
 
     >>> encode({"n": 1}, "an example")
     '{"n":1}'
@@ -40,6 +42,7 @@ def encode(value: object, what: str, *, limit: int = MAX_VALUE) -> str:
         data = _encoder.encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise NotCarried(f"{what}: a value of type {_name(type(value))} cannot be stored: {error}") from None
+    data = masked_json(data, what)
     if len(data) > limit:
         raise TooLarge(f"{what}: the value takes {len(data):,} bytes as JSON; the limit is {limit:,}")
     if b"null" in data and _has_lost_float(msgspec.to_builtins(value, enc_hook=_encode_foreign)):
@@ -69,6 +72,7 @@ def carry(value: object, annotation: object, what: str, *, limit: int = MAX_VALU
     try:
         return text, _decoder(annotation)(text)
     except msgspec.ValidationError as error:
+        _refuse_masked(text, f"{what}: {error}")
         raise NotCarried(
             f"{what}: returned {_name(type(value))}, which does not fit its annotation {_name(annotation)}: {error}",
             hint="Mend the return annotation, or return what it says.",
@@ -82,8 +86,18 @@ def payload_text(value: object, annotation: object, workflow: str, *, limit: int
     try:
         decoder(annotation)(text)
     except msgspec.ValidationError as error:
+        _refuse_masked(text, f"{what}: {error}")
         raise PayloadRefused(f"{what} does not fit {_name(annotation)}: {error}") from None
     return text
+
+
+def _refuse_masked(text: str, what: str) -> None:
+    """Where the mask of a secret is why a value does not fit its type, say so."""
+    if (mask := re.search(r"\[secret ([A-Z0-9_]+)\]", text)) is not None:
+        raise NotCarried(
+            f"{what}; the value of secret {mask[1]} is in it, and is not stored",
+            hint=f'Carry the name of the secret, and read secrets["{mask[1]}"] where it is used.',
+        ) from None
 
 
 def decoder(annotation: object) -> Callable[[str | bytes], Any]:

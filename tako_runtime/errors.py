@@ -4,6 +4,7 @@
     ├── TakoUnavailable             no store could be found for this process
     ├── ConfigError                 tako.toml is wrong
     ├── NotFound                    no such run, workflow or step
+    ├── SecretMissing (KeyError)    this process was given no such secret
     ├── Refused                     an operation that the run's state does not allow
     ├── InvalidValue (ValueError)   an argument that cannot be meant: a NaN duration, a naive datetime, a bad name
     ├── NotCarried (TypeError)      a value that cannot go through the store and come back the same
@@ -54,6 +55,13 @@ class NotFound(TakoError):
     """There is no such thing here."""
 
     code = "not_found"
+
+
+class SecretMissing(TakoError, KeyError):
+    """There is no such secret here."""
+
+    code = "secret_missing"
+    __str__ = Exception.__str__  # a KeyError's own shows the repr of its message
 
 
 class Refused(TakoError):

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from tako_runtime.errors import StepFailed
+from tako_runtime.secrets import masked, masked_json
 
 #: What is kept of a message or a traceback, in characters.
 LONGEST = 20_000
@@ -43,17 +44,18 @@ class Failure(msgspec.Struct, frozen=True, omit_defaults=True):
         return f"{self.type}: {message}" if message else self.type
 
 
-def describe(error: BaseException) -> Failure:
-    """What to store of `error`. Never raises, whatever `error` does when it is looked at."""
-    message = _asked(lambda: clean(str(error)))
+def describe(error: BaseException, what: str = "an error") -> Failure:
+    """What to store of `error`. Never raises, whatever `error` does when it is looked at. `what` names it where a
+    secret is masked in it."""
+    message = _asked(lambda: clean(str(error), what))
     made_of: Any = _asked(lambda: error.__reduce__()[1] if _library_made(type(error)) else error.args)
-    state: Any = _asked(lambda: {name: kept for name, v in vars(error).items() if (kept := _carried(v)) is not None})
+    state: Any = _asked(lambda: {n: kept for n, v in vars(error).items() if (kept := _carried(v, what)) is not None})
     return Failure(
         type=type(error).__qualname__,
         message=f"<no message: {type(error).__qualname__} cannot be printed>" if message is None else message,
-        traceback=clean(_traceback(error)),
+        traceback=clean(_traceback(error), what),
         module=type(error).__module__,
-        args=_carried(list(made_of)) if made_of is not None else None,
+        args=_carried(list(made_of), what) if made_of is not None else None,
         state=state or None,
     )
 
@@ -87,10 +89,10 @@ def rebuild(failure: Failure) -> Exception:
     return StepFailed(failure.line)
 
 
-def clean(text: str) -> str:
-    """Without lone surrogates (from undecodable file names, for instance), which no store takes; the middle of what is
-    very long is left out."""
-    text = text.encode("utf-8", "backslashreplace").decode()
+def clean(text: str, what: str = "an error") -> str:
+    """Without lone surrogates (from undecodable file names, for instance), which no store takes, and without the value
+    of a secret; the middle of what is very long is left out."""
+    text = masked(text.encode("utf-8", "backslashreplace").decode(), what)
     if len(text) > LONGEST:
         half = LONGEST // 2
         text = f"{text[:half]}\n[... {len(text) - LONGEST:,} characters left out ...]\n{text[-half:]}"
@@ -110,9 +112,9 @@ def _asked(question: Callable[[], Any]) -> Any:
         return None
 
 
-def _carried(value: Any) -> Any:
+def _carried(value: Any, what: str) -> Any:
     try:
-        data = msgspec.json.encode(value)
+        data = masked_json(msgspec.json.encode(value), what)
         return msgspec.json.decode(data) if len(data) <= LONGEST else None
     except Exception:  # noqa: BLE001 -- a user's exception may hold anything; what cannot be kept is left out
         return None

@@ -2,12 +2,14 @@
 
 An event is a fact with data: `emit("step.done", run=..., step=..., ms=...)`. `WORDS` has every name, its level and its
 sentence. Sinks take the facts; `JsonLines` writes one JSON object a line, with the sentence as `message`.
+
+Events of a run carry `run`, `workflow`, `attempt` and `group`, those of a step `step` too. `ms` is how long it took: a
+step, its body; a run that has ended, since it first started; one that stops for now, this pass; one that starts or goes
+on, how long it had been due.
 """
 
 import asyncio
 import contextvars
-import io
-import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -20,11 +22,13 @@ from tako_runtime import clock
 
 DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40
 LEVELS = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
+NUMBERS = {name: number for number, name in LEVELS.items()}
 
 #: event: (level, sentence). The sentence's fields are facts of the event.
 WORDS: dict[str, tuple[int, str]] = {
     "run.started": (INFO, "attempt {attempt} of {max_attempts} started"),
     "run.resumed": (INFO, "goes on in attempt {attempt} of {max_attempts}, steps done before: {done}"),
+    "run.woken": (INFO, "woken by {by}, goes on in attempt {attempt} of {max_attempts}, steps done before: {done}"),
     "run.succeeded": (INFO, "succeeded in {took}"),
     "run.retrying": (WARNING, "attempt {attempt} of {max_attempts} failed, again in {pause}: {error}"),
     "run.sleeping": (INFO, "sleeps until {until}"),
@@ -59,6 +63,12 @@ WORDS: dict[str, tuple[int, str]] = {
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
     "file.broken": (ERROR, "{file}:{line} cannot be imported: {error}"),
+    "metrics.listening": (INFO, "metrics are served on {listen}"),
+    "metrics.failed": (ERROR, "metrics cannot be served on {listen}: {error}"),
+    "secret.masked": (WARNING, "the value of secret {name} turned up in {place}; it is masked there"),
+    "secret.short": (WARNING, "secrets too short to be masked (less than {least} characters): {names}"),
+    "secret.unread": (ERROR, "the secrets cannot be read, those that were known go on: {error}"),
+    "secret.missing": (WARNING, "required secrets that are not set: {names}"),
     "output": (INFO, "{text}"),
 }
 
@@ -66,8 +76,14 @@ WORDS: dict[str, tuple[int, str]] = {
 _context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tako_log", default=None)
 #: The step whose body this code runs in, if any: it goes with every event too, and tells a step inside a step.
 in_step: contextvars.ContextVar[str | None] = contextvars.ContextVar("tako_step", default=None)
+#: Told, with a run's facts, when a pass over it is over.
+at_end: list[Callable[[dict[str, Any]], None]] = []
 _sinks: list[Callable[[dict[str, Any]], None]] = []
 _time = clock.SystemClock()
+#: Takes the values of secrets out of a text: (text, place) -> text. None where this process has none.
+_mask: Callable[[str, str], str] | None = None
+#: Facts that are ours: no value can be in them, and none must change them.
+_OURS = frozenset(("at", "level", "event"))
 
 
 def emit(event: str, **facts: Any) -> None:
@@ -78,8 +94,27 @@ def emit(event: str, **facts: Any) -> None:
     if (step := in_step.get()) is not None:
         line["step"] = step
     line.update(facts)
+    if _mask is not None:
+        line = _masked(line, _mask)
     for sink in _sinks:
         sink(line)
+
+
+def mask_with(mask: Callable[[str, str], str] | None) -> None:
+    """Every text of every event passes `mask(text, place)` from now on: this is where lines leave for the log."""
+    global _mask
+    _mask = mask
+
+
+def _masked(line: dict[str, Any], mask: Callable[[str, str], str]) -> dict[str, Any]:
+    place = f"a log line of step {line['step']!r}" if "step" in line else "a log line"
+    return {n: mask(fact, place) if isinstance(fact, str) and n not in _OURS else fact for n, fact in line.items()}
+
+
+def place(what: str) -> str:
+    """`what`, with the workflow that this code is in: how a warning names a place, the same for all its runs."""
+    workflow = (_context.get() or {}).get("workflow")
+    return what if workflow is None or repr(workflow) in what else f"{what} in {workflow!r}"
 
 
 def words(line: dict[str, Any]) -> str:
@@ -100,7 +135,31 @@ class about:  # noqa: N801 -- read as a word: `with about(run=...)`
         self._token = _context.set({**outer, **self._facts} if outer else self._facts)
 
     def __exit__(self, *_: object) -> None:
+        for tell in at_end:
+            tell(_context.get() or {})
         _context.reset(self._token)
+
+
+class Place:
+    """Where code is: the facts of its run, if it is in one, and its step. `with place:` is to be there, for a thread
+    that does not know."""
+
+    __slots__ = ("_tokens", "facts", "step")
+
+    def __init__(self, facts: dict[str, Any] | None, step: str | None) -> None:
+        self.facts, self.step = facts, step
+
+    def __enter__(self) -> None:
+        self._tokens = _context.set(self.facts), in_step.set(self.step)
+
+    def __exit__(self, *_: object) -> None:
+        _context.reset(self._tokens[0])
+        in_step.reset(self._tokens[1])
+
+
+def here() -> Place:
+    """Where the calling code is."""
+    return Place(_context.get(), in_step.get())
 
 
 @contextmanager
@@ -114,7 +173,8 @@ def sink(take: Callable[[dict[str, Any]], None]) -> Iterator[None]:
 
 
 class JsonLines:
-    """A sink: one JSON object a line on a file descriptor. What one pass of the event loop emits is one write."""
+    """A sink: one JSON object a line on a file descriptor. What one pass of the event loop emits is one write; but what
+    user code says, and every warning, is written at once, so that a crash in the next line of code does not lose it."""
 
     def __init__(self, fd: int, least: int = INFO) -> None:
         self._fd, self._least = fd, least
@@ -125,23 +185,26 @@ class JsonLines:
         if line["level"] < self._least:
             return
         shown = {**line, "at": clock.iso(line["at"]), "level": LEVELS[line["level"]], "message": words(line)}
-        self._append(msgspec.json.encode(shown, enc_hook=str) + b"\n")
+        soon = line["level"] < WARNING and line["event"] != "output"
+        self._append(msgspec.json.encode(shown, enc_hook=str) + b"\n", soon=soon)
 
-    def _append(self, data: bytes) -> None:
+    def _append(self, data: bytes, *, soon: bool = True) -> None:
         with self._lock:
             self._lines.append(data)
             first = len(self._lines) == 1
         try:
-            loop = asyncio.get_running_loop()
+            loop = asyncio.get_running_loop() if soon else None
         except RuntimeError:
+            loop = None
+        if loop is None:
             self.flush()
-        else:
-            if first:
-                loop.call_soon(self.flush)
+        elif first:
+            loop.call_soon(self.flush)
 
     def pass_on(self, source: str, line: dict[str, Any]) -> None:
         """Write an event of another process as it is, with where it comes from."""
-        self._append(msgspec.json.encode({**line, "source": source}) + b"\n")
+        if NUMBERS.get(line["level"], INFO) >= self._least:
+            self._append(msgspec.json.encode({**line, "source": source}) + b"\n")
 
     def flush(self) -> None:
         with self._lock:
@@ -151,44 +214,6 @@ class JsonLines:
                     data = data[os.write(self._fd, data) :]
                 except BrokenPipeError:  # nobody reads any more; the work is worth more than its log
                     return
-
-
-class Output(io.TextIOBase):
-    """Stands in for `sys.stdout` in a worker: what a handler prints is an event with its run and step, line by line."""
-
-    def __init__(self, stream: str) -> None:
-        self._stream = stream
-        self._rest = threading.local()
-
-    def write(self, text: str) -> int:
-        held = getattr(self._rest, "text", "") + text
-        *lines, self._rest.text = held.split("\n")
-        for line in lines:
-            emit("output", stream=self._stream, text=line)
-        return len(text)
-
-    def flush(self) -> None:
-        held = getattr(self._rest, "text", "")
-        if held:
-            self._rest.text = ""
-            emit("output", stream=self._stream, text=held)
-
-    def writable(self) -> bool:
-        return True
-
-
-class LoggingHandler(logging.Handler):
-    """Puts Python's `logging` into the same log, with the run and step it came from."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        try:
-            emit("output", stream="logging", logger=record.name, text=self.format(record), level=_level(record.levelno))
-        except Exception:  # noqa: BLE001 -- logging's own rule: a broken record must not break the program
-            self.handleError(record)
-
-
-def _level(number: int) -> int:
-    return max((level for level in LEVELS if level <= number), default=DEBUG)
 
 
 class _Lenient(dict[str, Any]):

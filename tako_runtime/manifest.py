@@ -16,6 +16,7 @@ import msgspec
 
 from tako_runtime import clock
 from tako_runtime.errors import ConfigError, InvalidValue, TakoError
+from tako_runtime.secrets import VARIABLE, Mask, envelope
 from tako_runtime.workflow import Workflow, registry
 
 #: How long importing the workflows may take, in seconds: a module that starts a server at import would take for ever.
@@ -97,14 +98,14 @@ def manifest(root: Path, folder: str) -> Manifest:
     return Manifest(tuple(declared), tuple(mistakes))
 
 
-def read(root: Path, folder: str, environment: Mapping[str, str]) -> Manifest:
+def read(root: Path, folder: str, environment: Mapping[str, str], secrets: Mapping[str, str] | None = None) -> Manifest:
     """The manifest, read in a process of its own, so that user code cannot take this one down. Raises `ConfigError`
-    where it cannot be read at all."""
+    where it cannot be read at all. `secrets` are for modules that read them at import."""
     words = [sys.executable, "-m", "tako_runtime", "manifest", "--dir", folder]
     try:
         done = subprocess.run(
-            words, cwd=root, env=dict(environment), stdin=subprocess.DEVNULL, capture_output=True, check=False,
-            timeout=PATIENCE,
+            words, cwd=root, env={**environment, VARIABLE: "0"}, input=envelope(secrets or {}), capture_output=True,
+            check=False, timeout=PATIENCE,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise ConfigError(
@@ -114,7 +115,7 @@ def read(root: Path, folder: str, environment: Mapping[str, str]) -> Manifest:
     try:
         return msgspec.json.decode(done.stdout, type=Manifest)
     except msgspec.MsgspecError:
-        said = done.stderr.decode(errors="replace").strip()
+        said = Mask(secrets or {}).text(done.stderr.decode(errors="replace").strip(), "what the manifest says")
         raise ConfigError(said or f"reading {root / folder} ended with exit code {done.returncode}") from None
 
 

@@ -33,9 +33,14 @@ async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now
             if not await store.do(Apply(change=change)):
                 continue
             count += 1
-            message = f"worker died during attempt {run.attempt} {where(run.seq)}".rstrip()
+            at = where(run.seq)
+            message = f"worker died during attempt {run.attempt} {at}".rstrip()
             again = "taken up at once" if change.due_at == now else f"again at {clock.iso(change.due_at or now)}"
             then = again if change.status == Status.PENDING else str(change.status)
-            emit("run.reclaimed", run=run.id, workflow=run.workflow, attempt=run.attempt, message=message, then=then)
+            step = {"step": at.removeprefix("in step ")} if at.startswith("in step ") else {}
+            emit(
+                "run.reclaimed", run=run.id, workflow=run.workflow, attempt=run.attempt, group=run.group,
+                message=message, then=then, ms=(now - (run.attempt_started_at or now)) / 1_000, **step,
+            )  # fmt: skip
     inflight.forget(app_dir, worker.id)
     return count

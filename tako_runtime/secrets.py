@@ -1,8 +1,9 @@
 """Secrets: how a process gets them before it imports user code, and how their values stay out of all that is kept.
 
-The supervisor writes one JSON envelope, `{"secrets": {NAME: value}}`, into a pipe (`handing_over`); the worker reads it
-to its end and closes it (`receive`). No value is ever in an environment, on a command line or on a disk. A value that
-turns up in a text is masked there (`Mask`).
+The supervisor has them from a file of its own (`stored`), or from whoever started it. It writes one JSON envelope,
+`{"secrets": {NAME: value}}`, into a pipe (`handing_over`); the worker reads it to its end and closes it (`receive`).
+No value is ever in an environment, on a command line, in the store or in the log: where one turns up in a text that a
+process stores or logs, it is masked there (`guarded`).
 """
 
 import asyncio
@@ -12,29 +13,26 @@ import re
 import stat
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from typing import Annotated, Any, NoReturn, Self
 from urllib.parse import quote, quote_plus
 
 import msgspec
 
-from tako_runtime.errors import InvalidValue, NotCarried, TakoError
+from tako_runtime import log
+from tako_runtime.errors import ConfigError, InvalidValue, NotCarried, SecretMissing
 
-#: The environment variable that names the file descriptor of the envelope. It holds a number, never a secret.
+#: The environment variable that names the file descriptor of the envelope. It holds a number, never a secret. A fixed 3
+#: would have to be put in place between fork and exec, where no Python may run beside threads; and in a process that
+#: systemd has started, 3 is the first socket that it passes on.
 VARIABLE = "TAKO_SECRETS_FD"
 
 #: Shorter values are not masked: they would shred ordinary text. A line of a longer value needs more, being no secret
 #: by itself; and a value that is longer than any key is masked as a whole only, or a worker would start late.
 SHORTEST, SHORTEST_LINE, LONGEST_BY_LINE = 6, 16, 1 << 16
-
-
-class SecretMissing(TakoError, KeyError):
-    """There is no such secret here."""
-
-    code = "secret_missing"
-    __str__ = Exception.__str__  # a KeyError's own shows the repr of its message
 
 
 class Secrets:
@@ -125,7 +123,7 @@ async def handing_over(values: Mapping[str, str]) -> AsyncIterator[int]:
     It never waits for the child: what does not fit into the pipe is written by the event loop as the child reads, and
     dropped when the child ends without having read. Raises `InvalidValue` for what is not NAME: text.
     """
-    data = _encoded(values)
+    data = envelope(values)
     reading, writing = os.pipe()
     try:
         loop = asyncio.get_running_loop()
@@ -137,7 +135,8 @@ async def handing_over(values: Mapping[str, str]) -> AsyncIterator[int]:
         os.close(reading)
 
 
-def _encoded(values: Mapping[str, str]) -> bytes:
+def envelope(values: Mapping[str, str]) -> bytes:
+    """What is handed over. Raises `InvalidValue` for what is not NAME: text."""
     try:
         data = msgspec.json.encode({"secrets": dict(values)})
     except (TypeError, ValueError):  # kept out of the next error: a UnicodeEncodeError holds the text
@@ -155,13 +154,101 @@ def _decoded(data: bytes) -> dict[str, str] | None:
         return None
 
 
+# --- where the supervisor has them from ------------------------------------------------------------------------------
+
+
+def stored(app_dir: Path) -> dict[str, str]:
+    """The secrets of an app on this machine: the envelope in `{app_dir}/secrets.json`; none where there is no file.
+
+    Raises `ConfigError`, which shows no part of the content, for a file that others may read, that somebody else could
+    have put there, or that is no envelope.
+    """
+    path = app_dir / "secrets.json"
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not hold us up
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        why = "it is a symbolic link" if path.is_symlink() else error.strerror
+        raise ConfigError(f"{path} cannot be read: {why}", hint=_PRIVATE) from None
+    try:
+        seen = os.fstat(file)
+        if not stat.S_ISREG(seen.st_mode):
+            raise ConfigError(f"{path} is not a regular file", hint=_PRIVATE)
+        if seen.st_uid != os.geteuid():
+            raise ConfigError(f"{path} belongs to another user (uid {seen.st_uid})", hint=_PRIVATE)
+        if stat.S_IMODE(seen.st_mode) & ~0o600:
+            raise ConfigError(f"{path} has mode {stat.S_IMODE(seen.st_mode):04o}", hint=_PRIVATE)
+        with os.fdopen(file, "rb", closefd=False) as opened:
+            values = _decoded(opened.read())
+    finally:
+        os.close(file)
+    if values is None:
+        raise ConfigError(
+            f'{path} is not one whole {{"secrets": {{NAME: text}}}} with names in UPPER_SNAKE',
+            hint="It is not shown, for it may hold secrets.",
+        )
+    return values
+
+
+NOT_IN_NAMES = "Names are stored as they are, since things are found by them: make it of something else."
+
+_PRIVATE = "It must be a regular file of this user's own, with mode 0600 or stricter."
+
+
+# --- what keeps them out of the store and the log --------------------------------------------------------------------
+
+
+@contextmanager
+def guarded(values: Mapping[str, str]) -> Iterator[None]:
+    """No text that this process stores or logs has one of these values, within. Each place that one turns up in is
+    warned of once."""
+    if not values:
+        yield
+        return
+    mask = Mask(values, lambda place, name: log.emit("secret.masked", place=place, name=name))
+    _masks.append(mask)
+    log.mask_with(masked)
+    try:
+        yield
+    finally:
+        _masks.remove(mask)
+        log.mask_with(masked if _masks else None)
+
+
+#: Those of this process; several where its secrets were changed, for what was known by the old ones is still about.
+_masks: list["Mask"] = []
+
+
+def masked(text: str, place: str) -> str:
+    """A text that is about to be stored or logged, without any value. `place` names it in the warning."""
+    for mask in _masks:
+        text = mask.text(text, log.place(place))
+    return text
+
+
+def masked_json(data: bytes, place: str) -> bytes:
+    """The same for JSON, which is JSON still."""
+    for mask in _masks:
+        data = mask.json(data.decode(errors="replace"), log.place(place)).encode()
+    return data
+
+
+def named_in(text: str) -> str | None:
+    """The secret whose value is in a text that cannot be masked, since it is how something is found again."""
+    for mask in _masks:
+        for _, _, name in mask.found(text):
+            return name
+    return None
+
+
 class Mask:
     """Puts `[secret NAME]` in the place of every secret's value: as it is, or as URL encoding, base64 (also within a
     longer one), JSON, `repr` or `ascii` spell it; the lines of a private key one by one, too. Not found is a value cut
     in two, in hexadecimal, in base64 with line breaks, compressed or encrypted.
 
     `warn(place, name)` is called once for each place and name, so a place is "the result of step charge", without a
-    run's id. `too_short` names the secrets that are not masked.
+    run's id. Values that are `too_short` are not masked.
 
     >>> Mask({"STRIPE_KEY": "sk_live_1"}).text("Bearer sk_live_1", "an example")
     'Bearer [secret STRIPE_KEY]'
@@ -169,10 +256,10 @@ class Mask:
 
     def __init__(self, values: Mapping[str, str], warn: Callable[[str, str], None] = lambda place, name: None) -> None:
         self._warn, self._warned = warn, set[tuple[str, str]]()
-        self.too_short = tuple(name for name, value in values.items() if len(value.strip()) < SHORTEST)
+        left_out = {name for name, value in values.items() if len(value.strip()) < SHORTEST}
         forms: dict[str, str] = {}
         for name, value in values.items():
-            if name not in self.too_short:
+            if name not in left_out:
                 lines = map(str.strip, value.splitlines() if len(value) <= LONGEST_BY_LINE else ())
                 for piece in (value.strip(), *(line for line in lines if len(line) >= SHORTEST_LINE)):
                     forms.update(dict.fromkeys(_spellings(piece), name))
@@ -184,19 +271,25 @@ class Mask:
 
     def text(self, text: str, place: str) -> str:
         """The text without any value. What overlaps becomes one `[secret ...]`, so no end of a value stays behind."""
-        parts, done, at = [], 0, 0
-        while found := self._find(text, at):
-            start, at = found.start(), found.start() + 1
-            for form, name in self._by_head[found[0]]:  # the longest first
-                if text.startswith(form, start):
-                    if start >= done:
-                        parts += [text[done:start], f"[secret {name}]"]
-                    if (place, name) not in self._warned:
-                        self._warned.add((place, name))
-                        self._warn(place, name)
-                    done = max(done, start + len(form))
-                    break
+        parts, done = [], 0
+        for start, end, name in self.found(text):
+            if start >= done:
+                parts += [text[done:start], f"[secret {name}]"]
+            if (place, name) not in self._warned:
+                self._warned.add((place, name))
+                self._warn(place, name)
+            done = max(done, end)
         return "".join(parts) + text[done:] if parts else text
+
+    def found(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """Where in a text which secret's value is: begin, end, name; they may overlap."""
+        at = 0
+        while head := self._find(text, at):
+            start, at = head.start(), head.start() + 1
+            for form, name in self._by_head[head[0]]:  # the longest first
+                if text.startswith(form, start):
+                    yield start, start + len(form), name
+                    break
 
     def json(self, text: str, place: str) -> str:
         """JSON text without any value, which is JSON still: a number or a key that gives a value away is masked whole
@@ -219,6 +312,11 @@ class Mask:
             return self.text(value, place)
         shown = msgspec.json.encode(value).decode()
         return value if (masked := self.text(shown, place)) == shown else masked
+
+
+def too_short(values: Mapping[str, str]) -> list[str]:
+    """The secrets that are not masked: they would shred ordinary text."""
+    return [name for name, value in values.items() if 0 < len(value.strip()) < SHORTEST]
 
 
 def _spellings(value: str) -> set[str]:

@@ -15,13 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tako_runtime import clock
+from tako_runtime import clock, log
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import Refused, TakoError
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, read
+from tako_runtime.metrics import Metrics
 from tako_runtime.retention import Retention
+from tako_runtime.secrets import SHORTEST, guarded, stored, too_short
 from tako_runtime.store import Home, Limits
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.supervisor import Group, Supervisor
@@ -29,7 +31,8 @@ from tako_runtime.ticker import Cron
 
 
 class Server:
-    """Everything that one app needs on one machine. `show(source, event)` gets what its workers say."""
+    """Everything that one app needs on one machine. `show(source, event)` gets what its workers say: of every level
+    where there are metrics, which are counted from it, so it is for `show` to leave out what is below `log_level`."""
 
     def __init__(
         self,
@@ -41,32 +44,54 @@ class Server:
         server: str | None = None,
         log_level: str = "info",
         environment: Mapping[str, str] | None = None,
+        secrets: Mapping[str, str] | None = None,
         clock: Clock | None = None,
     ) -> None:
+        self.home = home
         self._store, self._config, self._server = store, config, server
         limits = Limits(config.workflows.max_value, config.workflows.signal_retention)
         self._environment = {**(environment or os.environ), **home.environment(), **limits.environment()}
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
-        self.supervisor = Supervisor(
-            store, home, config.root, config.workflows.dir, groups, show, default=groups["default"],
-            lease=config.workflows.lease, log_level=log_level, environment=self._environment,
-        )  # fmt: skip
         ticking: Clock = clock or SystemClock()
+        self.manifest = Manifest(())
+        self.metrics = Metrics(config.metrics.listen, store, self._group_names, ticking)
+
+        def heard(source: str, event: dict[str, Any]) -> None:
+            self.metrics.observe(event)
+            show(source, event)
+
+        self.supervisor = Supervisor(
+            store, home, config.root, config.workflows.dir, groups, heard, default=groups["default"],
+            lease=config.workflows.lease, log_level="debug" if config.metrics.listen else log_level,
+            environment=self._environment, secrets=secrets,
+        )  # fmt: skip
         self.cron = Cron(store, ticking)
         self.retention = Retention(store, config, server, ticking)
-        self.manifest = Manifest(())
 
     async def declare(self) -> Manifest:
         """Read what the workflows declare, and make the schedules those. Raises `ConfigError` where they cannot be read
         at all; a file that cannot be imported is a mistake in the manifest, and the schedules stay as they were."""
         folder = self._config.workflows.dir
-        self.manifest = await asyncio.to_thread(read, self._config.root, folder, self._environment)
+        self.manifest = await asyncio.to_thread(
+            read, self._config.root, folder, self._environment, self.supervisor.secrets
+        )
         for mistake in self.manifest.mistakes:
             emit(
                 "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
             )
         await self.cron.declare(self.manifest)
         return self.manifest
+
+    def _group_names(self) -> set[str]:
+        return {*self._config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
+
+    def look_at_secrets(self) -> None:
+        """Warn of what is missing, and of what cannot be masked."""
+        given = self.supervisor.secrets
+        if missing := [name for name in self._config.secrets.required if name not in given]:
+            emit("secret.missing", names=", ".join(missing))
+        if short := too_short(given):
+            emit("secret.short", names=", ".join(short), least=SHORTEST)
 
     async def run(self) -> None:
         """Until `stop()`; then drain the workers, and leave none behind. If one of the parts cannot go on, all end, and
@@ -76,7 +101,9 @@ class Server:
             loop.create_task(part.run()) for part in (self.supervisor, self.cron, self.retention)
         ]
         try:
-            await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+            with log.sink(self.metrics.observe):
+                async with self.metrics:
+                    await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
         finally:
             self.stop()
             pruning.cancel()
@@ -125,7 +152,14 @@ def alone(app_dir: Path, what: str) -> Iterator[None]:
 
 
 async def serve(server: Server) -> None:
-    """Run as a service: SIGTERM drains, SIGHUP reads the workflows anew; tells systemd how it stands (sd_notify(3))."""
+    """Run as a service: SIGTERM drains, SIGHUP reads the secrets and the workflows anew; tells systemd how it stands
+    (sd_notify(3)). Workers that run on keep the secrets they were given."""
+    with contextlib.ExitStack() as guards:
+        guards.enter_context(guarded(server.supervisor.secrets))
+        await _serve(server, guards)
+
+
+async def _serve(server: Server, guards: contextlib.ExitStack) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
@@ -134,6 +168,14 @@ async def serve(server: Server) -> None:
 
     async def reload() -> None:
         notify("RELOADING=1")
+        try:
+            fresh = stored(server.home.app_dir)
+            if fresh != server.supervisor.secrets:
+                guards.enter_context(guarded(fresh))  # beside the old ones: workers that have those are still there
+                server.supervisor.secrets = fresh
+        except TakoError as error:
+            emit("secret.unread", error=str(error))
+        server.look_at_secrets()
         try:
             await server.declare()
         except TakoError as error:

@@ -8,7 +8,7 @@ import asyncio
 import functools
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast, overload
 
@@ -50,9 +50,9 @@ class Step:
 
     @functools.cached_property
     def log(self) -> "logging.LoggerAdapter[logging.Logger]":
-        """Python's logging, with the run."""
+        """Python's logging, with the run, its workflow, and the step whose body calls it."""
         run = self._attempt.run
-        return logging.LoggerAdapter(logging.getLogger(f"workflow.{run.workflow}"), {"run": run.id})
+        return _Log(logging.getLogger(f"workflow.{run.workflow}"), {"run": run.id, "workflow": run.workflow})
 
     @property
     def run_id(self) -> str:
@@ -139,7 +139,7 @@ class Step:
         attempt.leave(key)
         if record.error is not None:
             raise attempt.failed(failure.rebuild(failure.read(record.error)), key, final=not retry)
-        emit("step.cached", step=key.name)
+        emit("step.cached", step=key.name, ms=((record.finished_at or 0) - record.started_at) / 1_000)
         return attempt.reading(key, record, wanted)
 
     async def _do(
@@ -166,12 +166,12 @@ class Step:
                 value = await _body(key, call, args, timeout)
                 text, carried = codec.carry(value, wanted, f"step {key.name!r}", limit=attempt.max_value)
             except Exception as error:
-                described = failure.describe(error)
+                described = failure.describe(error, f"the error of step {key.name!r}")
                 if tries <= retries and retry and not isinstance(error, NotCarried | StepMisuse):
                     pause = backoff.delay(tries, f"{self.run_id}:{key.name}")
                     emit(
                         "step.retrying", step=key.name, n=tries, tries=retries + 1, pause=clock.spell(pause),
-                        error=described.line,
+                        error=described.line, ms=(attempt.now() - started) / 1_000,
                     )  # fmt: skip
                     await attempt.pause(key, attempt.now() + pause)
                     continue
@@ -234,10 +234,8 @@ class Step:
         try:
             if record is None or record.status == "waiting":
                 record = await self._wait(key, position, name, micros, record)
-                if record.status == "done":
-                    emit("wait.done", signal=name)
-                else:
-                    emit("wait.timed_out", signal=name)
+                ms = (attempt.now() - record.started_at) / 1_000
+                emit("wait.done" if record.status == "done" else "wait.timed_out", signal=name, step=key.label, ms=ms)
         finally:
             attempt.leave(key)
         return attempt.reading(key, record, Any)
@@ -264,13 +262,19 @@ class Step:
 
     def bail(self, reason: str) -> NoReturn:
         """End the run `cancelled`, for a reason that people read; no retries."""
-        self._attempt.conclude(Bailed(failure.clean(str(reason))))
+        self._attempt.conclude(Bailed(failure.clean(str(reason), "the reason of a bail")))
 
     def fail(self, error: BaseException | str) -> NoReturn:
         """End the run `dead`, with an exception or a text; no retries."""
         if not isinstance(error, BaseException):
             self._attempt.conclude(Failed(Failure(type="Failed", message=failure.clean(str(error)))))
         self._attempt.conclude(Failed(failure.describe(error)))
+
+
+class _Log(logging.LoggerAdapter[logging.Logger]):
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        kwargs["extra"] = {**(kwargs.get("extra") or {}), **(self.extra or {}), "step": in_step.get()}
+        return msg, kwargs
 
 
 _STEP_BACKOFF = Backoff()

@@ -26,6 +26,7 @@ from tako_runtime.errors import StoreBusy
 from tako_runtime.log import WORDS, emit
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import new_id
+from tako_runtime.secrets import VARIABLE, handing_over, masked_json
 from tako_runtime.store import Home
 from tako_runtime.store.base import DataVersion, Demand, ListWorkers
 from tako_runtime.store.commit import StoreThread
@@ -87,14 +88,15 @@ class _Child:
     Its end is waited for in a thread, not read off its pipe: what a step has started may hold that open for long.
     """
 
-    def __init__(self, group: Group, words: list[str], cwd: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, group: Group, words: list[str], cwd: Path, environment: Mapping[str, str], secrets: int) -> None:
         self.group = group
         self.began = False
         self.last_lines: deque[str] = deque(maxlen=30)
         self._process = subprocess.Popen(
             words,
             cwd=cwd,
-            env=dict(environment),
+            env={**environment, VARIABLE: str(secrets)},
+            pass_fds=[secrets],
             stdin=subprocess.PIPE,  # its end tells the worker that we are gone
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -169,8 +171,10 @@ class Supervisor:
         lease: int = 15 * clock.SECOND,
         log_level: str = "info",
         environment: Mapping[str, str] | None = None,
+        secrets: Mapping[str, str] | None = None,
         clock: Clock | None = None,
     ) -> None:
+        self.secrets = secrets or {}  # what workers get that start from now on
         self._store, self._home, self._root, self._folder = store, home, root, folder
         self._wanted, self._default = dict(wanted), default or Group()
         self._show, self._lease, self._log_level = show, lease, log_level
@@ -232,7 +236,7 @@ class Supervisor:
                 live[child.group.name] = live.get(child.group.name, 0) + 1
             seen = Seen(seen_due, live, self._paused_until)
             for name in decide(seen, self._groups(seen_due), now):
-                self._start(self._group(name))
+                await self._start(self._group(name))
             times = [at for at in (next_at, *self._paused_until.values()) if at is not None and at > now]
             pause = min([LOOK, *((at - now) / clock.SECOND for at in times)])
             await self._sleep(pause)
@@ -260,14 +264,15 @@ class Supervisor:
 
     # --- workers ---
 
-    def _start(self, group: Group) -> None:
+    async def _start(self, group: Group) -> None:
         words = [
             sys.executable, "-m", "tako_runtime", "worker", "--group", group.name, "--dir", self._folder,
             "--concurrency", str(group.concurrency), "--lease", f"{self._lease}us", "--log-level", self._log_level,
         ]  # fmt: skip
         if not group.workers:
             words += ["--idle-timeout", f"{group.idle_timeout}us"]
-        child = _Child(group, words, self._root, self._environment)
+        async with handing_over(self.secrets) as pipe:
+            child = _Child(group, words, self._root, self._environment, pipe)
         self._children[child] = asyncio.get_running_loop().create_task(self._follow(child))
         emit("worker.spawned", pid=child.pid, group=group.name)
 
@@ -307,6 +312,8 @@ class Supervisor:
             emit("store.busy", error=str(error))
 
     def _say(self, child: _Child, line: str) -> None:
+        # A worker has masked what it says; a program that a step has started, or an interpreter that crashes, has not.
+        line = masked_json(line.encode(), "what a worker says").decode()
         event = _event(line)
         if event is None:  # not of ours: what a step's own program prints
             child.last_lines.append(line)

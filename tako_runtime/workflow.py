@@ -19,6 +19,7 @@ from tako_runtime import clock, codec, store
 from tako_runtime.clock import Duration, SystemClock
 from tako_runtime.errors import DuplicateWorkflow, InvalidValue, Unreadable
 from tako_runtime.run import NewRun, new_id
+from tako_runtime.secrets import NOT_IN_NAMES, named_in
 from tako_runtime.state import Backoff
 from tako_runtime.store.base import Enqueue, SendSignal
 
@@ -223,6 +224,8 @@ def new_run(
         raise InvalidValue(f"priority must be a whole number of at most 32 bits, not {priority!r}")
     if unique_key is not None and not _is_text(unique_key):
         raise InvalidValue(f"unique_key must be text of 1 to 500 characters, not {unique_key!r:.80}")
+    if unique_key is not None and (secret := named_in(unique_key)):
+        raise InvalidValue(f"the unique_key has the value of secret {secret} in it", hint=NOT_IN_NAMES)
     return NewRun(
         id=new_id(now), workflow=workflow, group=group, payload=payload, created_at=now, due_at=due, retries=retries,
         backoff_base=backoff_base, backoff_max=backoff_max, priority=priority, unique_key=unique_key,
@@ -259,6 +262,8 @@ def release() -> str:
 def check_signal_name(name: str) -> None:
     if not _is_text(name) or "#" in name or not name.isprintable():
         raise InvalidValue(f"a signal's name is printable text of 1 to 500 characters without '#', not {name!r}")
+    if secret := named_in(name):
+        raise InvalidValue(f"the signal's name has the value of secret {secret} in it", hint=NOT_IN_NAMES)
 
 
 def _is_text(value: object) -> bool:

@@ -60,6 +60,8 @@ SAYS_IT = {"run_id", "workflow"}
 @pytest.mark.parametrize("offered", public())
 def test_every_public_name_is_documented(offered: Any) -> None:
     named = offered.fget if isinstance(offered, property) else offered
+    if offered is tako_runtime.secrets:
+        named = offered = type(offered)
     if named.__name__ in SAYS_IT and isinstance(offered, property):
         return
     face = named.__qualname__.replace("SyncStep.", "Step.")

@@ -30,7 +30,16 @@ from hypothesis import strategies as st
 
 from tako_runtime import codec
 from tako_runtime.errors import InvalidValue, NotCarried, TakoError
-from tako_runtime.secrets import VARIABLE, Mask, SecretMissing, Secrets, handing_over, receive, secrets
+from tako_runtime.secrets import (
+    VARIABLE,
+    Mask,
+    SecretMissing,
+    Secrets,
+    handing_over,
+    receive,
+    secrets,
+    too_short,
+)
 
 SCENARIOS = Path(__file__).with_name("scenarios_secrets")
 KEY = "sk_live_51Hx+/=vT9"
@@ -529,8 +538,9 @@ def test_a_value_with_two_names_goes_by_the_later_one_every_time() -> None:
 
 
 def test_values_of_less_than_six_characters_are_named_and_not_masked() -> None:
-    mask = Mask({"PIN": "12345", "EMPTY": "", "BLANK": "  1234   ", "KEY": "123456"})
-    assert mask.too_short == ("PIN", "EMPTY", "BLANK")
+    values = {"PIN": "12345", "EMPTY": "", "BLANK": "  1234   ", "KEY": "123456"}
+    mask = Mask(values)
+    assert too_short(values) == ["PIN", "BLANK"], "an empty one is nothing that could turn up"
     assert mask.text("12345 1234 123456", "here") == f"12345 1234 {LABEL}"
 
 

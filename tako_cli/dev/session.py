@@ -15,6 +15,7 @@ from tako_cli.dev.once import Workable, work_off
 from tako_runtime import log, store
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
+from tako_runtime.secrets import guarded, stored
 from tako_runtime.server import Server, alone
 from tako_runtime.store.base import CountRuns
 from tako_runtime.store.commit import StoreThread
@@ -33,9 +34,12 @@ def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool
     """Run the project here until told to stop; the exit code."""
     home = store.project_home(config.name, config.root)
     with alone(home.app_dir, "tako dev"):
+        secrets = stored(home.app_dir)
         opened = store.open_store(home)
         try:
-            return asyncio.run(Session(config, manifest, home, opened, as_json=as_json).run(once=once))
+            with guarded(secrets):
+                session = Session(config, manifest, home, opened, as_json=as_json, secrets=secrets)
+                return asyncio.run(session.run(once=once))
         finally:
             opened.close()
 
@@ -44,7 +48,14 @@ class Session:
     """The supervisor of one project at a terminal. Make and run it in its event loop."""
 
     def __init__(
-        self, config: "Config", manifest: "Manifest", home: store.Home, opened: StoreThread, *, as_json: bool
+        self,
+        config: "Config",
+        manifest: "Manifest",
+        home: store.Home,
+        opened: StoreThread,
+        *,
+        as_json: bool,
+        secrets: dict[str, str],
     ) -> None:
         self._config, self._manifest, self._home, self._store = config, manifest, home, opened
         self._lines = Lines(
@@ -52,8 +63,9 @@ class Session:
             [flow.name for flow in manifest.workflows], as_json=as_json, lost=self._stop,
         )  # fmt: skip
         self._server = Server(
-            opened, home, config, self._heard, log_level="debug", environment=context.environment(config, home)
-        )
+            opened, home, config, self._heard, log_level="debug", environment=context.environment(config, home),
+            secrets=secrets,
+        )  # fmt: skip
         self._news = asyncio.Event()
         self._stops = 0
         self._dead = False
@@ -72,6 +84,7 @@ class Session:
         for event in given_back:
             self._announced(event)
         with log.sink(self._announced):
+            self._server.look_at_secrets()
             watch = loop.create_task(self._work_off()) if once else None
             await (self._server.supervisor if once else self._server).run()  # to work off is not to start more
         done = True

@@ -352,6 +352,19 @@ class CountRuns(Operation[dict[tuple[str, str], int]], frozen=True):
     writes = False
 
 
+class Queues(Operation[list["Queue"]], frozen=True):
+    """The runs that are due at `now` and that nobody has claimed yet, by group; a group without any is not here."""
+
+    writes = False
+    now: int
+
+
+class Queue(msgspec.Struct, frozen=True):
+    group: str
+    depth: int
+    oldest_due_at: int
+
+
 class Store(ABC):
     """What a dialect brings: opened, used and closed by the one thread that owns it."""
 

@@ -279,3 +279,10 @@ DELETE FROM signals WHERE seq IN (SELECT seq FROM signals WHERE expires_at <= :n
 SELECT 'pending', reason, count(*) FROM runs WHERE status = 'pending' AND status <> 'succeeded' GROUP BY reason
 UNION ALL
 SELECT 'running', reason, count(*) FROM runs WHERE status = 'running' AND status <> 'succeeded' GROUP BY reason;
+
+-- name: queues
+-- Both halves: what a claim would walk, and what has become due since somebody last made that claimable.
+SELECT "group", count(*), min(due_at) FROM runs WHERE ready = 1 GROUP BY "group"
+UNION ALL
+SELECT "group", count(*), min(due_at) FROM runs
+ WHERE ready = 0 AND due_at IS NOT NULL AND due_at <= :now GROUP BY "group";

@@ -532,6 +532,13 @@ class SqliteStore(Store):
         kept = self._db.execute(Q["kept_signals"], {"now": op.now, "limit": op.limit})
         return [base.KeptSignal(*row) for row in kept]
 
+    def _queues(self, op: base.Queues, topics: Topics) -> list[base.Queue]:
+        found: dict[str, base.Queue] = {}
+        for group, depth, oldest in self._db.execute(Q["queues"], {"now": op.now}):
+            one = found.get(group, base.Queue(group, 0, oldest))
+            found[group] = base.Queue(group, one.depth + depth, min(one.oldest_due_at, oldest))
+        return [found[group] for group in sorted(found)]
+
     def _count_runs(self, op: base.CountRuns, topics: Topics) -> dict[tuple[str, str], int]:
         return {(status, reason): n for status, reason, n in self._db.execute(Q["count_live"])}
 
@@ -572,6 +579,7 @@ class SqliteStore(Store):
         base.OpenWaits: _open_waits,
         base.KeptSignals: _kept_signals,
         base.CountRuns: _count_runs,
+        base.Queues: _queues,
     }
 
 
