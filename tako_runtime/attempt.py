@@ -96,8 +96,9 @@ class Attempt:
         self.now = desk.clock.now
         self._workflow, self._desk = workflow, desk
         self._loop = asyncio.get_running_loop()
+        self._store = desk.store.outbox()
         self.task: asyncio.Task[None]
-        self.claim = (self.run.seq, self.run.claim)
+        self.slot = desk.inflight.take(self.run.seq)
         self._uses: dict[StepKey, int] = {}
         self._position = 0
         self._in_flight: set[StepKey] = set()  # step calls in progress that neither sleep nor wait
@@ -298,14 +299,14 @@ class Attempt:
         """A step's body is about to run: whether it may. If not, only the store can tell (`confirm_start`)."""
         if self._lost or now >= self._desk.lease_until:
             return False
-        self._desk.inflight.note(self.claim, f"in step {key.name}")
+        self.slot.note(key.name)
         return True
 
     async def confirm_start(self, key: StepKey) -> None:
         """After a stop longer than the lease. Raises where the claim is gone."""
         if self._lost or not await self._desk.confirm_lease():
             self._lost_claim()
-        self._desk.inflight.note(self.claim, f"in step {key.name}")
+        self.slot.note(key.name)
 
     def leave(self, key: StepKey) -> None:
         """The step call is over, or goes to sleep."""
@@ -334,7 +335,7 @@ class Attempt:
         seq, claim = self.run.seq, self.run.claim
         op = SaveStep(seq=seq, claim=claim, step=record)
         try:
-            stored = await self._desk.store.do(op)
+            stored = await self._store.do(op)
         except StoreBusy as error:
             stored = await self._write_later(op, error)
         if stored is None:
@@ -357,7 +358,7 @@ class Attempt:
     async def write(self, op: Operation[R]) -> R:
         """Hand `op` to the store, again and again while the store is busy and the lease holds."""
         try:
-            return await self._desk.store.do(op)
+            return await self._store.do(op)
         except StoreBusy as error:
             return await self._write_later(op, error)
 
@@ -370,7 +371,7 @@ class Attempt:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
             try:
-                return await self._desk.store.do(op)
+                return await self._store.do(op)
             except StoreBusy as again:
                 error = again
 

@@ -12,9 +12,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-#: A run's `seq` and the number of the claim: the same run may be claimed anew while its last attempt still ends here.
-Claim = tuple[int, int]
-
 _SLOT = 256
 
 
@@ -29,29 +26,41 @@ class InFlight:
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(self._file, _SLOT * room)
         self._map = mmap.mmap(self._file, _SLOT * room)
-        self._free = list(range(room))
-        self._slots: dict[Claim, int] = {}
+        self._free = [_SLOT * n for n in range(room)]
 
-    def note(self, claim: Claim, where: str) -> None:
-        """The run has come to `where`: "in step charge". Beyond the room that there is, some go without."""
-        slot = self._slots.get(claim)
-        if slot is None and self._free:
-            slot = self._slots[claim] = self._free.pop()
-        if slot is not None:
-            text = f"{claim[0]} {where}".encode()[: _SLOT - 1]
-            at = slot * _SLOT
-            self._map[at : at + len(text) + 1] = text + b"\0"
-
-    def give_up(self, claim: Claim) -> None:
-        slot = self._slots.pop(claim, None)
-        if slot is not None:
-            self._map[slot * _SLOT] = 0
-            self._free.append(slot)
+    def take(self, seq: int) -> "Slot":
+        """A slot for a claimed run. Beyond the room that there is, a run goes without."""
+        return Slot(self._map, self._free, seq)
 
     def close(self) -> None:
         self._path.unlink(missing_ok=True)
         self._map.close()
         os.close(self._file)
+
+
+class Slot:
+    """Where one claimed run is noted: the same run may be claimed anew while its last attempt still ends here."""
+
+    __slots__ = ("_at", "_free", "_map", "_seq")
+
+    def __init__(self, map_: mmap.mmap, free: list[int], seq: int) -> None:
+        self._map, self._free, self._seq = map_, free, seq
+        self._at = free.pop() if free else -1
+
+    def note(self, step: str) -> None:
+        """The run has come to that step."""
+        if self._at >= 0:
+            text = f"{self._seq} in step {step}\0".encode()
+            if len(text) > _SLOT:
+                text = text[: _SLOT - 1] + b"\0"
+            self._map[self._at : self._at + len(text)] = text
+
+    def give_up(self) -> None:
+        """The run is in hand no more."""
+        if self._at >= 0:
+            self._map[self._at] = 0
+            self._free.append(self._at)
+            self._at = -1
 
 
 def gone(app_dir: Path, worker: str) -> bool | None:

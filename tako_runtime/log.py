@@ -79,6 +79,8 @@ in_step: contextvars.ContextVar[str | None] = contextvars.ContextVar("tako_step"
 #: Told, with a run's facts, when a pass over it is over.
 at_end: list[Callable[[dict[str, Any]], None]] = []
 _sinks: list[Callable[[dict[str, Any]], None]] = []
+#: The least level that any sink takes.
+_least = ERROR + 1
 _time = clock.SystemClock()
 #: Takes the values of secrets out of a text: (text, place) -> text. None where this process has none.
 _mask: Callable[[str, str], str] | None = None
@@ -87,8 +89,8 @@ _OURS = frozenset(("at", "level", "event"))
 
 
 def emit(event: str, **facts: Any) -> None:
-    """Announce a fact to every sink. Costs next to nothing where there is none."""
-    if not _sinks:
+    """Announce a fact to every sink. Costs next to nothing where none wants it."""
+    if facts.get("level", WORDS[event][0]) < _least:
         return
     line = {"at": _time.now(), "level": WORDS[event][0], "event": event, **(_context.get() or {})}
     if (step := in_step.get()) is not None:
@@ -164,12 +166,15 @@ def here() -> Place:
 
 @contextmanager
 def sink(take: Callable[[dict[str, Any]], None]) -> Iterator[None]:
-    """Events go to `take` as well, within."""
+    """Events go to `take` as well, within: all of them, or those of its level `least` and above."""
+    global _least
     _sinks.append(take)
     try:
+        _least = min(getattr(one, "least", DEBUG) for one in _sinks)
         yield
     finally:
         _sinks.remove(take)
+        _least = min((getattr(one, "least", DEBUG) for one in _sinks), default=ERROR + 1)
 
 
 class JsonLines:
@@ -177,12 +182,12 @@ class JsonLines:
     user code says, and every warning, is written at once, so that a crash in the next line of code does not lose it."""
 
     def __init__(self, fd: int, least: int = INFO) -> None:
-        self._fd, self._least = fd, least
+        self._fd, self.least = fd, least
         self._lines: list[bytes] = []
         self._lock = threading.Lock()
 
     def __call__(self, line: dict[str, Any]) -> None:
-        if line["level"] < self._least:
+        if line["level"] < self.least:
             return
         shown = {**line, "at": clock.iso(line["at"]), "level": LEVELS[line["level"]], "message": words(line)}
         soon = line["level"] < WARNING and line["event"] != "output"
@@ -203,7 +208,7 @@ class JsonLines:
 
     def pass_on(self, source: str, line: dict[str, Any]) -> None:
         """Write an event of another process as it is, with where it comes from."""
-        if NUMBERS.get(line["level"], INFO) >= self._least:
+        if NUMBERS.get(line["level"], INFO) >= self.least:
             self._append(msgspec.json.encode({**line, "source": source}) + b"\n")
 
     def flush(self) -> None:

@@ -251,7 +251,7 @@ class Worker:
             self._broken = self._broken or broken
             self.stop("broken")
         del self._attempts[attempt]
-        self.inflight.give_up(attempt.claim)
+        attempt.slot.give_up()
         self._wake.set()
 
     # --- news from outside ---

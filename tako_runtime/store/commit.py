@@ -44,7 +44,7 @@ class StoreThread:
         self._door = threading.Lock()  # held to queue something, and to close
         self._closed = ""
         self._using = threading.Lock()  # held while the connection is in use; a fork takes it
-        self._outboxes: dict[asyncio.AbstractEventLoop, _Outbox] = {}
+        self._outboxes: dict[asyncio.AbstractEventLoop, Outbox] = {}
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name=name, daemon=True)
         _forks.alive.add(self)
@@ -53,14 +53,18 @@ class StoreThread:
 
     def do(self, op: Operation[R]) -> "asyncio.Future[R]":
         """Run `op`; the answer comes after the commit that carries it. Raises `StoreBusy` for what may work later."""
+        return self.outbox().do(op)
+
+    def outbox(self) -> "Outbox":
+        """What takes the operations of the running event loop: for who has many, and saves the looking it up."""
         loop = asyncio.get_running_loop()
         outbox = self._outboxes.get(loop)
         if outbox is None:
             with self._door:
                 live = {lp: box for lp, box in self._outboxes.items() if not lp.is_closed()}
-                outbox = live[loop] = _Outbox(loop, self._send)
+                outbox = live[loop] = Outbox(loop, self._send)
                 self._outboxes = live
-        return outbox.send(op)
+        return outbox
 
     def do_sync(self, op: Operation[R], timeout: float = PATIENCE) -> R:
         """The same for callers without an event loop. `StoreBusy` if its turn has not come after `timeout` seconds."""
@@ -249,7 +253,7 @@ def _resolve(futures: list[Any], answers: Sequence[Any]) -> None:
             future.set_result(answer)
 
 
-class _Outbox:
+class Outbox:
     """What one pass of an event loop queues, handed over at its end."""
 
     __slots__ = ("_futures", "_hand", "_loop", "_ops")
@@ -259,7 +263,8 @@ class _Outbox:
         self._ops: list[Operation[Any]] = []
         self._futures: list[asyncio.Future[Any]] = []
 
-    def send(self, op: Operation[R]) -> "asyncio.Future[R]":
+    def do(self, op: Operation[R]) -> "asyncio.Future[R]":
+        """As `StoreThread.do`."""
         if not self._ops:
             self._loop.call_soon(self._hand_over)
         future: asyncio.Future[R] = asyncio.Future(loop=self._loop)

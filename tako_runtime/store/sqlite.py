@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
-from itertools import chain
+from itertools import chain, starmap
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -149,8 +149,11 @@ class SqliteStore(Store):
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
         topics: Topics = set()
         sorts: _Sorts = {}
-        for place, op in enumerate(batch):
-            sorts.setdefault(type(op), []).append((place, op))
+        if len(kinds := set(map(type, batch))) == 1:  # most batches are all saves
+            sorts[kinds.pop()] = list(enumerate(batch))
+        else:
+            for place, op in enumerate(batch):
+                sorts.setdefault(type(op), []).append((place, op))
         try:
             if not any(sort.writes for sort in sorts):
                 return self._run(batch, sorts, topics), topics
@@ -245,7 +248,7 @@ class SqliteStore(Store):
                 "workflows": msgspec.json.encode(op.workflows).decode(),
             },
         ).fetchall()  # fmt: skip
-        runs = [rows.run(row) for row in found]
+        runs = list(starmap(Run, found))
         runs.sort(key=lambda run: (-run.priority, run.due_at, run.seq))
         return [Claimed(run, self._steps_of(run.seq) if run.claim > 1 else ()) for run in runs]
 
