@@ -1,6 +1,6 @@
-"""Enqueue runs with the numbers `first`, `first + by`, ... below `end`, one by one, and write down what was acknowledged.
+"""Enqueue runs with the numbers `first`, `first + by`, ... below `end`, one by one; write down what was acknowledged.
 
-Killed and started again, it goes on with what it has not written down. A number's run is the same while that one lives.
+Killed and started again, it goes on with what it has not written down. A number's run is the same while it lives.
 """
 
 import os

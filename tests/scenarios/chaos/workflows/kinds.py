@@ -6,6 +6,7 @@ import random
 import time
 
 from tako_runtime import Backoff, Step, SyncStep, workflow
+from tako_runtime.clock import SystemClock
 
 #: A crash uses an attempt up; here nothing but crashes and chance ends one, so there are enough for any night.
 AGAIN = {"retries": 500, "backoff": Backoff(base="20ms", max="200ms")}
@@ -13,7 +14,7 @@ AGAIN = {"retries": 500, "backoff": Backoff(base="20ms", max="200ms")}
 
 def body(run_id: str, name: str, lasts: float = 0.0) -> str:
     """One line, with the time at which it began, in microseconds."""
-    began, this_time = time.time_ns() // 1_000, os.urandom(8).hex()
+    began, this_time = SystemClock().now(), os.urandom(8).hex()
     file = os.open(os.environ["CHAOS_BODIES"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.write(file, f"{run_id} {name} {this_time} {began}\n".encode())
     os.close(file)
