@@ -21,9 +21,10 @@ from tako_runtime.config import Config
 from tako_runtime.errors import Refused, StoreBusy, TakoError
 from tako_runtime.log import emit
 from tako_runtime.manifest import Declared, Manifest, read
+from tako_runtime.retention import prune
 from tako_runtime.run import NewRun, ScheduleRecord, new_id
 from tako_runtime.store import Home
-from tako_runtime.store.base import DropLease, FireSchedule, ListSchedules, Prune, SetSchedules, TakeLease
+from tako_runtime.store.base import DropLease, FireSchedule, ListSchedules, SetSchedules, TakeLease
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.supervisor import Group, Supervisor
 from tako_runtime.workflow import new_run
@@ -31,9 +32,9 @@ from tako_runtime.workflow import new_run
 #: How long a leader that has fallen silent holds cron up.
 LEADER_LEASE = 5 * clock.SECOND
 
-#: How often old runs are looked for, in seconds, and how many go in one transaction.
+#: How often old runs are looked for, in seconds, and the pause between two batches of them.
 PRUNE_EVERY = 600.0
-PRUNE_BATCH = 200
+PRUNE_PAUSE = 50_000
 
 
 class Server:
@@ -91,14 +92,13 @@ class Server:
         self.supervisor.stop()
 
     async def _prune(self) -> None:
-        """Old ended runs go in small batches, so that no writer waits long for the lock."""
+        """What ended longer ago than its group keeps it."""
         while True:
             try:
                 for name in self._config.group_names(self._server):
                     kept = self._config.group(name, self._server).retention
-                    before = self._clock.now() - kept
-                    while await self._store.do(Prune(group=name, before=before, limit=PRUNE_BATCH)):
-                        await asyncio.sleep(0.05)
+                    async for _ in prune(self._store, self._clock.now() - kept, group=name, pause=PRUNE_PAUSE):
+                        pass
             except StoreBusy as error:
                 emit("store.busy", error=str(error))
             await asyncio.sleep(PRUNE_EVERY)

@@ -229,13 +229,27 @@ class FireSchedule(Operation[bool], frozen=True):
     now: int
 
 
-class Prune(Operation[int], frozen=True):
-    """Delete up to `limit` runs of a group that ended before `before`, with their steps and attempts; how many. Space
-    that becomes free goes back to the file system."""
+class Prune(Operation["Pruned"], frozen=True):
+    """Look at the next `limit` ended runs after `after`, in the order of their ends, and delete those among them that
+    ended before `before` and are of the group, the workflow and the statuses asked for (None: any), with their steps
+    and attempts. However many there are, and whatever is asked for, one call does no more than that.
 
-    group: str
+    Space that becomes free goes back to the file system, some at a time: call it again with the answer's `after` until
+    that is None."""
+
     before: int
     limit: int
+    group: str | None = None
+    workflow: str | None = None
+    statuses: Sequence[Status] | None = None
+    after: tuple[int, int] = (0, 0)
+
+
+class Pruned(msgspec.Struct, frozen=True):
+    """How many runs were deleted, and where to go on; None once nothing is left to look at or to give back."""
+
+    count: int
+    after: tuple[int, int] | None
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------
@@ -308,6 +322,7 @@ class Wait(msgspec.Struct, frozen=True):
     step: str
     since: int
     deadline: int | None
+    workflow: str
 
 
 class KeptSignals(Operation[list["KeptSignal"]], frozen=True):
@@ -327,6 +342,51 @@ class KeptSignal(msgspec.Struct, frozen=True):
 
 class CountRuns(Operation[dict[tuple[str, str], int]], frozen=True):
     """How many live runs there are, by status and reason."""
+
+    writes = False
+
+
+class CountEnded(Operation[int], frozen=True):
+    """How many runs ended from `since` on and before `before`, of a workflow and of these statuses (None: any)."""
+
+    writes = False
+    before: int
+    since: int = 0
+    workflow: str | None = None
+    statuses: Sequence[Status] | None = None
+
+
+class CountKept(Operation[int], frozen=True):
+    """How many signals are kept that have not expired."""
+
+    writes = False
+    now: int
+
+
+class Queues(Operation[list["Queue"]], frozen=True):
+    """The runs that are due at `now` and that nobody has claimed yet, by group; a group without any is not here."""
+
+    writes = False
+    now: int
+
+
+class Queue(msgspec.Struct, frozen=True):
+    group: str
+    depth: int
+    oldest_due_at: int
+
+
+class RunsAhead(Operation[int], frozen=True):
+    """How many of the runs that are due at `now` stand before this one in its group's queue, in the order in which
+    they are claimed."""
+
+    writes = False
+    run: Run
+    now: int
+
+
+class InHand(Operation[dict[str, int]], frozen=True):
+    """How many runs each worker has in hand; one without any is not here."""
 
     writes = False
 

@@ -191,11 +191,18 @@ UPDATE schedules SET next_at = :next_at, last_at = COALESCE(:fired_at, last_at),
  WHERE workflow = :workflow AND (next_at = :seen_next_at OR (next_at IS NULL AND :seen_next_at IS NULL))
 RETURNING 1;
 
--- name: prune
-DELETE FROM runs
- WHERE seq IN (SELECT seq FROM runs WHERE finished_at IS NOT NULL AND finished_at < :before AND "group" = :group
-                ORDER BY finished_at LIMIT :limit)
-RETURNING seq;
+-- name: ended_runs
+-- A stretch of the ended runs, in the order of their ends, and which of them are asked for: the walk has an end, however
+-- few of them fit.
+SELECT finished_at, seq,
+       (:group IS NULL OR "group" = :group) AND (:workflow IS NULL OR workflow = :workflow)
+       AND (:statuses IS NULL OR status IN ({statuses}))
+  FROM runs
+ WHERE finished_at IS NOT NULL AND (finished_at, seq) > (:after_at, :after_seq) AND finished_at < :before
+ ORDER BY finished_at, seq LIMIT :limit;
+
+-- name: delete_run
+DELETE FROM runs WHERE seq = :seq;
 
 -- name: delete_steps
 DELETE FROM steps WHERE run = :seq;
@@ -244,11 +251,11 @@ SELECT {run} FROM runs WHERE workflow = :workflow AND +status = :status AND id >
 SELECT n, worker, started_at, finished_at, outcome, error FROM attempts WHERE run = :seq ORDER BY n;
 
 -- name: waits_of
-SELECT w.signal, r.id, w.step, w.since, w.deadline FROM waits AS w JOIN runs AS r ON r.seq = w.run
+SELECT w.signal, r.id, w.step, w.since, w.deadline, r.workflow FROM waits AS w JOIN runs AS r ON r.seq = w.run
  WHERE w.run = :seq ORDER BY w.position, w.step;
 
 -- name: all_waits
-SELECT w.signal, r.id, w.step, w.since, w.deadline FROM waits AS w JOIN runs AS r ON r.seq = w.run
+SELECT w.signal, r.id, w.step, w.since, w.deadline, r.workflow FROM waits AS w JOIN runs AS r ON r.seq = w.run
  ORDER BY w.signal, w.run, w.step LIMIT :limit;
 
 -- name: kept_signals
@@ -261,3 +268,37 @@ DELETE FROM signals WHERE seq IN (SELECT seq FROM signals WHERE expires_at <= :n
 SELECT 'pending', reason, count(*) FROM runs WHERE status = 'pending' AND status <> 'succeeded' GROUP BY reason
 UNION ALL
 SELECT 'running', reason, count(*) FROM runs WHERE status = 'running' AND status <> 'succeeded' GROUP BY reason;
+
+-- name: count_ended
+SELECT count(*) FROM runs
+ WHERE finished_at IS NOT NULL AND finished_at >= :since AND finished_at < :before
+   AND (:workflow IS NULL OR workflow = :workflow) AND (:statuses IS NULL OR status IN ({statuses}));
+
+-- name: count_dead
+-- The few among the many: what an operator asks for all the time has an index of its own.
+SELECT count(*) FROM runs WHERE status = 'dead' AND finished_at >= :since AND finished_at < :before;
+
+-- name: count_kept
+SELECT count(*) FROM signals WHERE expires_at > :now;
+
+-- name: queues
+-- Both halves: what a claim would walk, and what has become due since somebody last made that claimable.
+SELECT "group", count(*), min(due_at) FROM runs WHERE ready = 1 GROUP BY "group"
+UNION ALL
+SELECT "group", count(*), min(due_at) FROM runs
+ WHERE ready = 0 AND due_at IS NOT NULL AND due_at <= :now GROUP BY "group";
+
+-- name: ready_ahead
+-- Three ranges of the index that a claim walks: a higher priority, an older due time, an earlier insertion.
+SELECT (SELECT count(*) FROM runs WHERE ready = 1 AND "group" = :group AND priority > :priority)
+     + (SELECT count(*) FROM runs WHERE ready = 1 AND "group" = :group AND priority = :priority AND due_at < :due_at)
+     + (SELECT count(*) FROM runs
+         WHERE ready = 1 AND "group" = :group AND priority = :priority AND due_at = :due_at AND seq < :seq);
+
+-- name: later_ahead
+SELECT count(*) FROM runs
+ WHERE ready = 0 AND due_at IS NOT NULL AND due_at <= :now AND "group" = :group
+   AND (priority > :priority OR (priority = :priority AND (due_at, seq) < (:due_at, :seq)));
+
+-- name: in_hand
+SELECT worker, count(*) FROM runs WHERE status = 'running' GROUP BY worker;

@@ -17,7 +17,7 @@ import apsw
 import msgspec
 
 from tako_runtime.errors import Refused, StoreBusy, StoreError, StoreTooNew
-from tako_runtime.run import RUN_COLUMNS, AttemptRecord, Claimed, Run, ScheduleRecord, StepRecord, WorkerRecord
+from tako_runtime.run import RUN_COLUMNS, AttemptRecord, Claimed, Run, ScheduleRecord, Status, StepRecord, WorkerRecord
 from tako_runtime.state import Change
 from tako_runtime.store import base, rows
 from tako_runtime.store.base import Operation, Store, Topics
@@ -51,11 +51,19 @@ _WORDS = {
     "step": _STEP_COLUMNS,
     "payload": "CAST(payload AS BLOB)",
     "workflows": "SELECT value FROM json_each(:workflows)",
+    "statuses": "SELECT value FROM json_each(:statuses)",
     "lock": "",
 }
 
 
 Q = load(_WORDS)
+
+#: How many free pages one `Prune` gives back: it moves others into their place meanwhile, with the lock held.
+PAGES_GIVEN_BACK = 1_000
+
+
+def _listed(statuses: "Sequence[Status] | None") -> str | None:
+    return None if statuses is None else msgspec.json.encode(statuses).decode()
 
 
 class SqliteStore(Store):
@@ -395,12 +403,20 @@ class SqliteStore(Store):
             self._enqueue(base.Enqueue(runs=[op.run], now=op.now), topics)
         return True
 
-    def _prune(self, op: base.Prune, topics: Topics) -> int:
-        ended = self._db.execute(Q["prune"], {"group": op.group, "before": op.before, "limit": op.limit}).fetchall()
-        for table in ("delete_steps", "delete_attempts"):
-            self._db.executemany(Q[table], [{"seq": seq} for (seq,) in ended])
-        self._db.execute("PRAGMA incremental_vacuum(1000)").fetchall()
-        return len(ended)
+    def _prune(self, op: base.Prune, topics: Topics) -> base.Pruned:
+        bound = {
+            "before": op.before, "limit": op.limit, "group": op.group, "workflow": op.workflow,
+            "statuses": _listed(op.statuses), "after_at": op.after[0], "after_seq": op.after[1],
+        }  # fmt: skip
+        looked_at = self._db.execute(Q["ended_runs"], bound).fetchall()
+        wanted = [{"seq": seq} for _, seq, fits in looked_at if fits]
+        for query in ("delete_steps", "delete_attempts", "delete_run"):
+            self._db.executemany(Q[query], wanted)
+        free = self._db.pragma("freelist_count")
+        self._db.execute(f"PRAGMA incremental_vacuum({PAGES_GIVEN_BACK})").fetchall()
+        more = len(looked_at) == op.limit or 0 < self._db.pragma("freelist_count") < free
+        place = cast("tuple[int, int]", tuple(looked_at[-1][:2])) if looked_at else op.after
+        return base.Pruned(len(wanted), place if more else None)
 
     # --- what is there ---
 
@@ -455,6 +471,29 @@ class SqliteStore(Store):
         kept = self._db.execute(Q["kept_signals"], {"now": op.now, "limit": op.limit})
         return [base.KeptSignal(*row) for row in kept]
 
+    def _count_ended(self, op: base.CountEnded, topics: Topics) -> int:
+        query = "count_dead" if op.statuses == (Status.DEAD,) and op.workflow is None else "count_ended"
+        bound = {"since": op.since, "before": op.before, "workflow": op.workflow, "statuses": _listed(op.statuses)}
+        return int(self._value(query, bound))
+
+    def _count_kept(self, op: base.CountKept, topics: Topics) -> int:
+        return int(self._value("count_kept", {"now": op.now}))
+
+    def _queues(self, op: base.Queues, topics: Topics) -> list[base.Queue]:
+        found: dict[str, base.Queue] = {}
+        for group, depth, oldest in self._db.execute(Q["queues"], {"now": op.now}):
+            one = found.get(group, base.Queue(group, 0, oldest))
+            found[group] = base.Queue(group, one.depth + depth, min(one.oldest_due_at, oldest))
+        return [found[group] for group in sorted(found)]
+
+    def _runs_ahead(self, op: base.RunsAhead, topics: Topics) -> int:
+        run = op.run
+        bound = {"now": op.now, "group": run.group, "priority": run.priority, "due_at": run.due_at, "seq": run.seq}
+        return int(self._value("ready_ahead", bound)) + int(self._value("later_ahead", bound))
+
+    def _in_hand(self, op: base.InHand, topics: Topics) -> dict[str, int]:
+        return dict(self._db.execute(Q["in_hand"]).fetchall())
+
     def _count_runs(self, op: base.CountRuns, topics: Topics) -> dict[tuple[str, str], int]:
         return {(status, reason): n for status, reason, n in self._db.execute(Q["count_live"])}
 
@@ -492,6 +531,11 @@ class SqliteStore(Store):
         base.OpenWaits: _open_waits,
         base.KeptSignals: _kept_signals,
         base.CountRuns: _count_runs,
+        base.CountEnded: _count_ended,
+        base.CountKept: _count_kept,
+        base.Queues: _queues,
+        base.RunsAhead: _runs_ahead,
+        base.InHand: _in_hand,
     }
 
 
