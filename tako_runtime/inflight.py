@@ -10,6 +10,7 @@ import fcntl
 import mmap
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 #: A run's `seq` and the number of the claim: the same run may be claimed anew while its last attempt still ends here.
 Claim = tuple[int, int]
@@ -32,14 +33,14 @@ class InFlight:
         self._free = list(range(_SLOTS))
         self._slots: dict[Claim, int] = {}
 
-    def note(self, claim: Claim, where: str) -> None:
-        """`where`: "in step charge". With more runs in hand than slots, some go without: their loss is told less
-        exactly."""
+    def note(self, claim: Claim, where: str, now: int) -> None:
+        """`where`, from `now` on: "in step charge". With more runs in hand than slots, some go without: their loss is
+        told less exactly."""
         slot = self._slots.get(claim)
         if slot is None and self._free:
             slot = self._slots[claim] = self._free.pop()
         if slot is not None:
-            text = f"{claim[0]} {where}".encode()[: _SLOT - 1]
+            text = f"{claim[0]} {now} {where}".encode()[: _SLOT - 1]
             at = slot * _SLOT
             self._map[at : at + len(text) + 1] = text + b"\0"
 
@@ -70,18 +71,31 @@ def gone(app_dir: Path, worker: str) -> bool | None:
         os.close(file)
 
 
-def last_seen(app_dir: Path, worker: str) -> dict[int, str]:
-    """Where the runs of a worker that is gone stood, by `Run.seq`; empty where nobody knows."""
+class Place(NamedTuple):
+    """Where in its workflow a run is, and since when."""
+
+    where: str
+    since: int
+
+
+def places(app_dir: Path, worker: str) -> dict[int, Place]:
+    """Where the runs are that a worker has in hand, or had when it died, by `Run.seq`; empty where nobody knows."""
     try:
         data = (app_dir / "workers" / worker).read_bytes()
     except OSError:
         return {}
     found = {}
     for at in range(0, len(data), _SLOT):
-        seq, _, where = data[at : at + _SLOT].split(b"\0")[0].decode(errors="replace").partition(" ")
-        if seq.isdigit():
-            found[int(seq)] = where
+        seq, _, rest = data[at : at + _SLOT].split(b"\0")[0].decode(errors="replace").partition(" ")
+        since, _, where = rest.partition(" ")
+        if seq.isdigit() and since.isdigit():
+            found[int(seq)] = Place(where, int(since))
     return found
+
+
+def last_seen(app_dir: Path, worker: str) -> dict[int, str]:
+    """The same without the times."""
+    return {seq: place.where for seq, place in places(app_dir, worker).items()}
 
 
 def forget(app_dir: Path, worker: str) -> None:

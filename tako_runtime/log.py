@@ -23,6 +23,7 @@ LEVELS = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
 
 #: event: (level, sentence). The sentence's fields are facts of the event.
 WORDS: dict[str, tuple[int, str]] = {
+    "run.enqueued": (INFO, "enqueued"),
     "run.started": (INFO, "attempt {attempt} of {max_attempts} started"),
     "run.resumed": (INFO, "goes on in attempt {attempt} of {max_attempts}, steps done before: {done}"),
     "run.succeeded": (INFO, "succeeded in {took}"),
@@ -58,6 +59,9 @@ WORDS: dict[str, tuple[int, str]] = {
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
     "file.broken": (ERROR, "{file}:{line} cannot be imported: {error}"),
+    "feed.missing": (WARNING, "nobody can look on, tako runs tail included: {path}: {error}"),
+    "tail.live": (INFO, "live from {what}, process {pid}"),
+    "tail.alone": (INFO, "no supervisor runs here: what follows is what the store has, looked at once a second"),
     "output": (INFO, "{text}"),
 }
 
@@ -84,6 +88,11 @@ def emit(event: str, **facts: Any) -> None:
 def words(line: dict[str, Any]) -> str:
     """The sentence of an event, with its facts put in."""
     return WORDS[line["event"]][1].format_map(_Lenient(line))
+
+
+def told(line: dict[str, Any]) -> dict[str, Any]:
+    """An event as other processes and programs get it: the time and the level as text, and its sentence."""
+    return {**line, "at": clock.iso(line["at"]), "level": LEVELS[line["level"]], "message": words(line)}
 
 
 class about:  # noqa: N801 -- read as a word: `with about(run=...)`
@@ -123,8 +132,7 @@ class JsonLines:
     def __call__(self, line: dict[str, Any]) -> None:
         if line["level"] < self._least:
             return
-        shown = {**line, "at": clock.iso(line["at"]), "level": LEVELS[line["level"]], "message": words(line)}
-        self._append(msgspec.json.encode(shown, enc_hook=str) + b"\n")
+        self._append(msgspec.json.encode(told(line), enc_hook=str) + b"\n")
 
     def _append(self, data: bytes) -> None:
         with self._lock:

@@ -21,8 +21,8 @@ async def prune(
     statuses: Sequence[Status] | None = None,
     pause: int = 0,
 ) -> AsyncIterator[int]:
-    """Delete the runs that ended before `before`, the oldest first, and give the file's free pages back. Yields how many
-    went with each batch; between two it lets go of the lock, and waits for `pause`."""
+    """Delete the runs that ended before `before`, the oldest first, and give the file's free pages back. Yields how
+    many went with each batch; between two it lets go of the lock, and waits for `pause`."""
     after: tuple[int, int] | None = (0, 0)
     while after is not None:
         batch = Prune(before=before, limit=BATCH, group=group, workflow=workflow, statuses=statuses, after=after)

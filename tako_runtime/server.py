@@ -15,10 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tako_runtime import clock, cron
+from tako_runtime import clock, cron, log
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import Refused, StoreBusy, TakoError
+from tako_runtime.feed import Feed
 from tako_runtime.log import emit
 from tako_runtime.manifest import Declared, Manifest, read
 from tako_runtime.retention import prune
@@ -55,8 +56,14 @@ class Server:
         self._store, self._config, self._server = store, config, server
         self._environment = {**(environment or os.environ), **home.environment()}
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
+        self.feed = Feed(home.app_dir)
+
+        def heard(source: str, event: dict[str, Any]) -> None:
+            self.feed.publish(source, event)
+            show(source, event)
+
         self.supervisor = Supervisor(
-            store, home, config.root, config.workflows.dir, groups, show, default=groups["default"],
+            store, home, config.root, config.workflows.dir, groups, heard, default=groups["default"],
             lease=config.workflows.lease, log_level=log_level, environment=self._environment,
         )  # fmt: skip
         self.cron = Cron(store, clock or SystemClock())
@@ -75,16 +82,19 @@ class Server:
         await self.cron.declare(self.manifest)
         return self.manifest
 
-    async def run(self) -> None:
-        """Until `stop()`; then drain the workers, and leave none behind."""
-        ticking = asyncio.get_running_loop().create_task(self.cron.run())
-        pruning = asyncio.get_running_loop().create_task(self._prune())
-        try:
-            await self.supervisor.run()
-        finally:
-            for task in (ticking, pruning):
-                task.cancel()
-            await asyncio.gather(ticking, pruning, return_exceptions=True)
+    async def run(self, *, firing: bool = True) -> None:
+        """Until `stop()`; then drain the workers, and leave none behind. Without `firing` no schedule fires and no old
+        run goes: nothing is begun, and what is there is worked off."""
+        begun = [self.cron.run(), self._prune()] if firing else []
+        tasks = [asyncio.get_running_loop().create_task(one) for one in begun]
+        async with self.feed:
+            try:
+                with log.sink(self.feed.announce):
+                    await self.supervisor.run()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
 
     def stop(self) -> None:
         """Fire nothing more, claim nothing more, drain. Call it in the event loop."""

@@ -219,7 +219,7 @@ class Worker:
         assert self._inflight is not None
         run = claimed.run
         attempt = Attempt(claimed, self._workflows[run.workflow], self)
-        self._inflight.note((run.seq, run.claim), "before its first step")
+        self._inflight.note((run.seq, run.claim), "before its first step", self.clock.now())
         self._busy += 1
         task = self._attempts[attempt] = asyncio.get_running_loop().create_task(attempt.perform())
         task.add_done_callback(lambda task: self._ended(attempt, task))
@@ -263,7 +263,7 @@ class Worker:
 
     def note(self, run: Run, where: str) -> None:
         assert self._inflight is not None
-        self._inflight.note((run.seq, run.claim), where)
+        self._inflight.note((run.seq, run.claim), where, self.clock.now())
 
     # --- news from outside ---
 

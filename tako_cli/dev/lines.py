@@ -51,8 +51,7 @@ class Lines:
 
     def of_supervisor(self, event: Event) -> None:
         """A sink of `log`: what is announced in this process."""
-        words = {"at": clock.iso(event["at"]), "level": log.LEVELS[event["level"]], "message": log.words(event)}
-        self.show("tako", {**event, **words})
+        self.show("tako", log.told(event))
 
     def show(self, source: str, event: Event) -> None:
         """One event, of a worker's group or of `tako` itself."""

@@ -492,7 +492,7 @@ class SqliteStore(Store):
         return int(self._value("ready_ahead", bound)) + int(self._value("later_ahead", bound))
 
     def _in_hand(self, op: base.InHand, topics: Topics) -> dict[str, int]:
-        return dict(self._db.execute(Q["in_hand"]).fetchall())
+        return dict(cast("list[tuple[str, int]]", self._db.execute(Q["in_hand"]).fetchall()))
 
     def _count_runs(self, op: base.CountRuns, topics: Topics) -> dict[tuple[str, str], int]:
         return {(status, reason): n for status, reason, n in self._db.execute(Q["count_live"])}
