@@ -12,6 +12,8 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from tako_runtime.run import WorkerRecord
+
 #: A run's `seq` and the number of the claim: the same run may be claimed anew while its last attempt still ends here.
 Claim = tuple[int, int]
 
@@ -69,6 +71,11 @@ def gone(app_dir: Path, worker: str) -> bool | None:
         return False
     finally:
         os.close(file)
+
+
+def is_up(worker: WorkerRecord, app_dir: Path, now: int) -> bool:
+    """Whether a worker lives, as far as this machine can tell."""
+    return worker.lease_until > now and gone(app_dir, worker.id) is not True
 
 
 class Place(NamedTuple):
