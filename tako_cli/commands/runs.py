@@ -294,7 +294,7 @@ def prune(
     \b
     Examples:
       tako runs prune --before 30d --dry-run
-      tako runs prune --before 2026-11-01 --workflow fulfill-order --status succeeded --yes
+      tako runs prune --before 2026-11-01 --status succeeded --yes
     """
     from tako_cli import context
 
