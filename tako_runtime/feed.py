@@ -24,6 +24,9 @@ MOST_BEHIND = 4 << 20
 #: How long the end of the supervisor waits for its readers, in seconds.
 PARTING = 1.0
 
+#: How long a supervisor has to answer, in seconds.
+ANSWER = 1.0
+
 #: The longest line that a reader takes: an event may carry a whole traceback.
 LONGEST_LINE = 16 << 20
 
@@ -81,8 +84,9 @@ class Feed:
                 reader.write(line)
 
     async def _welcome(self, words: asyncio.StreamReader, reader: asyncio.StreamWriter) -> None:
-        """Until it leaves; what it says is of no interest."""
+        """Until it leaves; what it says is of no interest. An empty line tells it that it hears all from now on."""
         self._readers[reader] = asyncio.current_task()
+        reader.write(b"\n")
         try:
             with contextlib.suppress(OSError):
                 while await words.read(4096):
@@ -114,11 +118,21 @@ class Follower:
 
 
 async def follow(app_dir: Path) -> Follower | None:
-    """Look on from now; None where no supervisor runs here."""
+    """Look on: what is announced after this has returned is heard. None where no supervisor runs here, or none that
+    answers."""
     try:
-        return Follower(*await asyncio.open_unix_connection(_path(app_dir), limit=LONGEST_LINE))
-    except OSError:
-        return None
+        async with asyncio.timeout(ANSWER):
+            lines, writer = await asyncio.open_unix_connection(_path(app_dir), limit=LONGEST_LINE)
+            try:
+                if await lines.readline() == b"\n":
+                    return Follower(lines, writer)
+            except BaseException:
+                writer.close()
+                raise
+            writer.close()
+    except OSError:  # a TimeoutError is one
+        pass
+    return None
 
 
 class Supervising(msgspec.Struct, frozen=True):
@@ -131,7 +145,7 @@ class Supervising(msgspec.Struct, frozen=True):
 def supervising(app_dir: Path) -> Supervising | None:
     """Who supervises the app here; None where nobody does."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
-        probe.settimeout(1)
+        probe.settimeout(ANSWER)
         try:
             probe.connect(str(_path(app_dir)))
         except TimeoutError:  # it is there, and too busy to answer

@@ -44,12 +44,18 @@ def key(event: Event) -> Key | None:
 def story(run: Json) -> list[Event]:
     """What has happened to a run, given as `Control.show` has it, in the order in which it happened."""
     events = [_event(run, "run.enqueued", run["created_at"], attempt=0), *_attempts(run), *_steps(run), *_stands(run)]
-    return sorted(events, key=lambda event: str(event["at"]))
+    return sorted(events, key=_place)
+
+
+def _place(event: Event) -> tuple[str, int, int]:
+    """Of what happened in one instant, an attempt's begin comes first, and its end last."""
+    begun, own = event["event"] == "run.started", event["event"].startswith("run.")
+    return event["at"], event["attempt"], 0 if begun else 2 if own else 1
 
 
 def _attempts(run: Json) -> Iterator[Event]:
     attempts = run["attempts"]
-    for attempt, following in zip(attempts, [*attempts[1:], None], strict=True):
+    for attempt, following in zip(attempts, [*attempts[1:], None], strict=False):
         n, of = attempt["n"], run["max_attempts"]
         yield _event(run, "run.started", attempt["started_at"], attempt=n, max_attempts=of)
         if following is None and Status(run["status"]).ended:
@@ -102,7 +108,7 @@ def _stands(run: Json) -> Iterator[Event]:
 def _event(run: Json, name: str, at: str, **facts: Any) -> Event:
     level = log.LEVELS[log.WORDS[name][0]]
     line = {"at": at, "level": level, "event": name, "run": run["id"], "workflow": run["workflow"], **facts}
-    return {"source": run["group"], "message": log.words(line), **line}
+    return {**line, "message": log.words(line), "source": run["group"]}
 
 
 def _line(error: Json | None) -> str:

@@ -29,19 +29,16 @@ def in_a_loop(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
     asyncio.run(limited())
 
 
-async def reading(home: Home, of: Feed) -> Follower:
-    """A reader that the feed knows of."""
-    known = len(of._readers)
+async def reading(home: Home) -> Follower:
     follower = await follow(home.app_dir)
     assert follower is not None
-    await eventually(lambda: len(of._readers) > known)
     return follower
 
 
 def test_every_reader_gets_every_event_with_its_source(home: Home) -> None:
     async def body() -> None:
         async with Feed(home.app_dir) as feed:
-            readers = [await reading(home, feed) for _ in range(3)]
+            readers = [await reading(home) for _ in range(3)]
             feed.publish("media", {"event": "run.started", "run": "r", "message": "zwölf"})
             feed.publish("tako", {"event": "worker.died", "pid": 7})
             for reader in readers:
@@ -56,7 +53,7 @@ def test_every_reader_gets_every_event_with_its_source(home: Home) -> None:
 def test_what_the_supervisor_itself_announces_reads_as_in_the_log(home: Home) -> None:
     async def body() -> None:
         async with Feed(home.app_dir) as feed:
-            reader = await reading(home, feed)
+            reader = await reading(home)
             with log.sink(feed.announce):
                 log.emit("worker.died", pid=7, how="exit code 3", group="media")
             event = await reader.next()
@@ -72,7 +69,7 @@ def test_what_the_supervisor_itself_announces_reads_as_in_the_log(home: Home) ->
 def test_an_event_may_come_from_any_thread(home: Home) -> None:
     async def body() -> None:
         async with Feed(home.app_dir) as feed:
-            reader = await reading(home, feed)
+            reader = await reading(home)
             await asyncio.gather(*(asyncio.to_thread(feed.publish, "tako", {"n": n}) for n in range(50)))
             heard = [await reader.next() for _ in range(50)]
             assert sorted(event["n"] for event in heard if event) == list(range(50))
@@ -92,7 +89,7 @@ def test_a_reader_that_reads_nothing_is_dropped_and_the_others_and_the_superviso
             sleeper = socket.socket(socket.AF_UNIX)
             sleeper.connect(str(feed._path))
             await eventually(lambda: len(feed._readers) == 1)
-            awake = await reading(home, feed)
+            awake = await reading(home)
             for _ in range(100):
                 feed.publish("default", big)
                 assert (await awake.next() or {})["text"] == big["text"]
@@ -107,10 +104,30 @@ def test_a_reader_that_reads_nothing_is_dropped_and_the_others_and_the_superviso
     in_a_loop(body)
 
 
+def test_who_has_been_let_in_misses_nothing_and_a_supervisor_that_does_not_answer_lets_nobody_in(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "ANSWER", 0.1)
+
+    async def body() -> None:
+        async with Feed(home.app_dir) as feed:
+            reader = await reading(home)
+            feed.publish("tako", {"n": 1})
+            assert await reader.next() == {"n": 1, "source": "tako"}
+            reader.close()
+        silent = socket.socket(socket.AF_UNIX)
+        silent.bind(str(feed._path))
+        silent.listen()
+        assert await follow(home.app_dir) is None
+        silent.close()
+
+    in_a_loop(body)
+
+
 def test_the_end_of_the_supervisor_brings_what_was_on_its_way_and_then_the_end(home: Home) -> None:
     async def body() -> None:
         async with Feed(home.app_dir) as feed:
-            reader = await reading(home, feed)
+            reader = await reading(home)
             feed.publish("tako", {"event": "worker.died"})
             await asyncio.sleep(0)
         assert (await reader.next() or {})["event"] == "worker.died"
@@ -156,7 +173,7 @@ def test_a_path_that_is_too_long_for_a_socket_goes_where_the_bell_goes(home: Hom
     async def body() -> None:
         async with Feed(deep.app_dir) as feed:
             assert len(os.fsencode(feed._path)) < 104
-            reader = await reading(deep, feed)
+            reader = await reading(deep)
             feed.publish("tako", {"n": 1})
             assert await reader.next() == {"n": 1, "source": "tako"}
             reader.close()
