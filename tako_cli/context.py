@@ -34,15 +34,16 @@ def project() -> "Config":
 
 
 @contextmanager
-def opened() -> "Iterator[StoreThread]":
-    """The store of this folder's project, or of the app that the environment names."""
+def opened() -> "Iterator[tuple[StoreThread, Home]]":
+    """The store of this folder's project, or of the app that the environment names, and where it is."""
     from tako_runtime import store
 
-    found = store.open_store(store.locate())
+    home = store.locate()
+    thread = store.open_store(home)
     try:
-        yield found
+        yield thread, home
     finally:
-        found.close()
+        thread.close()
 
 
 @contextmanager
@@ -50,8 +51,8 @@ def control() -> "Iterator[Control]":
     """The operations on that store."""
     from tako_runtime.control import Control
 
-    with opened() as found:
-        yield Control(found)
+    with opened() as (thread, home):
+        yield Control(thread, app_dir=home.app_dir)
 
 
 def environment(config: "Config", home: "Home") -> dict[str, str]:
@@ -95,20 +96,31 @@ def place(file: str, line: int) -> str:
     return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{line}"
 
 
-def developing(home: "Home") -> int | None:
-    """The process id of the `tako dev` that runs this app, if one does."""
-    try:
-        pid = int((home.app_dir / "supervisor.pid").read_text().partition(" ")[0])
-        os.kill(pid, 0)
-    except (OSError, ValueError):
-        return None
-    return pid
+def known() -> "Config | None":
+    """The configuration of the app whose store this folder's commands open, where there is one: an app that only the
+    environment names has none here."""
+    from tako_runtime import config, store
+
+    path = config.find()
+    found = config.load(path) if path is not None else None
+    return found if found is not None and found.name == store.locate().app else None
+
+
+def is_development(home: "Home") -> bool:
+    """Whether it is a project's own, which `tako dev` works for, and not a server's."""
+    return home.data_dir.name == ".tako"
 
 
 def note_if_nothing_runs(then: str) -> None:
     """Say so where the project's own store has nobody who works on it, and what will be `then`."""
     from tako_runtime import store
+    from tako_runtime.feed import supervising
 
     home = store.locate()
-    if home.data_dir.name == ".tako" and developing(home) is None:
+    if is_development(home) and supervising(home.app_dir) is None:
         output.note(f"nothing runs here now: {then}")
+
+
+def how_to_run(home: "Home") -> str:
+    """What to do where no supervisor runs."""
+    return "Start one with: tako dev" if is_development(home) else "Start the app's service on this server."

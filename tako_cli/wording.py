@@ -3,6 +3,7 @@
 Times of day are the local ones of whoever reads. `now` is an instant in microseconds, as everywhere.
 """
 
+import re
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,16 @@ def at(iso: str | None, now: int) -> str:
         return ""
     local, today = clock.moment(instant).astimezone(), clock.moment(now).astimezone()
     return local.strftime("%H:%M:%S" if local.date() == today.date() else "%Y-%m-%d %H:%M:%S")
+
+
+_TIME = re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+
+
+def with_local_times(text: str, now: int, *, distances: bool = True) -> str:
+    """A sentence of the runtime's, whose times are UTC, as it reads here."""
+    return _TIME.sub(
+        lambda found: f"{at(found[0], now)} ({distance(found[0], now)})" if distances else at(found[0], now), text
+    )
 
 
 def distance(iso: str | None, now: int) -> str:

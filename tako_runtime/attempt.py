@@ -299,14 +299,14 @@ class Attempt:
         """A step's body is about to run: whether it may. If not, only the store can tell (`confirm_start`)."""
         if self._lost or now >= self._desk.lease_until:
             return False
-        self.slot.note(key.name)
+        self.slot.note(key.name, now)
         return True
 
     async def confirm_start(self, key: StepKey) -> None:
         """After a stop longer than the lease. Raises where the claim is gone."""
         if self._lost or not await self._desk.confirm_lease():
             self._lost_claim()
-        self.slot.note(key.name)
+        self.slot.note(key.name, self.now())
 
     def leave(self, key: StepKey) -> None:
         """The step call is over, or goes to sleep."""

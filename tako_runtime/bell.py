@@ -25,7 +25,7 @@ class Bell:
     """The bell of one app. Rings from any thread; each listener has its own socket."""
 
     def __init__(self, app_dir: Path) -> None:
-        self._folder = _bell_folder(app_dir)
+        self._folder = socket_folder(app_dir / "bell")
         self._socket: socket.socket | None = None
 
     def ring(self, topics: set[str]) -> None:
@@ -105,9 +105,10 @@ class Listener:
         self._path.unlink(missing_ok=True)
 
 
-def _bell_folder(app_dir: Path) -> Path:
-    """`bell/` of the app; where its path is too long for a socket, a short folder of this user named by its hash."""
-    folder = app_dir.absolute() / "bell"
+def socket_folder(wanted: Path) -> Path:
+    """A folder for sockets: the wanted one; where its path is too long for them, a short one of this user, named by its
+    hash."""
+    folder = wanted.absolute()
     if len(os.fsencode(folder)) <= _LONGEST_FOLDER:
         return folder
     runtime = Path(f"/run/user/{os.getuid()}")
@@ -116,5 +117,5 @@ def _bell_folder(app_dir: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             runtime.mkdir(mode=0o700)
         if runtime.lstat().st_uid != os.getuid() or runtime.lstat().st_mode & 0o077:
-            return folder  # somebody else's: the look once a second has to do
-    return runtime / f"tako-bell-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
+            return folder  # somebody else's: whoever needs a socket has to do without
+    return runtime / f"tako-{folder.name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"

@@ -62,6 +62,14 @@ def decode(text: str | bytes, annotation: object = Any) -> Any:
         raise Unreadable(str(error) or type(error).__name__) from None
 
 
+def shown(text: bytes) -> Any:
+    """A stored value for people and programs; text that is not JSON any more is shown as it is."""
+    try:
+        return decode(text)
+    except Unreadable:
+        return text.decode(errors="replace")
+
+
 def carry(value: object, annotation: object, what: str, *, limit: int = MAX_VALUE) -> tuple[str, Any]:
     """The stored text of `value` and the value as every replay will see it.
 

@@ -1,4 +1,5 @@
-"""What an operator may ask: list, show, start, retry, signal, cancel. Values in, values out.
+"""What an operator may ask: list, show, why, start, retry, signal, cancel, prune; and how the app stands. Values in,
+values out.
 
 The command line, and later the same commands over SSH, only turn these values into tables or JSON. Every time in them
 is ISO 8601 in UTC.
@@ -6,29 +7,39 @@ is ISO 8601 in UTC.
 
 import asyncio
 import difflib
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tako_runtime import clock, codec, failure, state
 from tako_runtime.clock import Clock, SystemClock
-from tako_runtime.errors import InvalidValue, NotFound, Refused, Unreadable
-from tako_runtime.manifest import Declared
+from tako_runtime.config import Config
+from tako_runtime.errors import InvalidValue, NotFound, Refused
+from tako_runtime.feed import supervising
+from tako_runtime.manifest import Declared, Manifest
+from tako_runtime.retention import prune
 from tako_runtime.run import AttemptRecord, Run, Status, StepRecord, first_id_at, new_id
+from tako_runtime.signals import AWAITED, signals
+from tako_runtime.status import look, status
 from tako_runtime.store import base, limits
 from tako_runtime.store.commit import StoreThread
+from tako_runtime.why import seen, why
 from tako_runtime.workflow import check_signal_name, new_run, signal_op
 
 Json = dict[str, Any]
 
 
 class Control:
-    """The operations on one store. Blocking, as a command is."""
+    """The operations on one store. Blocking, as a command is. What only this machine knows (which processes live, who
+    supervises) is beside the store, in `app_dir`; without it, only the store is asked."""
 
-    def __init__(self, store: StoreThread, clock: Clock | None = None) -> None:
+    def __init__(self, store: StoreThread, clock: Clock | None = None, app_dir: Path | None = None) -> None:
         self._store = store
         self._clock: Clock = clock or SystemClock()
+        self._app_dir = app_dir or Path(os.devnull)
 
     # --- looking ---
 
@@ -86,6 +97,31 @@ class Control:
                 for w in waits
             ],
         }
+
+    def why(
+        self,
+        prefix: str,
+        config: Config | None = None,
+        declared: Callable[[], Manifest] | None = None,
+    ) -> Json:
+        """Why a run stands where it stands: a `cause` (`why.CAUSES`) and a `sentence`. The configuration says how many
+        runs a worker can have; what the release declares is asked only where it matters."""
+        run, now = self.find(prefix), self._clock.now()
+        found = why(seen(self._store, self._app_dir, run, now, config, declared))
+        return {"run": run.id, "workflow": run.workflow, "status": run.status, **found._asdict()}
+
+    def status(self, config: Config | None = None) -> Json:
+        """How the app stands: `groups`, `workers`, `schedules`, `runs`. The configuration says which groups there are
+        to be."""
+        wanted = {name: config.group(name) for name in config.group_names()} if config else {}
+        return status(look(self._store, self._app_dir, self._clock.now()), wanted, supervising(self._app_dir))
+
+    def signals(self, limit: int = 50) -> Json:
+        """Signals that runs are `waiting` for, by name, and signals that are `kept`, oldest first; at most `limit` of
+        each. A kept one has the name of a wait that it was likely meant for as `near`."""
+        waits = self._store.do_sync(base.OpenWaits(limit=max(limit, AWAITED)))
+        kept = self._store.do_sync(base.KeptSignals(now=self._clock.now(), limit=limit))
+        return signals(waits, kept, limit)
 
     def counts(self) -> dict[tuple[str, str], int]:
         """Live runs by status and reason."""
@@ -146,6 +182,29 @@ class Control:
             raise InvalidValue(f"the payload is not JSON: {error}") from None
         return self._store.do_sync(signal_op(name, value))
 
+    def prunable(self, before: int, *, workflow: str | None = None, statuses: Sequence[str] = ()) -> int:
+        """How many runs ended before an instant. Raises `InvalidValue` for a status that is no end."""
+        return self._store.do_sync(base.CountEnded(before=before, workflow=workflow, statuses=_ends(statuses)))
+
+    def prune(
+        self,
+        before: int,
+        *,
+        workflow: str | None = None,
+        statuses: Sequence[str] = (),
+        told: Callable[[int], None] = lambda _: None,
+    ) -> int:
+        """Delete the runs that ended before an instant; how many. `told` hears how many went with each batch."""
+
+        async def batches() -> int:
+            total = 0
+            async for count in prune(self._store, lambda _: before, workflow=workflow, statuses=_ends(statuses)):
+                total += count
+                told(count)
+            return total
+
+        return asyncio.run(batches())
+
     def _change(self, run: Run, decide: "Any") -> Json:
         """Decide on the run as it stands, and again where it moved on meanwhile."""
         for _ in range(100):
@@ -185,6 +244,14 @@ class Control:
         if found is None:
             raise NotFound(f"run {run.id} is not there any more")
         return found
+
+
+def _ends(statuses: Sequence[str]) -> tuple[Status, ...] | None:
+    """The statuses of ended runs that were asked for; None where none was."""
+    ends = [status.value for status in Status if status.ended]
+    if unknown := [status for status in statuses if status not in ends]:
+        raise InvalidValue(f"only ended runs are pruned, and {unknown[0]} is no end", hint=f"One of {', '.join(ends)}.")
+    return tuple(Status(status) for status in dict.fromkeys(statuses)) or None
 
 
 def choose(workflows: Iterable[Declared], name: str) -> Declared:
@@ -268,13 +335,7 @@ def _time(micros: int | None) -> str | None:
 
 
 def _value(text: bytes | None) -> Any:
-    """A stored value for programs; text that is not JSON any more is shown as it is."""
-    if text is None:
-        return None
-    try:
-        return codec.decode(text)
-    except Unreadable:
-        return text.decode(errors="replace")
+    return None if text is None else codec.shown(text)
 
 
 def _error(text: str | None) -> Json | None:

@@ -11,6 +11,9 @@ import mmap
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+
+from tako_runtime.run import WorkerRecord
 
 _SLOT = 256
 
@@ -47,10 +50,10 @@ class Slot:
         self._map, self._free, self._seq = map_, free, seq
         self._at = free.pop() if free else -1
 
-    def note(self, step: str) -> None:
+    def note(self, step: str, now: int) -> None:
         """The run has come to that step."""
         if self._at >= 0:
-            text = f"{self._seq} in step {step}\0".encode()
+            text = f"{self._seq} {now} in step {step}\0".encode()
             if len(text) > _SLOT:
                 text = text[: _SLOT - 1] + b"\0"
             self._map[self._at : self._at + len(text)] = text
@@ -78,18 +81,32 @@ def gone(app_dir: Path, worker: str) -> bool | None:
         os.close(file)
 
 
-def last_seen(app_dir: Path, worker: str) -> Callable[[int], str]:
-    """Where a run of a worker that is gone stood, by `Run.seq`: a run without a note was not in a step yet. "" where
-    nobody knows."""
+def is_up(worker: WorkerRecord, app_dir: Path, now: int) -> bool:
+    """Whether a worker lives, as far as this machine can tell."""
+    return worker.lease_until > now and gone(app_dir, worker.id) is not True
+
+
+class Place(NamedTuple):
+    """Where in its workflow a run is, and since when; `since` is None before its first step, and where nobody knows."""
+
+    where: str
+    since: int | None
+
+
+def places(app_dir: Path, worker: str) -> Callable[[int], Place]:
+    """Where the runs are that a worker has in hand, or had when it died, by `Run.seq`: one without a note was not in a
+    step yet. Nowhere ("") where nobody knows."""
     try:
         data = (app_dir / "workers" / worker).read_bytes()
     except OSError:
-        return lambda seq: ""
+        return lambda seq: Place("", None)
     found = {}
     for at in range(0, len(data), _SLOT):
-        seq, _, where = data[at : at + _SLOT].split(b"\0")[0].decode(errors="replace").partition(" ")
-        found[seq] = where
-    return lambda seq: found.get(str(seq), "before its first step")
+        seq, _, rest = data[at : at + _SLOT].split(b"\0")[0].decode(errors="replace").partition(" ")
+        since, _, where = rest.partition(" ")
+        if since.isdigit():
+            found[seq] = Place(where, int(since))
+    return lambda seq: found.get(str(seq), Place("before its first step", None))
 
 
 def forget(app_dir: Path, worker: str) -> None:

@@ -26,6 +26,7 @@ NUMBERS = {name: number for number, name in LEVELS.items()}
 
 #: event: (level, sentence). The sentence's fields are facts of the event.
 WORDS: dict[str, tuple[int, str]] = {
+    "run.enqueued": (INFO, "enqueued"),
     "run.started": (INFO, "attempt {attempt} of {max_attempts} started"),
     "run.resumed": (INFO, "goes on in attempt {attempt} of {max_attempts}, steps done before: {done}"),
     "run.woken": (INFO, "woken by {by}, goes on in attempt {attempt} of {max_attempts}, steps done before: {done}"),
@@ -69,6 +70,9 @@ WORDS: dict[str, tuple[int, str]] = {
     "secret.short": (WARNING, "secrets too short to be masked (less than {least} characters): {names}"),
     "secret.unread": (ERROR, "the secrets cannot be read, those that were known go on: {error}"),
     "secret.missing": (WARNING, "required secrets that are not set: {names}"),
+    "feed.missing": (WARNING, "nobody can look on, tako runs tail included: {path}: {error}"),
+    "tail.live": (INFO, "live from {what}, process {pid}"),
+    "tail.alone": (INFO, "no supervisor runs here: what follows is what the store has, looked at once a second"),
     "output": (INFO, "{text}"),
 }
 
@@ -122,6 +126,11 @@ def place(what: str) -> str:
 def words(line: dict[str, Any]) -> str:
     """The sentence of an event, with its facts put in."""
     return WORDS[line["event"]][1].format_map(_Lenient(line))
+
+
+def told(line: dict[str, Any]) -> dict[str, Any]:
+    """An event as other processes and programs get it: the time and the level as text, and its sentence."""
+    return {**line, "at": clock.iso(line["at"]), "level": LEVELS[line["level"]], "message": words(line)}
 
 
 class about:  # noqa: N801 -- read as a word: `with about(run=...)`
@@ -189,9 +198,8 @@ class JsonLines:
     def __call__(self, line: dict[str, Any]) -> None:
         if line["level"] < self.least:
             return
-        shown = {**line, "at": clock.iso(line["at"]), "level": LEVELS[line["level"]], "message": words(line)}
         soon = line["level"] < WARNING and line["event"] != "output"
-        self._append(msgspec.json.encode(shown, enc_hook=str) + b"\n", soon=soon)
+        self._append(msgspec.json.encode(told(line), enc_hook=str) + b"\n", soon=soon)
 
     def _append(self, data: bytes, *, soon: bool = True) -> None:
         with self._lock:

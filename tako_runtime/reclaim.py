@@ -25,15 +25,15 @@ async def reclaim(store: StoreThread, app_dir: Path, now: int, *, but: str | Non
 
 async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now: int) -> int:
     """Give back the runs of one worker that was given up, and take it off the list."""
-    where = inflight.last_seen(app_dir, worker.id)
+    places = inflight.places(app_dir, worker.id)
     count = 0
     while not await store.do(RemoveWorker(worker=worker.id)):
         for run in await store.do(RunsOf(worker=worker.id)):
-            change = settle(run, WorkerLost(where(run.seq)), now)
+            at = places(run.seq).where
+            change = settle(run, WorkerLost(at), now)
             if not await store.do(Apply(change=change)):
                 continue
             count += 1
-            at = where(run.seq)
             message = f"worker died during attempt {run.attempt} {at}".rstrip()
             again = "taken up at once" if change.due_at == now else f"again at {clock.iso(change.due_at or now)}"
             then = again if change.status == Status.PENDING else str(change.status)

@@ -19,6 +19,7 @@ from tako_runtime import clock, log
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import Refused, TakoError
+from tako_runtime.feed import Feed
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, read
 from tako_runtime.metrics import Metrics
@@ -55,9 +56,11 @@ class Server:
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
         self.metrics = Metrics(config.metrics.listen, store, self._group_names, ticking)
+        self.feed = Feed(home.app_dir)
 
         def heard(source: str, event: dict[str, Any]) -> None:
             self.metrics.observe(event)
+            self.feed.publish(source, event)
             show(source, event)
 
         self.supervisor = Supervisor(
@@ -93,22 +96,28 @@ class Server:
         if short := too_short(given):
             emit("secret.short", names=", ".join(short), least=SHORTEST)
 
-    async def run(self) -> None:
-        """Until `stop()`; then drain the workers, and leave none behind. If one of the parts cannot go on, all end, and
-        what it failed of is raised: an app whose cron has silently died would be worse than one that is down."""
+    async def run(self, *, firing: bool = True) -> None:
+        """Until `stop()`; then drain the workers, and leave none behind. Without `firing` no schedule fires and no old
+        run goes: nothing is begun, and what is there is worked off.
+
+        If one of the parts cannot go on, all end, and what it failed of is raised: an app whose cron has silently died
+        would be worse than one that is down."""
         loop = asyncio.get_running_loop()
-        supervising, ticking, pruning = parts = [
-            loop.create_task(part.run()) for part in (self.supervisor, self.cron, self.retention)
-        ]
+        parts = [loop.create_task(self.supervisor.run())]
+        if firing:
+            parts += [loop.create_task(self.cron.run()), loop.create_task(self.retention.run())]
         try:
-            with log.sink(self.metrics.observe):
-                async with self.metrics:
+            with log.sink(self.metrics.observe), log.sink(self.feed.announce):
+                async with self.feed, self.metrics:
                     await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
+                    self.stop()
+                    await asyncio.wait(parts[:1])
         finally:
             self.stop()
-            pruning.cancel()
+            for part in parts[2:]:
+                part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
-        for part in (supervising, ticking, pruning):
+        for part in parts:
             if not part.cancelled():
                 part.result()
 

@@ -130,15 +130,18 @@ def test_a_batch_is_smaller_where_the_runs_hold_much(caller: Caller) -> None:
         ended(caller, steps=3)
     caller.clock.advance(clock.SECOND)
     batches = []
-    while gone := caller.do(base.Prune(group="default", before=caller.now, limit=BATCH)):
-        batches.append(gone)
+    after: tuple[int, int] | None = (0, 0)
+    while after is not None:
+        pruned = caller.do(base.Prune(group="default", before=caller.now, limit=BATCH, after=after))
+        batches.append(pruned.count)
+        after = pruned.after
     assert batches == [4, 4, 4, 4, 24], "a few megabytes at a time"
 
 
 def test_one_run_that_holds_more_than_a_batch_may_goes_too(caller: Caller) -> None:
     ended(caller, steps=12, result=f'"{"x" * 1_000_000}"')
     caller.clock.advance(clock.SECOND)
-    assert caller.do(base.Prune(group="default", before=caller.now, limit=BATCH)) == 1
+    assert caller.do(base.Prune(group="default", before=caller.now, limit=BATCH)).count == 1
 
 
 def test_the_file_gets_smaller_by_what_was_freed(caller: Caller, opened: StoreThread, opened_file: Path) -> None:

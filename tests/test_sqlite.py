@@ -268,9 +268,15 @@ PLANS: dict[str, tuple[set[str], bool]] = {
     "count_live": ({"runs_by_status"}, True),
     "delete_worker": ({"", "runs_in_hand", "sqlite_autoindex_workers_1"}, False),
     "next_ended_group": ({"runs_ended"}, False),
-    "prunable": ({"runs_ended", ""}, False),
+    "ended_runs": ({"runs_ended", ""}, False),
     "delete_run": ({""}, False),
+    "count_ended": ({"runs_ended"}, False),
+    "count_dead": ({"runs_dead"}, False),
+    "count_kept": ({"signals_by_expiry"}, False),
     "queues": ({"runs_ready", "runs_later"}, True),
+    "ready_ahead": ({"runs_ready"}, False),
+    "later_ahead": ({"runs_later"}, False),
+    "in_hand": ({"runs_in_hand"}, False),
     "give_up_worker": ({"sqlite_autoindex_workers_1", ""}, False),
     "delete_steps": ({""}, False),
     "delete_attempts": ({""}, False),
@@ -290,7 +296,7 @@ def test_each_query_finds_its_rows_through_the_index_that_is_meant_for_it(filled
     assert used, plan
     walked = [line for line in plan if re.match(r"SCAN (runs|steps|waits|w|signals|attempts)\b(?!.*USING)", line)]
     assert walked == [], plan
-    if name not in ("next_due", "count_live", "find_runs", "list_succeeded", "queues"):
+    if name not in ("next_due", "count_live", "find_runs", "list_succeeded", "queues", "in_hand"):
         assert [line for line in plan if re.match(r"SCAN (runs|steps|waits|w|signals|attempts)\b", line)] == [], plan
     assert may_sort or not any("TEMP B-TREE" in line for line in plan), plan
 
@@ -300,7 +306,7 @@ def explain(db: apsw.Connection, name: str) -> list[str]:
         width = columns[1].count(",") + 1
         found = db.execute("EXPLAIN QUERY PLAN " + in_bulk(name, width, 2), [1] * width * 2)
     else:
-        given = {"workflows": "[]", "runs": "[]", "since_id": "", "prefix": "0"}
+        given = {"workflows": "[]", "runs": "[]", "statuses": "[]", "since_id": "", "prefix": "0"}
         bound = dict.fromkeys(re.findall(r":(\w+)", Q[name]), 1) | given
         found = db.execute("EXPLAIN QUERY PLAN " + Q[name], bound)
     return [row[3] for row in found]
@@ -319,14 +325,20 @@ def test_every_query_that_looks_for_rows_has_its_plan_in_the_table() -> None:
         ("next_due", {}, 100),
         ("next_ready_group", {"after": "default"}, 100),
         ("next_ended_group", {"after": ""}, 100),
-        ("prunable", {"group": "default", "before": 10_000, "limit": 10}, 1_000),
-        ("prunable", {"group": "email", "before": 10_000, "limit": 10}, 100),
+        ("ended_runs", {"group": "email", "before": 10_000, "limit": 10, "after_at": 0, "after_seq": 0}, 150),
         ("list_runs", {"since_id": "", "limit": 10}, 1_000),
         ("list_runs_by_status", {"since_id": "", "limit": 10, "status": "dead"}, 1_000),
         ("find_runs", {"prefix": "0000123", "beyond": "0000123~", "limit": 5}, 1_000),
         ("waiting_runs", {"name": "s10", "now": 9}, 300),
         ("take_kept", {"signal": "k7", "now": 0}, 300),
         ("runs_of", {"worker": "w"}, 100),
+        ("ended_runs", {"group": "default", "before": 9**9, "limit": 10, "after_at": 2000, "after_seq": 2000}, 1_000),
+        ("count_dead", {"since": 0, "before": 9**9}, 100),
+        ("count_kept", {"now": 4990}, 300),
+        ("queues", {"now": 0}, 4_000),
+        ("ready_ahead", {"group": "default", "priority": 0, "due_at": 40, "seq": 40}, 500),
+        ("later_ahead", {"now": 40, "group": "default", "priority": 0, "due_at": 40, "seq": 40}, 500),
+        ("in_hand", {}, 100),
     ],
     ids=lambda given: given if isinstance(given, str) else "",
 )
@@ -343,7 +355,7 @@ def test_the_work_of_a_query_does_not_grow_with_what_it_does_not_concern(
     filled.execute("BEGIN")
     filled.set_progress_handler(count, 1)
     try:
-        filled.execute(Q[name], bound).fetchall()
+        filled.execute(Q[name], dict.fromkeys(re.findall(r":(\w+)", Q[name])) | bound).fetchall()
     finally:
         filled.set_progress_handler(None)
         filled.execute("ROLLBACK")

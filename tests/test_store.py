@@ -741,10 +741,13 @@ def test_pruning_deletes_what_ended_before_with_its_steps_and_attempts_and_nothi
         caller.save(run, "charge")
         caller.settle(run, Returned("1"))
         caller.clock.advance(SECOND)
-    assert caller.do(base.Prune(group="media", before=caller.now, limit=10)) == 0
-    assert caller.do(base.Prune(group="default", before=caller.now - SECOND, limit=1)) == 1
-    assert caller.do(base.Prune(group="default", before=caller.now - SECOND, limit=10)) == 1
-    assert caller.do(base.Prune(group="default", before=caller.now - SECOND, limit=10)) == 0
+    before = caller.now - SECOND
+    assert caller.do(base.Prune(group="media", before=caller.now, limit=10)).count == 0
+    first = caller.do(base.Prune(group="default", before=before, limit=1))
+    assert first.count == 1
+    assert first.after is not None
+    assert caller.do(base.Prune(group="default", before=before, limit=10, after=first.after)).count == 1
+    assert caller.do(base.Prune(group="default", before=before, limit=10)).count == 0
     assert ids(caller.do(base.ListRuns())) == [runs[3].id, runs[2].id]
     for run, kept in zip(runs, (0, 0, 1, 0), strict=True):
         assert len(caller.do(base.Steps(seq=run.seq))) == kept
@@ -772,6 +775,75 @@ def test_expired_signals_go_the_oldest_first_and_no_more_than_asked_for(caller: 
     assert caller.do(base.ExpireSignals(now=caller.now, limit=2)) == 1
     assert caller.do(base.ExpireSignals(now=caller.now, limit=2)) == 0
     assert [kept.name for kept in caller.do(base.KeptSignals(now=0))] == ["s3"]
+
+
+def ended_in_many_ways(caller: Caller) -> dict[str, str]:
+    """A run of each name, which says its workflow and how it ended, all of them at the same instant; name by id."""
+    made: dict[str, str] = {}
+    for workflow in ("order", "pack"):
+        for end, outcome in (("done", Returned("1")), ("dead", Failed(BROKE)), ("gone", Bailed("x"))):
+            made[caller.enqueue(workflow=workflow)] = f"{workflow} {end}"
+            [claimed] = caller.claim(workflows=("order", "pack"))
+            caller.settle(claimed.run, outcome)
+    caller.clock.advance(SECOND)
+    return made
+
+
+def test_pruning_takes_only_the_workflow_and_the_ends_that_it_is_asked_for(caller: Caller) -> None:
+    made = ended_in_many_ways(caller)
+    live = caller.enqueue()
+
+    def left_after(**asked: Any) -> list[str]:
+        caller.do(base.Prune(group="default", before=caller.now, limit=100, **asked))
+        return [made.get(run.id, "live") for run in reversed(caller.do(base.ListRuns()))]
+
+    all_but = list(made.values())
+    for asked, gone in (
+        ({"workflow": "pack", "statuses": [Status.DEAD]}, {"pack dead"}),
+        ({"statuses": [Status.DEAD, Status.CANCELLED]}, {"order dead", "order gone", "pack gone"}),
+        ({"workflow": "order"}, {"order done"}),
+        ({}, {"pack done"}),
+    ):
+        all_but = [name for name in all_but if name not in gone]
+        assert left_after(**asked) == [*all_but, "live"]
+    assert caller.do(base.FindRuns(prefix=live))
+
+
+def test_pruning_walks_over_what_does_not_fit_a_stretch_at_a_time_and_comes_to_an_end(caller: Caller) -> None:
+    made = ended_in_many_ways(caller)
+    after: tuple[int, int] | None = (0, 0)
+    counts = []
+    while after is not None:
+        pruned = caller.do(base.Prune(group="default", before=caller.now, limit=2, workflow="pack", after=after))
+        counts.append(pruned.count)
+        after = pruned.after
+    assert [count for count in counts if count] == [1, 2]
+    assert {made[run.id].split()[0] for run in caller.do(base.ListRuns())} == {"order"}
+
+
+def test_a_run_that_goes_on_again_is_not_pruned_however_long_ago_it_had_ended(caller: Caller) -> None:
+    run = caller.started()
+    caller.settle(run, Failed(BROKE))
+    caller.apply(state.retry(caller.get(run), caller.clock.advance(DAY)))
+    assert caller.do(base.Prune(group="default", before=caller.clock.advance(DAY), limit=10)) == base.Pruned(0, None)
+    assert caller.get(run).status == "pending"
+
+
+def test_ended_runs_are_counted_by_when_and_how_they_ended(caller: Caller) -> None:
+    first = caller.now
+    ended_in_many_ways(caller)
+    caller.started()
+
+    def counted(**asked: Any) -> int:
+        return caller.do(base.CountEnded(**{"before": caller.now, **asked}))
+
+    assert counted() == 6
+    assert counted(before=first) == 0
+    assert counted(since=caller.now) == 0
+    assert counted(workflow="pack") == 3
+    assert counted(statuses=(Status.DEAD,)) == 2
+    assert counted(statuses=(Status.DEAD,), since=caller.now) == 0
+    assert counted(statuses=(Status.DEAD, Status.SUCCEEDED), workflow="pack") == 2
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------
@@ -875,12 +947,12 @@ def test_open_waits_are_listed_for_one_run_or_for_all(caller: Caller) -> None:
     caller.wait(two, "m#2", signal="m")
     of_one = caller.do(base.OpenWaits(seq=one.seq))
     assert of_one == [
-        base.Wait("z", one.id, "z", caller.now, caller.now + HOUR),
-        base.Wait("a", one.id, "a", caller.now, None),
+        base.Wait("z", one.id, "z", caller.now, caller.now + HOUR, "order"),
+        base.Wait("a", one.id, "a", caller.now, None, "order"),
     ]
     assert [wait.signal for wait in caller.do(base.OpenWaits())] == ["a", "m", "z"]
     assert [wait.signal for wait in caller.do(base.OpenWaits(limit=2))] == ["a", "m"]
-    assert caller.do(base.OpenWaits(seq=two.seq)) == [base.Wait("m", two.id, "m#2", caller.now, None)]
+    assert caller.do(base.OpenWaits(seq=two.seq)) == [base.Wait("m", two.id, "m#2", caller.now, None, "order")]
 
 
 def test_kept_signals_are_listed_oldest_first(caller: Caller) -> None:
@@ -888,6 +960,8 @@ def test_kept_signals_are_listed_oldest_first(caller: Caller) -> None:
         caller.signal(name)
     assert [kept.name for kept in caller.do(base.KeptSignals(now=caller.now))] == ["c", "a", "b"]
     assert [kept.name for kept in caller.do(base.KeptSignals(now=caller.now, limit=2))] == ["c", "a"]
+    assert caller.do(base.CountKept(now=caller.now)) == 3
+    assert caller.do(base.CountKept(now=caller.now + 8 * DAY)) == 0
 
 
 def test_live_runs_are_counted_by_status_and_reason(caller: Caller) -> None:
@@ -905,6 +979,51 @@ def test_live_runs_are_counted_by_status_and_reason(caller: Caller) -> None:
         ("pending", "queued"): 3,
         ("running", "claimed"): 1,
     }
+
+
+def test_a_groups_queue_is_what_is_due_and_nobody_has_claimed(caller: Caller) -> None:
+    assert caller.do(base.Queues(now=caller.now)) == []
+    oldest = caller.now
+    caller.started()
+    caller.enqueue(group="b")
+    caller.clock.advance(SECOND)
+    caller.enqueue(group="b", priority=9)
+    caller.enqueue(group="a", due_at=caller.now + SECOND)
+    caller.enqueue(group="a", due_at=caller.now + HOUR)
+    assert caller.do(base.Queues(now=caller.now)) == [base.Queue("b", 2, oldest)]
+    later = caller.clock.advance(SECOND)  # nobody has made claimable what became due: it counts all the same
+    assert caller.do(base.Queues(now=later)) == [base.Queue("a", 1, later), base.Queue("b", 2, oldest)]
+    caller.enqueue(group="a")
+    caller.do(base.Demand(now=later))
+    assert caller.do(base.Queues(now=later)) == [base.Queue("a", 2, later), base.Queue("b", 2, oldest)]
+
+
+def test_ahead_of_a_run_stand_those_that_are_claimed_before_it(caller: Caller) -> None:
+    for priority, due in ((0, 5), (1, 9), (0, 3), (0, 3), (1, 2), (-1, 0), (0, 8)):
+        caller.enqueue(priority=priority, due_at=caller.now + due * SECOND)
+    caller.enqueue(group="other", priority=99)
+    caller.enqueue(priority=99, due_at=caller.now + HOUR)
+    now = caller.clock.advance(10 * SECOND)
+    runs = [run for run in caller.do(base.ListRuns()) if run.group == "default" and (run.due_at or 0) <= now]
+
+    def ahead() -> dict[str, int]:
+        return {run.id: caller.do(base.RunsAhead(run=run, now=now)) for run in runs}
+
+    before = ahead()
+    caller.do(base.Demand(now=now))  # makes claimable what has become due: it stands where it stood
+    assert ahead() == before
+    claimed = [one.run.id for one in caller.claim(limit=100)]
+    assert before == {run: place for place, run in enumerate(claimed)}
+
+
+def test_what_workers_have_in_hand_is_counted(caller: Caller) -> None:
+    assert caller.do(base.InHand()) == {}
+    caller.join("w-2")
+    caller.started()
+    for _ in range(3):
+        caller.enqueue()
+    caller.claim(limit=2, worker="w-2")
+    assert caller.do(base.InHand()) == {"w-1": 1, "w-2": 2}
 
 
 # --- who is told -----------------------------------------------------------------------------------------------------

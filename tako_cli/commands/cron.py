@@ -116,13 +116,14 @@ def _schedules() -> "Iterator[tuple[StoreThread, Sequence[ScheduleRecord], Seque
     """The schedules of the supervisor that runs here; where none does, those that the next one will have: what the
     workflows declare now."""
     from tako_cli import context
-    from tako_runtime import config, store, timetable
+    from tako_runtime import config, timetable
+    from tako_runtime.feed import supervising
     from tako_runtime.store.base import ListSchedules
 
     mistakes: Sequence[Mistake] = ()
-    with context.opened() as opened:
+    with context.opened() as (opened, home):
         records = opened.do_sync(ListSchedules())
-        if context.developing(store.locate()) is None and (not records or config.find()):
+        if supervising(home.app_dir) is None and (not records or config.find()):
             found = context.manifest(context.project())
             records, mistakes = timetable.merged(found.workflows, records), found.mistakes
         yield opened, records, mistakes

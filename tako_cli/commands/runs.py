@@ -1,18 +1,17 @@
 """tako runs"""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from tako_cli import output
+from tako_cli import output, words
 from tako_cli.commands import Json, Yes
 
 if TYPE_CHECKING:
     from tako_runtime.control import Control
 
-app = typer.Typer(no_args_is_help=True, help="List, show, start, retry, signal and cancel runs.")
+app = typer.Typer(no_args_is_help=True, help="List, show, explain, follow, start, retry, cancel and prune runs.")
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="A run's id, or the beginning of it.")]
 Payload = Annotated[
@@ -89,8 +88,58 @@ def show(run: Id, as_json: Json = False) -> None:
     from tako_cli.timeline import timeline
     from tako_runtime import inflight, store
 
-    place = inflight.last_seen(store.locate().app_dir, found.worker)(found.seq) if found.worker else ""
+    place = inflight.places(store.locate().app_dir, found.worker)(found.seq).where if found.worker else ""
     output.show(*timeline(shown, wording.now(), Path.cwd(), place))
+
+
+@app.command("why")
+def why(run: Id, as_json: Json = False) -> None:
+    """Say in one sentence why a run stands where it stands.
+
+    \b
+    Example:
+      tako runs why 0199a3b2-1c4d
+    """
+    from tako_cli import context
+
+    config = context.known()
+    with context.control() as control:
+        found = control.why(run, config, (lambda: context.manifest(config)) if config else None)
+    if as_json:
+        output.document({"why": found})
+        return
+    from tako_cli import wording
+
+    output.show(output.styled(output.clean(wording.with_local_times(found["sentence"], wording.now()))))
+    if hint := _what_to_do(found):
+        output.note(hint)
+
+
+@app.command("tail")
+def tail(
+    run: Annotated[str | None, typer.Argument(metavar="[ID]", help="A run's id, or the beginning of it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Each event as one JSON object a line.")] = False,
+) -> None:
+    """Follow a run until it ends, or all runs until Ctrl-C.
+
+    What has happened to the run comes first; then each event as it happens, from the supervisor. Where none runs, it is
+    what the store has.
+
+    \b
+    Examples:
+      tako runs tail 0199a3b2-1c4d
+      tako runs tail --json | grep run.dead
+    """
+    import asyncio
+
+    from tako_cli import context
+    from tako_cli.following import show_events
+    from tako_runtime.control import Control
+
+    config = context.known()
+    with context.opened() as (store, home):
+        found = Control(store).find(run).id if run is not None else None
+        asyncio.run(show_events(store, home, found, config.root if config else Path.cwd(), as_json=as_json))
 
 
 @app.command("start")
@@ -118,7 +167,7 @@ def start(
     from tako_runtime import clock
     from tako_runtime.control import run_json
 
-    text = _payload(payload)
+    text = words.payload(payload)
     micros = clock.duration(delay, "--in") if delay is not None else 0
     flow = context.choose(context.manifest(context.project()), name)
     before = wording.now()
@@ -170,8 +219,7 @@ def retry(
         else:
             ids = [run["id"] for run in _listed(control, status, workflow, since, _ALL)]
             if ids:
-                of = f" of {workflow}" if workflow else ""
-                _confirm(f"{len(ids)} {' or '.join(_words(status))} run{'s' * (len(ids) > 1)}{of}", yes)
+                _confirm("retry", _counted(len(ids), words.listed(status), workflow), yes)
         _change(ids, lambda run: control.retry(run, from_step), "goes on", as_json)
 
 
@@ -192,7 +240,7 @@ def signal(
     from tako_cli import context
     from tako_runtime import clock, store
 
-    text = _payload(payload)
+    text = words.payload(payload)
     with context.control() as control:
         woken = control.signal(name, text)
     if as_json:
@@ -227,11 +275,46 @@ def cancel(
         _change(ids, lambda run: control.cancel(run, reason), "cancelled", as_json)
 
 
+@app.command("prune")
+def prune(
+    before: Annotated[str, typer.Option("--before", metavar="TIME", help="Ended before then: 30d ago, or ISO 8601.")],
+    workflow: OfWorkflow = None,
+    status: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--status", "-s", metavar="STATUS", help="succeeded, cancelled or dead ones only. Several: dead,cancelled."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many there are, and delete none.")] = False,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Delete runs that ended long ago, with their steps.
+
+    Live ones stay, whatever their age. It goes in small batches: nobody has to wait for it.
+
+    \b
+    Examples:
+      tako runs prune --before 30d --dry-run
+      tako runs prune --before 2026-11-01 --status succeeded --yes
+    """
+    from tako_cli import context
+
+    moment, statuses = words.instant(before, "--before"), words.listed(status)
+    with context.control() as control:
+        count = control.prunable(moment, workflow=workflow, statuses=statuses)
+        if count and not dry_run:
+            _confirm("delete", _counted(count, statuses, workflow), yes)
+            count = control.prune(moment, workflow=workflow, statuses=statuses)
+    if as_json:
+        output.document({"pruned": {"runs": 0 if dry_run else count, "found": count, "dry_run": dry_run}})
+    elif dry_run or not count:
+        output.text(f"{_counted(count, statuses, workflow)} ended before then; none deleted")
+    else:
+        output.text(f"{_counted(count, statuses, workflow)} deleted")
+
+
 # --- what they share -------------------------------------------------------------------------------------------------
-
-
-def _words(status: list[str] | None) -> list[str]:
-    return [word.strip() for words in status or () for word in words.split(",") if word.strip()]
 
 
 def _listed(
@@ -243,7 +326,7 @@ def _listed(
     from tako_runtime.run import Reason
     from tako_runtime.run import Status as RunStatus
 
-    wanted = _words(status)
+    wanted = words.listed(status)
     known = [*RunStatus, *Reason]
     if (status and not wanted) or any(word not in known for word in wanted):
         unknown = ", ".join(word for word in wanted if word not in known) or "''"
@@ -251,56 +334,28 @@ def _listed(
     reasons = [word for word in wanted if word in list(Reason)]
     statuses = dict.fromkeys("pending" if word in reasons else word for word in wanted)
     found = control.list_runs(
-        statuses=list(statuses), workflow=workflow, since=_since(since), limit=_ALL if reasons else limit
+        statuses=list(statuses),
+        workflow=workflow,
+        since=None if since is None else words.instant(since, "--since"),
+        limit=_ALL if reasons else limit,
     )
     if reasons:
         found = [run for run in found if run["status"] in wanted or state(run) in wanted]
     return found[:limit]
 
 
-def _since(text: str | None) -> int | None:
-    """An instant: so long ago, or a date and time, the local one where it names no zone."""
-    from datetime import datetime
-
-    from tako_cli import wording
-    from tako_runtime import clock
-    from tako_runtime.errors import InvalidValue
-
-    if text is None:
-        return None
-    try:
-        return clock.instant(datetime.fromisoformat(text).astimezone())
-    except (ValueError, OverflowError):
-        pass
-    try:
-        return max(0, wording.now() - clock.duration(text.removesuffix("ago").strip(), "--since"))
-    except InvalidValue:
-        hint = "Write how long ago (90s, 2h, 3d), or a date and time: 2026-11-22T09:00, 2026-11-22T09:00Z."
-        raise InvalidValue(f"--since {text!r} names no time", hint=hint) from None
+def _counted(count: int, statuses: list[str], workflow: str | None) -> str:
+    """ "2 dead runs of fail" """
+    which = f"{' or '.join(statuses)} " if statuses else ""
+    return f"{count:,} {which}run{'s' * (count != 1)}{f' of {workflow}' if workflow else ''}"
 
 
-def _payload(text: str) -> str:
-    """The payload's JSON from where the option says."""
-    from tako_runtime.errors import InvalidValue, NotFound
-
-    try:
-        if text == "-":
-            return sys.stdin.read()
-        if text.startswith("@"):
-            return Path(text[1:]).expanduser().read_text("utf-8")
-    except FileNotFoundError:
-        raise NotFound(f"no file {text[1:]}", hint="@FILE is looked up from the current folder.") from None
-    except UnicodeDecodeError:
-        raise InvalidValue(f"the payload {text} is not text in UTF-8") from None
-    return text
-
-
-def _confirm(what: str, yes: bool) -> None:
+def _confirm(verb: str, what: str, yes: bool) -> None:
     from tako_runtime.errors import InvalidValue
 
     if not yes and not output.can_ask():
-        raise InvalidValue(f"this would retry {what}, and nobody is here to confirm it", hint="Say --yes.")
-    if not yes and not output.confirm(f"Retry {what}?"):
+        raise InvalidValue(f"this would {verb} {what}, and nobody is here to confirm it", hint="Say --yes.")
+    if not yes and not output.confirm(f"{verb.capitalize()} {what}?"):
         raise typer.Abort
 
 
@@ -337,6 +392,23 @@ def _say_started(run: str, workflow: str, is_new: bool, delay: str | None) -> No
     if is_new and delay is not None:
         output.note(f"it is due in {delay}")
     context.note_if_nothing_runs("it goes on when you start tako dev")
+
+
+def _what_to_do(why: dict[str, Any]) -> str:
+    """What a person may do about it, if there is something."""
+    from tako_cli import context
+    from tako_runtime import store
+
+    match why["cause"]:
+        case "dead" | "cancelled":
+            return f"It goes on with: tako runs retry {why['run']}"
+        case "waiting":
+            return "Send one with: tako runs signal NAME. What was sent and nobody took: tako signals ls"
+        case "no_supervisor" | "lost":
+            return context.how_to_run(store.locate())
+        case "unhealthy":
+            return "What its workers said last: tako status"
+    return ""
 
 
 def _say_end(run: dict[str, Any]) -> None:

@@ -24,7 +24,6 @@ _FOR_PROGRAMS = {"worker.spawned", "dev.ready"}
 _STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red"}
 _SOURCES = ("cyan", "magenta", "blue", "green")
 _ID = re.compile(r"\b([0-9a-f]{8}-[0-9a-f]{4})-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}\b")
-_TIME = re.compile(r"\b\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
 #: Where the lines after the first of an event begin: below its source.
 _INDENT = 13
@@ -51,8 +50,7 @@ class Lines:
 
     def of_supervisor(self, event: Event) -> None:
         """A sink of `log`: what is announced in this process."""
-        words = {"at": clock.iso(event["at"]), "level": log.LEVELS[event["level"]], "message": log.words(event)}
-        self.show("tako", {**event, **words})
+        self.show("tako", log.told(event))
 
     def show(self, source: str, event: Event) -> None:
         """One event, of a worker's group or of `tako` itself."""
@@ -91,7 +89,7 @@ class Lines:
         if "run" in event and "workflow" in event:
             head.append(event["run"][:SHORTEST_ID], "dim").append(" ")
             head.append(output.clean(event["workflow"]).ljust(self._workflow_width)).append("  ")
-        message = _TIME.sub(lambda found: wording.at(found[0], now), _ID.sub(r"\1", str(event.get("message", ""))))
+        message = wording.with_local_times(_ID.sub(r"\1", str(event.get("message", ""))), now, distances=False)
         style = "green" if event["event"] == "run.succeeded" else _STYLES.get(event["level"], "")
         first, *rest = self._wrapped(output.clean(message), len(head)) or [""]
         lines = [head.append(first, style), *(output.styled(line, style) for line in rest)]

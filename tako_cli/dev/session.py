@@ -86,7 +86,7 @@ class Session:
         with log.sink(self._announced):
             self._server.look_at_secrets()
             watch = loop.create_task(self._work_off()) if once else None
-            await (self._server.supervisor if once else self._server).run()  # to work off is not to start more
+            await self._server.run(firing=not once)  # to work off is not to start more
         done = True
         if watch is not None:
             watch.cancel()  # where it has ended, this does nothing

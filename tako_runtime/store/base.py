@@ -237,13 +237,25 @@ class EndedGroups(Operation[list[str]], frozen=True):
     writes = False
 
 
-class Prune(Operation[int], frozen=True):
-    """Delete up to `limit` runs of a group that ended before `before`, with their steps and attempts; how many. Fewer
-    where they hold much, so that nobody waits long: go on until it is 0."""
+class Prune(Operation["Pruned"], frozen=True):
+    """Look at the next `limit` ended runs of a group after `after`, in the order of their ends, and delete those among
+    them that ended before `before` and are of the workflow and the statuses asked for (None: any), with their steps and
+    attempts. Fewer where they hold much: whatever is asked for, nobody waits long. Call it again with the answer's
+    `after` until that is None."""
 
     group: str
     before: int
     limit: int
+    workflow: str | None = None
+    statuses: Sequence[Status] | None = None
+    after: tuple[int, int] = (0, 0)
+
+
+class Pruned(msgspec.Struct, frozen=True):
+    """How many runs were deleted, and where to go on; None once nothing is left to look at."""
+
+    count: int
+    after: tuple[int, int] | None
 
 
 class ExpireSignals(Operation[int], frozen=True):
@@ -329,6 +341,7 @@ class Wait(msgspec.Struct, frozen=True):
     step: str
     since: int
     deadline: int | None
+    workflow: str
 
 
 class KeptSignals(Operation[list["KeptSignal"]], frozen=True):
@@ -352,6 +365,23 @@ class CountRuns(Operation[dict[tuple[str, str], int]], frozen=True):
     writes = False
 
 
+class CountEnded(Operation[int], frozen=True):
+    """How many runs ended from `since` on and before `before`, of a workflow and of these statuses (None: any)."""
+
+    writes = False
+    before: int
+    since: int = 0
+    workflow: str | None = None
+    statuses: Sequence[Status] | None = None
+
+
+class CountKept(Operation[int], frozen=True):
+    """How many signals are kept that have not expired."""
+
+    writes = False
+    now: int
+
+
 class Queues(Operation[list["Queue"]], frozen=True):
     """The runs that are due at `now` and that nobody has claimed yet, by group; a group without any is not here."""
 
@@ -363,6 +393,21 @@ class Queue(msgspec.Struct, frozen=True):
     group: str
     depth: int
     oldest_due_at: int
+
+
+class RunsAhead(Operation[int], frozen=True):
+    """How many of the runs that are due at `now` stand before this one in its group's queue, in the order in which
+    they are claimed."""
+
+    writes = False
+    run: Run
+    now: int
+
+
+class InHand(Operation[dict[str, int]], frozen=True):
+    """How many runs each worker has in hand; one without any is not here."""
+
+    writes = False
 
 
 class Store(ABC):

@@ -205,12 +205,17 @@ RETURNING 1;
 -- The first group after this one that has ended runs: asked again and again, it skips from group to group.
 SELECT min("group") FROM runs WHERE finished_at IS NOT NULL AND "group" > :after;
 
--- name: prunable
--- What may go, the oldest first, each with about the bytes that go with it.
-SELECT seq, octet_length(payload) + COALESCE(octet_length(result), 0)
-            + COALESCE((SELECT sum(200 + COALESCE(octet_length(s.result), 0)) FROM steps AS s WHERE s.run = runs.seq), 0)
-  FROM runs WHERE finished_at IS NOT NULL AND finished_at < :before AND "group" = :group
- ORDER BY finished_at LIMIT :limit {lock};
+-- name: ended_runs
+-- A stretch of a group's ended runs, in the order of their ends; which of them are asked for; and about the bytes that go
+-- with each. The walk has an end, however few of them fit.
+SELECT finished_at, seq,
+       (:workflow IS NULL OR workflow = :workflow) AND (:statuses IS NULL OR status IN ({statuses})),
+       octet_length(payload) + COALESCE(octet_length(result), 0)
+       + COALESCE((SELECT sum(200 + COALESCE(octet_length(s.result), 0)) FROM steps AS s WHERE s.run = runs.seq), 0)
+  FROM runs
+ WHERE finished_at IS NOT NULL AND "group" = :group AND (finished_at, seq) > (:after_at, :after_seq)
+   AND finished_at < :before
+ ORDER BY finished_at, seq LIMIT :limit {lock};
 
 -- name: delete_run
 DELETE FROM runs WHERE seq = :seq;
@@ -262,11 +267,11 @@ SELECT {run} FROM runs WHERE workflow = :workflow AND +status = :status AND id >
 SELECT n, worker, started_at, finished_at, outcome, error FROM attempts WHERE run = :seq ORDER BY n;
 
 -- name: waits_of
-SELECT w.signal, r.id, w.step, w.since, w.deadline FROM waits AS w JOIN runs AS r ON r.seq = w.run
+SELECT w.signal, r.id, w.step, w.since, w.deadline, r.workflow FROM waits AS w JOIN runs AS r ON r.seq = w.run
  WHERE w.run = :seq ORDER BY w.position, w.step;
 
 -- name: all_waits
-SELECT w.signal, r.id, w.step, w.since, w.deadline FROM waits AS w JOIN runs AS r ON r.seq = w.run
+SELECT w.signal, r.id, w.step, w.since, w.deadline, r.workflow FROM waits AS w JOIN runs AS r ON r.seq = w.run
  ORDER BY w.signal, w.run, w.step LIMIT :limit;
 
 -- name: kept_signals
@@ -280,9 +285,36 @@ SELECT 'pending', reason, count(*) FROM runs WHERE status = 'pending' AND status
 UNION ALL
 SELECT 'running', reason, count(*) FROM runs WHERE status = 'running' AND status <> 'succeeded' GROUP BY reason;
 
+-- name: count_ended
+SELECT count(*) FROM runs
+ WHERE finished_at IS NOT NULL AND "group" = :group AND finished_at >= :since AND finished_at < :before
+   AND (:workflow IS NULL OR workflow = :workflow) AND (:statuses IS NULL OR status IN ({statuses}));
+
+-- name: count_dead
+-- The few among the many: what an operator asks for all the time has an index of its own.
+SELECT count(*) FROM runs WHERE status = 'dead' AND finished_at >= :since AND finished_at < :before;
+
+-- name: count_kept
+SELECT count(*) FROM signals WHERE expires_at > :now;
+
 -- name: queues
 -- Both halves: what a claim would walk, and what has become due since somebody last made that claimable.
 SELECT "group", count(*), min(due_at) FROM runs WHERE ready = 1 GROUP BY "group"
 UNION ALL
 SELECT "group", count(*), min(due_at) FROM runs
  WHERE ready = 0 AND due_at IS NOT NULL AND due_at <= :now GROUP BY "group";
+
+-- name: ready_ahead
+-- Three ranges of the index that a claim walks: a higher priority, an older due time, an earlier insertion.
+SELECT (SELECT count(*) FROM runs WHERE ready = 1 AND "group" = :group AND priority > :priority)
+     + (SELECT count(*) FROM runs WHERE ready = 1 AND "group" = :group AND priority = :priority AND due_at < :due_at)
+     + (SELECT count(*) FROM runs
+         WHERE ready = 1 AND "group" = :group AND priority = :priority AND due_at = :due_at AND seq < :seq);
+
+-- name: later_ahead
+SELECT count(*) FROM runs
+ WHERE ready = 0 AND due_at IS NOT NULL AND due_at <= :now AND "group" = :group
+   AND (priority > :priority OR (priority = :priority AND (due_at, seq) < (:due_at, :seq)));
+
+-- name: in_hand
+SELECT worker, count(*) FROM runs WHERE status = 'running' GROUP BY worker;

@@ -8,7 +8,7 @@ bounds to each one's turn. `benchmarks/contention.py` shows both.
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from itertools import chain, starmap
@@ -20,7 +20,7 @@ import apsw
 import msgspec
 
 from tako_runtime.errors import Refused, StoreBusy, StoreError, StoreTooNew
-from tako_runtime.run import RUN_COLUMNS, AttemptRecord, Claimed, Run, ScheduleRecord, StepRecord, WorkerRecord
+from tako_runtime.run import RUN_COLUMNS, AttemptRecord, Claimed, Run, ScheduleRecord, Status, StepRecord, WorkerRecord
 from tako_runtime.state import Change
 from tako_runtime.store import base, rows
 from tako_runtime.store.base import Operation, Store, Topics
@@ -64,6 +64,7 @@ _WORDS = {
     "rows": "{rows}",
     "runs": "SELECT value FROM json_each(:runs)",
     "workflows": "SELECT value FROM json_each(:workflows)",
+    "statuses": "SELECT value FROM json_each(:statuses)",
     "lock": "",
 }
 
@@ -79,6 +80,10 @@ def in_bulk(name: str, width: int, count: int) -> str:
     """The query that writes `count` rows of `width` columns."""
     row = f"({', '.join('?' * width)})"
     return Q[name].replace("{rows}", f"VALUES {', '.join([row] * count)}")
+
+
+def _listed(statuses: Sequence[Status] | None) -> str | None:
+    return None if statuses is None else msgspec.json.encode(statuses).decode()
 
 
 #: The operations of a batch by their kind, each with its place in the batch.
@@ -454,19 +459,25 @@ class SqliteStore(Store):
     def _ended_groups(self, op: base.EndedGroups, topics: Topics) -> list[str]:
         return self._groups("next_ended_group")
 
-    def _prune(self, op: base.Prune, topics: Topics) -> int:
-        found = self._db.execute(Q["prunable"], {"group": op.group, "before": op.before, "limit": op.limit})
-        going: list[dict[str, Any]] = []
-        room = _PRUNED_BYTES
-        for seq, size in found:
-            room -= cast(int, size)
-            if going and room < 0:
-                break
-            going.append({"seq": seq})
+    def _prune(self, op: base.Prune, topics: Topics) -> base.Pruned:
+        bound = {
+            "group": op.group, "before": op.before, "limit": op.limit, "workflow": op.workflow,
+            "statuses": _listed(op.statuses), "after_at": op.after[0], "after_seq": op.after[1],
+        }  # fmt: skip
+        found = self._db.execute(Q["ended_runs"], bound)
+        going: list[dict[str, int]] = []
+        looked_at, place, room = 0, op.after, _PRUNED_BYTES
+        for finished_at, seq, fits, size in cast("Iterable[tuple[int, int, int, int]]", found):
+            if fits:
+                room -= size
+                if going and room < 0:
+                    break
+                going.append({"seq": seq})
+            looked_at, place = looked_at + 1, (finished_at, seq)
         found.close()
         for query in ("delete_run", "delete_steps", "delete_attempts"):
             self._db.executemany(Q[query], going)
-        return len(going)
+        return base.Pruned(len(going), place if looked_at == op.limit or room < 0 else None)
 
     def _expire_signals(self, op: base.ExpireSignals, topics: Topics) -> int:
         self._db.execute(Q["expire_signals"], {"now": op.now, "limit": op.limit})
@@ -535,12 +546,30 @@ class SqliteStore(Store):
         kept = self._db.execute(Q["kept_signals"], {"now": op.now, "limit": op.limit})
         return [base.KeptSignal(*row) for row in kept]
 
+    def _count_ended(self, op: base.CountEnded, topics: Topics) -> int:
+        bound = {"since": op.since, "before": op.before, "workflow": op.workflow, "statuses": _listed(op.statuses)}
+        if op.statuses == (Status.DEAD,) and op.workflow is None:
+            return int(self._value("count_dead", bound))
+        groups = self._groups("next_ended_group")
+        return sum(int(self._value("count_ended", {**bound, "group": group})) for group in groups)
+
+    def _count_kept(self, op: base.CountKept, topics: Topics) -> int:
+        return int(self._value("count_kept", {"now": op.now}))
+
     def _queues(self, op: base.Queues, topics: Topics) -> list[base.Queue]:
         found: dict[str, base.Queue] = {}
         for group, depth, oldest in self._db.execute(Q["queues"], {"now": op.now}):
             one = found.get(group, base.Queue(group, 0, oldest))
             found[group] = base.Queue(group, one.depth + depth, min(one.oldest_due_at, oldest))
         return [found[group] for group in sorted(found)]
+
+    def _runs_ahead(self, op: base.RunsAhead, topics: Topics) -> int:
+        run = op.run
+        bound = {"now": op.now, "group": run.group, "priority": run.priority, "due_at": run.due_at, "seq": run.seq}
+        return int(self._value("ready_ahead", bound)) + int(self._value("later_ahead", bound))
+
+    def _in_hand(self, op: base.InHand, topics: Topics) -> dict[str, int]:
+        return dict(cast("list[tuple[str, int]]", self._db.execute(Q["in_hand"]).fetchall()))
 
     def _count_runs(self, op: base.CountRuns, topics: Topics) -> dict[tuple[str, str], int]:
         return {(status, reason): n for status, reason, n in self._db.execute(Q["count_live"])}
@@ -582,7 +611,11 @@ class SqliteStore(Store):
         base.OpenWaits: _open_waits,
         base.KeptSignals: _kept_signals,
         base.CountRuns: _count_runs,
+        base.CountEnded: _count_ended,
+        base.CountKept: _count_kept,
         base.Queues: _queues,
+        base.RunsAhead: _runs_ahead,
+        base.InHand: _in_hand,
     }
 
 
