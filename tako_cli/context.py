@@ -60,9 +60,9 @@ def manifest(config: "Config") -> "Manifest":
 
 
 def tell(mistakes: "Sequence[Mistake]") -> None:
-    """Say which files could not be imported, and why."""
+    """Say what is wrong with the workflows, and where."""
     for mistake in mistakes:
-        output.error(f"{place(mistake.file, mistake.line)} cannot be imported: {mistake.message}")
+        output.error(f"{place(mistake.file, mistake.line)}: {mistake.message}")
 
 
 def choose(found: "Manifest", name: str) -> "Declared":
@@ -74,7 +74,7 @@ def choose(found: "Manifest", name: str) -> "Declared":
     try:
         return choose_declared(found.workflows, name)
     except NotFound as error:
-        broken = [f"{place(one.file, one.line)} cannot be imported: {one.message}" for one in found.mistakes]
+        broken = [f"{place(one.file, one.line)}: {one.message}" for one in found.mistakes]
         raise NotFound(str(error), hint="\n".join([error.hint, *broken])) from None
 
 

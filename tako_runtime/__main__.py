@@ -14,7 +14,7 @@ import msgspec
 
 from tako_runtime import clock, log, store
 from tako_runtime.errors import TakoError
-from tako_runtime.manifest import discover, manifest
+from tako_runtime.manifest import IMPORT_LIMIT, discover, manifest
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
 
@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
+    for command in (worker, manifest):
+        command.add_argument("--import-limit", default=f"{IMPORT_LIMIT}s", help="how long one file's import may take")
     args = parser.parse_args(argv)
     try:
         return {"worker": _worker, "serve": _serve, "manifest": _manifest}[args.command](args)
@@ -49,11 +51,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _manifest(args: argparse.Namespace) -> int:
+    from tako_runtime import config
 
     out = os.dup(1)  # what a module prints at import must not end up in the JSON
     os.dup2(2, 1)
-    found = manifest(Path.cwd(), args.dir)
+    file = Path.cwd() / "tako.toml"
+    known = config.load(file) if file.is_file() else None
+    limit = clock.duration(args.import_limit, "--import-limit") / clock.SECOND
+    found = manifest(Path.cwd(), args.dir, known, limit)
     os.write(out, msgspec.json.encode(found) + b"\n")
+    for mistake in found.mistakes:
+        sys.stderr.write(f"{mistake.file}:{mistake.line}: {mistake.message}\n")
     return 1 if found.mistakes else 0
 
 
@@ -105,8 +113,9 @@ def _work(args: argparse.Namespace) -> int:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.stdout, sys.stderr = log.Output("stdout"), log.Output("stderr")
     logging.basicConfig(level=logging.INFO, handlers=[log.LoggingHandler()], force=True)
-    mistakes = discover(Path.cwd(), args.dir)
-    for mistake in mistakes:
+    mistakes = []
+    for mistake in discover(Path.cwd(), args.dir, clock.duration(args.import_limit, "--import-limit") / clock.SECOND):
+        mistakes.append(mistake)
         log.emit(
             "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
         )

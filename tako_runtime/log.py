@@ -57,7 +57,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "cron.fired": (INFO, "fired for {scheduled_at}"),
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
-    "file.broken": (ERROR, "{file}:{line} cannot be imported: {error}"),
+    "file.broken": (ERROR, "{file}:{line}: {error}"),
     "output": (INFO, "{text}"),
 }
 

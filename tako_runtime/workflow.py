@@ -11,7 +11,8 @@ An enqueue is done when it returns: the run is on disk, synced, whatever happens
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
@@ -85,7 +86,7 @@ class Workflow(Generic[P, R]):
         timeout: Duration | None,
     ) -> None:
         _check_name(name, "a workflow's name")
-        _check_name(group, f"the group of {name!r}")
+        _check_group(group, f"the group of {name!r}")
         _check_count(retries, f"retries of {name!r}")
         self.name, self.handler, self.group = name, handler, group
         self.retries, self.backoff = retries, backoff
@@ -270,10 +271,24 @@ def _is_text(value: object) -> bool:
     return True
 
 
+_once = False  # whether what has a name is declared once, even where the same function stands at another line
+
+
+@contextmanager
+def declaring_once() -> Iterator[None]:
+    """No module is edited and imported anew within: a function that is there twice is a mistake too."""
+    global _once
+    before, _once = _once, True
+    try:
+        yield
+    finally:
+        _once = before
+
+
 def _register(new: Workflow[..., Any]) -> None:
     """A second workflow of the same name is a mistake, unless it is the same function imported anew."""
     old = registry.get(new.name)
-    if old is not None and _origin(old) != _origin(new):
+    if old is not None and (_origin(old) != _origin(new) or (_once and _place(old) != _place(new))):
         raise DuplicateWorkflow(f"workflow {new.name!r} is declared twice: in {_place(old)} and in {_place(new)}")
     registry[new.name] = new
 
@@ -308,6 +323,12 @@ def _check_name(name: str, what: str) -> None:
     ok = isinstance(name, str) and 0 < len(name) <= 100 and all(c.isalnum() or c in "-_." for c in name)
     if not ok:
         raise InvalidValue(f"{what} is 1 to 100 letters, digits, '-', '_' or '.', not {name!r}")
+
+
+def _check_group(group: str, what: str) -> None:
+    """As tako.toml names it in [workflows.GROUP]."""
+    if not isinstance(group, str) or not store.APP_NAME.fullmatch(group):
+        raise InvalidValue(f"{what} is a-z, 0-9 and '-', a letter first, no '-' last, 63 at most, not {group!r}")
 
 
 def _check_count(value: int, what: str) -> None:
