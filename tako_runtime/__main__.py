@@ -2,17 +2,23 @@
 
 import argparse
 import asyncio
+import contextlib
+import faulthandler
 import gc
 import logging
 import os
 import signal
 import stat
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from tako_runtime import clock, log, store
+from tako_runtime.child import NOTHING_TO_RUN
 from tako_runtime.errors import TakoError
 from tako_runtime.manifest import IMPORT_LIMIT, discover, manifest
 from tako_runtime.worker import Settings, Worker
@@ -109,8 +115,10 @@ def _work(args: argparse.Namespace) -> int:
         idle_timeout=clock.duration(args.idle_timeout, "--idle-timeout") if args.idle_timeout else None,
         lease=clock.duration(args.lease, "--lease", least=100_000),
     )
-    lifeline = os.dup(0)  # our supervisor holds the other end: when it closes, the supervisor is gone
+    lifeline = _Lifeline(os.dup(0))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    faulthandler.enable(file=2, all_threads=False)  # a crash of the interpreter says where it was
+    faulthandler.register(signal.SIGQUIT, file=2, all_threads=False)  # and so does this, when the supervisor asks
     sys.stdout, sys.stderr = log.Output("stdout"), log.Output("stderr")
     logging.basicConfig(level=logging.INFO, handlers=[log.LoggingHandler()], force=True)
     mistakes = []
@@ -120,7 +128,7 @@ def _work(args: argparse.Namespace) -> int:
             "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
         )
     if mistakes and not any(flow.group == settings.group for flow in registry.values()):
-        return 3
+        return NOTHING_TO_RUN
     opened, app_dir = store.current(), store.locate().app_dir
     gc.collect()
     gc.freeze()  # what is imported stays: no collection has to walk over it again
@@ -135,7 +143,7 @@ def _work(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _until_stopped(worker: Worker, lifeline: int) -> tuple[str, bool]:
+async def _until_stopped(worker: Worker, lifeline: "_Lifeline") -> tuple[str, bool]:
     """Work until a signal or the end of the supervisor says stop: why it ended, and whether it was told to."""
     loop = asyncio.get_running_loop()
     told_to_stop = False
@@ -147,21 +155,39 @@ async def _until_stopped(worker: Worker, lifeline: int) -> tuple[str, bool]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, "drained")
+    lifeline.tell(lambda: loop.call_soon_threadsafe(stop, "supervisor gone"))
+    return await worker.run(), told_to_stop
 
-    def look_at_lifeline() -> None:
-        if not os.read(lifeline, 4096):
-            loop.remove_reader(lifeline)
-            stop("supervisor gone")
-            loop.call_later(ORPHAN_GRACE, _end_now)
 
-    supervised = stat.S_IFMT(os.fstat(lifeline).st_mode) in (stat.S_IFIFO, stat.S_IFSOCK)
-    if supervised:
-        loop.add_reader(lifeline, look_at_lifeline)
-    try:
-        return await worker.run(), told_to_stop
-    finally:
-        if supervised:
-            loop.remove_reader(lifeline)
+class _Lifeline:
+    """The supervisor holds the other end of this pipe: when it closes, the supervisor is gone. It is watched by a
+    thread, from before the first import, since an import and an event loop may hang."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._told: Callable[[], object] | None = None
+        self._lock = threading.Lock()
+        self._gone = False
+        if stat.S_IFMT(os.fstat(fd).st_mode) in (stat.S_IFIFO, stat.S_IFSOCK):
+            threading.Thread(target=self._watch, name="tako-lifeline", daemon=True).start()
+
+    def tell(self, told: Callable[[], object]) -> None:
+        """Call `told` once the supervisor is gone, from a thread."""
+        with self._lock:
+            self._told = told
+            if self._gone:
+                told()
+
+    def _watch(self) -> None:
+        while os.read(self._fd, 4096):
+            pass
+        with self._lock:
+            self._gone = True
+            if self._told is not None:
+                with contextlib.suppress(RuntimeError):  # its loop is closed: it is about to end anyway
+                    self._told()
+        time.sleep(ORPHAN_GRACE)
+        _end_now()
 
 
 def _end_now() -> None:

@@ -20,6 +20,7 @@ from tako_runtime import clock
 
 DEBUG, INFO, WARNING, ERROR = 10, 20, 30, 40
 LEVELS = {DEBUG: "debug", INFO: "info", WARNING: "warning", ERROR: "error"}
+NUMBERS = {name: number for number, name in LEVELS.items()}
 
 #: event: (level, sentence). The sentence's fields are facts of the event.
 WORDS: dict[str, tuple[int, str]] = {
@@ -49,10 +50,23 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.lost_lease": (ERROR, "worker {worker} lost its lease and gives up what it has in hand (runs: {runs})"),
     "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
     "worker.frozen": (ERROR, "worker {worker} (process {pid}) has not renewed its lease: it is ended and replaced"),
+    "worker.claimed": (DEBUG, "worker {worker} has claimed its first run"),
+    "worker.stalled": (
+        ERROR,
+        "worker {worker} (process {pid}) has claimed nothing for {seconds} s, though runs are due and it has free "
+        "slots: it is replaced",
+    ),
+    "worker.late": (ERROR, "the worker process {pid} of group {group} is not up after {seconds} s: it is ended"),
     "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
     "group.paused": (
-        ERROR,
-        "group {group}: {failures} workers in a row ended before they did anything; next in {pause}",
+        WARNING,
+        "group {group}: {failures} workers in a row ended before they claimed anything; next in {pause}",
+    ),
+    "group.unhealthy": (ERROR, "group {group} cannot work: {reason}"),
+    "group.healthy": (INFO, "group {group} works again"),
+    "group.undeclared": (
+        WARNING,
+        "group {group} has due runs that no worker can take, as no file declares {workflow!r} there: they are kept",
     ),
     "cron.fired": (INFO, "fired for {scheduled_at}"),
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
@@ -60,6 +74,9 @@ WORDS: dict[str, tuple[int, str]] = {
     "file.broken": (ERROR, "{file}:{line}: {error}"),
     "output": (INFO, "{text}"),
 }
+
+#: What a supervisor must hear of its workers, whatever the level of the log is.
+HEARD = frozenset({"worker.started", "worker.claimed", "file.broken"})
 
 #: Facts of the run and step that the code is in: they go with every event, and with what a handler prints.
 _context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tako_log", default=None)
@@ -121,7 +138,7 @@ class JsonLines:
         self._lock = threading.Lock()
 
     def __call__(self, line: dict[str, Any]) -> None:
-        if line["level"] < self._least:
+        if line["level"] < self._least and line["event"] not in HEARD:
             return
         shown = {**line, "at": clock.iso(line["at"]), "level": LEVELS[line["level"]], "message": words(line)}
         self._append(msgspec.json.encode(shown, enc_hook=str) + b"\n")
@@ -140,6 +157,8 @@ class JsonLines:
 
     def pass_on(self, source: str, line: dict[str, Any]) -> None:
         """Write an event of another process as it is, with where it comes from."""
+        if NUMBERS[line["level"]] < self._least:
+            return
         self._append(msgspec.json.encode({**line, "source": source}) + b"\n")
 
     def flush(self) -> None:

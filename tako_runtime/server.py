@@ -55,8 +55,9 @@ class Server:
         self._environment = {**(environment or os.environ), **home.environment()}
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
         self.supervisor = Supervisor(
-            store, home, config.root, config.workflows.dir, groups, show, default=groups["default"],
-            lease=config.workflows.lease, log_level=log_level, environment=self._environment,
+            store, home, config.root, config.workflows.dir, groups, show,
+            other=lambda name: _group(config, name, server), reread=self.declare, lease=config.workflows.lease,
+            log_level=log_level, environment=self._environment,
         )  # fmt: skip
         self.cron = Cron(store, clock or SystemClock())
         self._clock: Clock = clock or SystemClock()
@@ -66,13 +67,19 @@ class Server:
         """Read what the workflows declare, and make the schedules those. Raises `ConfigError` where they cannot be read
         at all; a file that cannot be imported is a mistake in the manifest, and the schedules stay as they were."""
         folder = self._config.workflows.dir
-        self.manifest = await asyncio.to_thread(read, self._config.root, folder, self._environment)
-        for mistake in self.manifest.mistakes:
+        found = await asyncio.to_thread(read, self._config.root, folder, self._environment)
+        for mistake in found.mistakes:
             emit(
                 "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
             )
-        await self.cron.declare(self.manifest)
-        return self.manifest
+        await self.take(found)
+        return found
+
+    async def take(self, manifest: Manifest) -> None:
+        """Go by what this manifest declares from now on."""
+        self.manifest = manifest
+        self.supervisor.declare(manifest)
+        await self.cron.declare(manifest)
 
     async def run(self) -> None:
         """Until `stop()`; then drain the workers, and leave none behind."""
@@ -234,8 +241,7 @@ async def serve(server: Server) -> None:
         notify("STOPPING=1")
         server.stop()
 
-    async def reload() -> None:
-        notify("RELOADING=1")
+    async def declare() -> None:
         try:
             await server.declare()
         except TakoError as error:
@@ -244,27 +250,34 @@ async def serve(server: Server) -> None:
 
     reloads: set[asyncio.Task[None]] = set()
 
-    def reload_soon() -> None:
-        task = loop.create_task(reload())
+    def reload() -> None:
+        notify(f"RELOADING=1\nMONOTONIC_USEC={clock.monotonic()}")
+        task = loop.create_task(declare())
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, reload_soon)
-    await reload()
-    watching = loop.create_task(_watchdog())
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    await declare()
+    watching = loop.create_task(_watchdog(server.supervisor))
     try:
         await server.run()
     finally:
         watching.cancel()
 
 
-async def _watchdog() -> None:
-    """Tell the service manager that this loop still turns, at half the time it asks for."""
+async def _watchdog(supervisor: Supervisor) -> None:
+    """Tell the service manager that work gets on, at half the time it asks for: only while the supervisor's loop goes
+    round, which a store that does not answer stops too."""
     micros = int(os.environ.get("WATCHDOG_USEC", "0"))
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    seen = -1
     while micros:
-        notify("WATCHDOG=1")
+        if supervisor.turns != seen or supervisor.stopping:
+            seen = supervisor.turns
+            notify("WATCHDOG=1")
         await asyncio.sleep(micros / 2 / clock.SECOND)
 
 

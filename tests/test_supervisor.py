@@ -206,8 +206,8 @@ def test_what_cannot_be_read_of_a_worker_reaches_the_reader(opened: StoreThread,
     (folder / "fatal.py").write_text("import os\nos.write(2, b'last words \\xff\\n')\nos.abort()\n")
     orders.answers.enqueue_sync("x")
     with supervised(home, folder="workflows", root=tmp_path) as supervisor:
-        [paused] = until(lambda: supervisor.events("group.paused"))
-        assert "last words" in paused["last_lines"]
+        [unhealthy] = until(lambda: supervisor.events("group.unhealthy"))
+        assert "last words" in unhealthy["last_lines"]
         assert supervisor.events("worker.died")[0]["how"] == "killed by SIGABRT"
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 #: Of use to a program that follows the log; a person has it from the lines around it.
-_FOR_PROGRAMS = {"worker.spawned", "dev.ready"}
+_FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "dev.ready"}
 
 _STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red"}
 _SOURCES = ("cyan", "magenta", "blue", "green")

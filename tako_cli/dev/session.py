@@ -67,7 +67,7 @@ class Session:
         given_back: list[Event] = []
         with log.sink(given_back.append):
             await reclaim(self._store, self._home.app_dir, wording.now())
-        await self._server.cron.declare(self._manifest)
+        await self._server.take(self._manifest)
         await self._welcome()
         for event in given_back:
             self._announced(event)

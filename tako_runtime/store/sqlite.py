@@ -8,7 +8,7 @@ bounds to each one's turn. `benchmarks/contention.py` shows both.
 
 import errno
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -406,11 +406,20 @@ class SqliteStore(Store):
 
     def _demand(self, op: base.Demand, topics: Topics) -> base.Due:
         self._db.execute(Q["promote"], {"now": op.now})
-        groups, after = set(), ""
-        while (group := self._value("next_ready_group", {"after": after})) is not None:
-            groups.add(group)
-            after = group
-        return base.Due(frozenset(groups), self._value("next_due", {}))
+        return base.Due(frozenset(self._ready_groups()), self._value("next_due", {}))
+
+    def _ready_groups(self) -> Iterator[str]:
+        group = ""
+        while (group := self._value("next_ready_group", {"after": group})) is not None:
+            yield group
+
+    def _undeclared(self, op: base.Undeclared, topics: Topics) -> dict[str, str]:
+        found = {}
+        for group in self._ready_groups():
+            workflows = msgspec.json.encode(op.declared.get(group, ())).decode()
+            if not self._value("declared_is_ready", {"group": group, "workflows": workflows}):
+                found[group] = self._value("first_ready", {"group": group})
+        return found
 
     def _data_version(self, op: base.DataVersion, topics: Topics) -> int:
         return int(self._db.pragma("data_version"))
@@ -483,6 +492,7 @@ class SqliteStore(Store):
         base.FireSchedule: _fire_schedule,
         base.Prune: _prune,
         base.Demand: _demand,
+        base.Undeclared: _undeclared,
         base.DataVersion: _data_version,
         base.GetRun: _get_run,
         base.FindRuns: _find_runs,
