@@ -48,7 +48,7 @@ def control() -> "Iterator[Control]":
 def environment(config: "Config", home: "Home") -> dict[str, str]:
     """What a process of the project's own finds in its environment. The shell's variables win over those of
     tako.toml."""
-    return {**config.variables(DEV), **os.environ, **home.environment()}
+    return {**config.variables(DEV), **os.environ, **home.environment(), "TAKO_ENV": DEV}
 
 
 def manifest(config: "Config") -> "Manifest":

@@ -80,7 +80,7 @@ def _serve(args: argparse.Namespace) -> int:
     out = log.JsonLines(1, LEVELS[args.log_level])
     with log.sink(out), alone(home.app_dir, "supervisor"):
         opened = store.open_store(home)
-        environment = {**found.variables(args.env), **os.environ}
+        environment = {**found.variables(args.env), **os.environ, "TAKO_ENV": args.env}
 
         async def run() -> None:
             await serve(

@@ -18,10 +18,10 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from tako_runtime import clock, codec, store
 from tako_runtime.clock import Duration, SystemClock
-from tako_runtime.errors import DuplicateWorkflow, InvalidValue
+from tako_runtime.errors import DuplicateWorkflow, GroupUnhealthy, InvalidValue
 from tako_runtime.run import NewRun, new_id
 from tako_runtime.state import Backoff
-from tako_runtime.store.base import Enqueue, SendSignal
+from tako_runtime.store.base import Enqueue, ListHealth, SendSignal, Unhealthy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -120,10 +120,11 @@ class Workflow(Generic[P, R]):
 
         While a run of this workflow with the same `unique_key` is alive, answers that one's id and starts none. A
         higher `priority` is claimed first. Raises `PayloadRefused` for a payload that the handler could not take and
-        `InvalidValue` for a time that cannot be meant, with nothing stored; `TakoUnavailable` where no store is found.
+        `InvalidValue` for a time that cannot be meant, with nothing stored; `TakoUnavailable` where no store is found;
+        under `tako dev`, `GroupUnhealthy` while the workers that would take the run cannot work.
         """
         op = self._enqueue([payload], run_at, delay, retries, lambda _: unique_key, priority)
-        [run_id] = await store.current().do(op)
+        [run_id] = await self._stored(op)
         return run_id
 
     def enqueue_sync(
@@ -138,7 +139,7 @@ class Workflow(Generic[P, R]):
     ) -> str:
         """`enqueue` for code without an event loop."""
         op = self._enqueue([payload], run_at, delay, retries, lambda _: unique_key, priority)
-        [run_id] = store.current().do_sync(op)
+        [run_id] = self._stored_sync(op)
         return run_id
 
     async def enqueue_many(
@@ -155,7 +156,7 @@ class Workflow(Generic[P, R]):
 
         `unique_key` is called with each payload, for instance `unique_key=lambda order: f"order:{order.id}"`.
         """
-        return await store.current().do(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
+        return await self._stored(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
 
     def enqueue_many_sync(
         self,
@@ -168,7 +169,19 @@ class Workflow(Generic[P, R]):
         priority: int = 0,
     ) -> list[str]:
         """`enqueue_many` for code without an event loop."""
-        return store.current().do_sync(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
+        return self._stored_sync(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
+
+    async def _stored(self, op: Enqueue) -> list[str]:
+        opened = store.current()
+        if store.developing():
+            refuse_unhealthy(self.group, await opened.do(ListHealth()))
+        return await opened.do(op)
+
+    def _stored_sync(self, op: Enqueue) -> list[str]:
+        opened = store.current()
+        if store.developing():
+            refuse_unhealthy(self.group, opened.do_sync(ListHealth()))
+        return opened.do_sync(op)
 
     def _enqueue(
         self,
@@ -227,6 +240,14 @@ def new_run(
         backoff_base=backoff_base, backoff_max=backoff_max, priority=priority, unique_key=unique_key,
         release=release(), scheduled_at=scheduled_at,
     )  # fmt: skip
+
+
+def refuse_unhealthy(group: str, unhealthy: list[Unhealthy]) -> None:
+    """Raise `GroupUnhealthy`, with what its worker said, if the group is one of these: who develops learns at once what
+    in production would only keep the run waiting."""
+    for one in unhealthy:
+        if one.group == group:
+            raise GroupUnhealthy(f"group {group} cannot work: {one.reason}\n{one.details}".rstrip())
 
 
 async def signal(name: str, payload: object = None) -> int:

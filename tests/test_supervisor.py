@@ -52,6 +52,14 @@ DUE = frozenset({"default"})
         (Seen(due=DUE, paused_until={"default": 101}), {"default": AT_REST}, []),
         (Seen(due=DUE, paused_until={"default": 100}), {"default": AT_REST}, ["default"]),
         (Seen(paused_until={"default": 101}), {"default": TWO, "email": EMAIL}, ["email"] * 3),
+        (Seen(unhealthy=DUE), {"default": AT_REST}, ["default"]),
+        (Seen(unhealthy=DUE), {}, ["default"]),
+        (Seen(unhealthy=DUE, due=DUE), {"default": EMAIL}, ["default"]),
+        (Seen(unhealthy=DUE, live={"default": 1}), {"default": EMAIL}, ["default"]),
+        (Seen(unhealthy=DUE, live={"default": 1}, trying=DUE), {"default": EMAIL}, []),
+        (Seen(unhealthy=DUE, live={"default": 1}), {"default": AT_REST}, []),
+        (Seen(unhealthy=DUE, paused_until={"default": 101}), {"default": AT_REST}, []),
+        (Seen(live={"default": 1}, trying=DUE), {"default": EMAIL}, ["default", "default"]),
     ],
 )
 def test_decide(seen: Seen, wanted: dict[str, Group], starts: list[str]) -> None:

@@ -115,7 +115,7 @@ def start(
       tako runs start daily-report --in 5m
     """
     from tako_cli import context, wording
-    from tako_runtime import clock
+    from tako_runtime import clock, store
     from tako_runtime.control import run_json
 
     text = _payload(payload)
@@ -123,6 +123,8 @@ def start(
     flow = context.choose(context.manifest(context.project()), name)
     before = wording.now()
     with context.control() as control:
+        if store.in_development() and context.developing(store.locate()) is not None:
+            control.refuse_unhealthy(flow.group)
         run = control.start(flow, text, delay=micros, unique_key=key, priority=priority)
         is_new = run.created_at >= before
         if not as_json:
