@@ -59,7 +59,7 @@ class Child:
         self.in_hand: frozenset[tuple[int, int]] = frozenset()
         self.last_lines: deque[str] = deque(maxlen=100)
         self._broken: Event | None = None
-        self._clock = clock
+        self._clock, self._cwd = clock, cwd
         self._process = subprocess.Popen(
             words,
             cwd=cwd,
@@ -97,7 +97,9 @@ class Child:
     def why(self, code: int) -> tuple[str, str]:
         """Why it could not work, in one sentence, and the last lines of what it said of it."""
         if code == NOTHING_TO_RUN and self._broken is not None:
-            return self._broken["message"], _last(str(self._broken.get("traceback", "")).split("\n"))
+            return self._broken["message"].removeprefix(f"{self._cwd}/"), _last(
+                str(self._broken.get("traceback", "")).split("\n")
+            )
         said = [line for line in self.last_lines if line.strip()]
         crash = next((at for at, line in enumerate(said) if line.startswith(_CRASH)), None)
         last, details = (said[-1:], said) if crash is None else (said[crash : crash + 1], said[: crash + LINES])

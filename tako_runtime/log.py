@@ -58,10 +58,7 @@ WORDS: dict[str, tuple[int, str]] = {
     ),
     "worker.late": (ERROR, "the worker process {pid} of group {group} is not up after {seconds} s: it is ended"),
     "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
-    "group.paused": (
-        WARNING,
-        "group {group}: {failures} workers in a row ended before they claimed anything; next in {pause}",
-    ),
+    "group.paused": (WARNING, "group {group} is tried again in {pause}; failures in a row: {failures}"),
     "group.unhealthy": (ERROR, "group {group} cannot work: {reason}"),
     "group.healthy": (INFO, "group {group} works again"),
     "group.undeclared": (

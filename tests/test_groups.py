@@ -75,6 +75,7 @@ def test_each_group_has_its_own_processes_concurrency_and_idle_time(opened: Stor
 # --- scale to zero ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_idle_time_counts_from_the_last_activity(opened: StoreThread, home: Home) -> None:
     """Runs that come one after the other, over more than the idle time, are all done by the process of the first."""
     with supervised(home, idle_timeout=2 * clock.SECOND) as supervisor:
@@ -142,6 +143,7 @@ def test_an_enqueue_in_the_moment_of_a_workers_exit_runs_soon_all_the_same(
         assert supervisor.events("worker.died") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["worker.stopped", "gone"])
 def test_an_enqueue_while_the_worker_leaves_starts_the_next_one(opened: StoreThread, home: Home, moment: str) -> None:
     with supervised(home, idle_timeout=SHORT) as supervisor:

@@ -93,6 +93,7 @@ def test_a_worker_that_ends_before_it_claims_makes_its_group_unhealthy_until_the
         assert [event["group"] for event in supervisor.events("group.healthy")] == ["default"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_so_that_its_own_limit_cannot_end_it_is_ended_and_says_where_it_was(
     opened: StoreThread, home: Home, project: Path
 ) -> None:
@@ -260,6 +261,7 @@ def freeze(home: Home, pid: int) -> None:
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_frozen_while_runs_are_due_is_replaced_and_the_log_says_why(
     opened: StoreThread, home: Home
 ) -> None:
@@ -276,6 +278,7 @@ def test_a_worker_that_is_frozen_while_runs_are_due_is_replaced_and_the_log_says
         until(lambda: not unhealthy(opened))
 
 
+@pytest.mark.slow
 def test_a_worker_whose_event_loop_hangs_while_its_lease_is_renewed_is_replaced_and_says_where_it_hangs(
     opened: StoreThread, home: Home
 ) -> None:
@@ -417,7 +420,9 @@ def test_under_tako_dev_the_app_and_the_command_learn_why_nothing_runs_and_that_
         refused = subprocess.run(app, cwd=project, env=env, capture_output=True, text=True, check=False)
         assert refused.returncode == 1
         assert "GroupUnhealthy: group default cannot work" in refused.stderr
-        assert f"{file}:6: cannot be imported: ModuleNotFoundError: No module named 'no_such_driver'" in refused.stderr
+        assert "workflows/flows.py:6: cannot be imported: ModuleNotFoundError: No module named 'no_such_driver'" in (
+            refused.stderr
+        )
         assert "import no_such_driver\n" in refused.stderr
         by_hand = tako("runs", "start", "greet", cwd=project)
         assert by_hand.returncode == 1

@@ -227,6 +227,7 @@ def test_a_near_name_is_fine_once_the_file_has_it_too(project: Path) -> None:
     assert printed(project)["mistakes"] == []
 
 
+@pytest.mark.slow
 def test_one_bad_file_of_each_kind_hides_neither_the_others_nor_the_good_ones(project: Path) -> None:
     (project / "tako.toml").write_text(CONFIG)
     write(project, "a", "import a_module_that_is_not_there\n")

@@ -153,6 +153,7 @@ def test_each_worker_is_a_direct_child_that_leads_a_process_group_of_its_own(
         assert sorted(workers(opened).values()) == sorted(server.spawned)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", ["hold", "hangs"])
 def test_a_killed_supervisor_leaves_no_orphan_and_the_next_one_has_n_workers_and_not_one_more(
     opened: StoreThread, home: Home, project: Path, flow: str
@@ -175,6 +176,7 @@ def test_a_killed_supervisor_leaves_no_orphan_and_the_next_one_has_n_workers_and
             assert len(second.spawned) == 2
 
 
+@pytest.mark.slow
 def test_an_import_that_hangs_does_not_outlive_its_supervisor(opened: StoreThread, home: Home, project: Path) -> None:
     (project / "workflows" / "flows.py").write_text("import sys, time\nif 'worker' in sys.argv: time.sleep(600)\n")
     configure(project, "[workflows]\nworkers = 1\n")
@@ -316,6 +318,7 @@ def test_the_service_manager_is_told_ready_reloading_and_stopping(
         assert server.ended() == 0
 
 
+@pytest.mark.slow
 def test_the_watchdog_is_fed_while_the_supervisors_loop_goes_round_and_not_while_it_stands(
     opened: StoreThread, home: Home, project: Path
 ) -> None:
