@@ -58,7 +58,7 @@ def control() -> "Iterator[Control]":
 def environment(config: "Config", home: "Home") -> dict[str, str]:
     """What a process of the project's own finds in its environment. The shell's variables win over those of
     tako.toml."""
-    return {**config.variables(DEV), **os.environ, **home.environment()}
+    return {**config.variables(DEV), **os.environ, **home.environment(), "TAKO_ENV": DEV}
 
 
 def manifest(config: "Config") -> "Manifest":
@@ -72,9 +72,9 @@ def manifest(config: "Config") -> "Manifest":
 
 
 def tell(mistakes: "Sequence[Mistake]") -> None:
-    """Say which files could not be imported, and why."""
+    """Say what is wrong with the workflows, and where."""
     for mistake in mistakes:
-        output.error(f"{place(mistake.file, mistake.line)} cannot be imported: {mistake.message}")
+        output.error(f"{place(mistake.file, mistake.line)}: {mistake.message}")
 
 
 def choose(found: "Manifest", name: str) -> "Declared":
@@ -86,7 +86,7 @@ def choose(found: "Manifest", name: str) -> "Declared":
     try:
         return choose_declared(found.workflows, name)
     except NotFound as error:
-        broken = [f"{place(one.file, one.line)} cannot be imported: {one.message}" for one in found.mistakes]
+        broken = [f"{place(one.file, one.line)}: {one.message}" for one in found.mistakes]
         raise NotFound(str(error), hint="\n".join([error.hint, *broken])) from None
 
 

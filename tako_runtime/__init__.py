@@ -4,6 +4,7 @@ begin."""
 from tako_runtime.errors import (
     ConfigError,
     DuplicateWorkflow,
+    GroupUnhealthy,
     InvalidValue,
     NotCarried,
     NotFound,
@@ -52,6 +53,7 @@ __all__ = [
     "Unreadable",
     "PayloadRefused",
     "DuplicateWorkflow",
+    "GroupUnhealthy",
     "StepMisuse",
     "StepFailed",
     "StepTimeout",

@@ -2,18 +2,24 @@
 
 import argparse
 import asyncio
+import contextlib
+import faulthandler
 import gc
 import os
 import signal
 import stat
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from tako_runtime import clock, log, store
+from tako_runtime.child import NOTHING_TO_RUN
 from tako_runtime.errors import TakoError
-from tako_runtime.manifest import discover, manifest
+from tako_runtime.manifest import IMPORT_LIMIT, discover, manifest
 from tako_runtime.output import captured
 from tako_runtime.secrets import guarded, masked_json, receive, stored
 from tako_runtime.worker import Settings, Worker
@@ -41,6 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
+    for command in (worker, manifest):
+        command.add_argument("--import-limit", default=f"{IMPORT_LIMIT}s", help="how long one file's import may take")
     args = parser.parse_args(argv)
     try:
         return {"worker": _worker, "serve": _serve, "manifest": _manifest}[args.command](args)
@@ -50,14 +58,21 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _manifest(args: argparse.Namespace) -> int:
+    from tako_runtime import config
+
     out = os.dup(1)  # what a module prints at import must not end up in the JSON
     os.dup2(2, 1)
     with guarded(receive()):
         _nothing_on_stdin()
-        found = manifest(Path.cwd(), args.dir)
+        file = Path.cwd() / "tako.toml"
+        known = config.load(file) if file.is_file() else None
+        limit = clock.duration(args.import_limit, "--import-limit") / clock.SECOND
+        found = manifest(Path.cwd(), args.dir, known, limit)
         said = masked_json(msgspec.json.encode(found), "the manifest") + b"\n"
     with os.fdopen(out, "wb") as pipe:  # a big one does not fit into it at once
         pipe.write(said)
+    for mistake in found.mistakes:
+        sys.stderr.write(f"{mistake.file}:{mistake.line}: {mistake.message}\n")
     return 1 if found.mistakes else 0
 
 
@@ -71,7 +86,7 @@ def _serve(args: argparse.Namespace) -> int:
     with log.sink(out), alone(home.app_dir, "supervisor"):
         secrets = stored(home.app_dir)
         opened = store.open_store(home)
-        environment = {**found.variables(args.env), **os.environ}
+        environment = {**found.variables(args.env), **os.environ, "TAKO_ENV": args.env}
 
         async def run() -> None:
             await serve(
@@ -113,15 +128,18 @@ def _work(args: argparse.Namespace) -> int:
         lease=clock.duration(args.lease, "--lease", least=100_000),
         max_value=store.limits().max_value,
     )
-    lifeline = os.dup(0)  # our supervisor holds the other end: when it closes, the supervisor is gone
+    lifeline = _Lifeline(os.dup(0))
     _nothing_on_stdin()
-    mistakes = discover(Path.cwd(), args.dir)
-    for mistake in mistakes:
+    faulthandler.enable(file=2, all_threads=False)  # a crash of the interpreter says where it was
+    faulthandler.register(signal.SIGQUIT, file=2, all_threads=False)  # and so does this, when the supervisor asks
+    mistakes = []
+    for mistake in discover(Path.cwd(), args.dir, clock.duration(args.import_limit, "--import-limit") / clock.SECOND):
+        mistakes.append(mistake)
         log.emit(
             "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
         )
     if mistakes and not any(flow.group == settings.group for flow in registry.values()):
-        return 3
+        return NOTHING_TO_RUN
     opened, app_dir = store.current(), store.locate().app_dir
     gc.collect()
     gc.freeze()  # what is imported stays: no collection has to walk over it again
@@ -136,7 +154,7 @@ def _work(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _until_stopped(worker: Worker, lifeline: int) -> tuple[str, bool]:
+async def _until_stopped(worker: Worker, lifeline: "_Lifeline") -> tuple[str, bool]:
     """Work until a signal or the end of the supervisor says stop: why it ended, and whether it was told to."""
     loop = asyncio.get_running_loop()
     told_to_stop = False
@@ -148,21 +166,39 @@ async def _until_stopped(worker: Worker, lifeline: int) -> tuple[str, bool]:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, "drained")
+    lifeline.tell(lambda: loop.call_soon_threadsafe(stop, "supervisor gone"))
+    return await worker.run(), told_to_stop
 
-    def look_at_lifeline() -> None:
-        if not os.read(lifeline, 4096):
-            loop.remove_reader(lifeline)
-            stop("supervisor gone")
-            loop.call_later(ORPHAN_GRACE, _end_now)
 
-    supervised = stat.S_IFMT(os.fstat(lifeline).st_mode) in (stat.S_IFIFO, stat.S_IFSOCK)
-    if supervised:
-        loop.add_reader(lifeline, look_at_lifeline)
-    try:
-        return await worker.run(), told_to_stop
-    finally:
-        if supervised:
-            loop.remove_reader(lifeline)
+class _Lifeline:
+    """The supervisor holds the other end of this pipe: when it closes, the supervisor is gone. It is watched by a
+    thread, from before the first import, since an import and an event loop may hang."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._told: Callable[[], object] | None = None
+        self._lock = threading.Lock()
+        self._gone = False
+        if stat.S_IFMT(os.fstat(fd).st_mode) in (stat.S_IFIFO, stat.S_IFSOCK):
+            threading.Thread(target=self._watch, name="tako-lifeline", daemon=True).start()
+
+    def tell(self, told: Callable[[], object]) -> None:
+        """Call `told` once the supervisor is gone, from a thread."""
+        with self._lock:
+            self._told = told
+            if self._gone:
+                told()
+
+    def _watch(self) -> None:
+        while os.read(self._fd, 4096):
+            pass
+        with self._lock:
+            self._gone = True
+            if self._told is not None:
+                with contextlib.suppress(RuntimeError):  # its loop is closed: it is about to end anyway
+                    self._told()
+        time.sleep(ORPHAN_GRACE)
+        _end_now()
 
 
 def _end_now() -> None:

@@ -27,7 +27,7 @@ from tako_runtime.status import look, status
 from tako_runtime.store import base, limits
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.why import seen, why
-from tako_runtime.workflow import check_signal_name, new_run, signal_op
+from tako_runtime.workflow import check_signal_name, new_run, refuse_unhealthy, signal_op
 
 Json = dict[str, Any]
 
@@ -156,6 +156,10 @@ class Control:
         )  # fmt: skip
         [run_id] = self._store.do_sync(base.Enqueue(runs=[new], now=now))
         return self.find(run_id)
+
+    def refuse_unhealthy(self, group: str) -> None:
+        """Raises `GroupUnhealthy` where the workers of the group cannot work: for who develops."""
+        refuse_unhealthy(group, self._store.do_sync(base.ListHealth()))
 
     def retry(self, prefix: str, from_step: str | None = None) -> Json:
         """Let an ended run go on after its finished steps; `from_step` forgets that step and what came after it."""

@@ -6,6 +6,7 @@
     ├── NotFound                    no such run, workflow or step
     ├── SecretMissing (KeyError)    this process was given no such secret
     ├── Refused                     an operation that the run's state does not allow
+    ├── GroupUnhealthy              under `tako dev`: the workers that would take the run cannot work
     ├── InvalidValue (ValueError)   an argument that cannot be meant: a NaN duration, a naive datetime, a bad name
     ├── NotCarried (TypeError)      a value that cannot go through the store and come back the same
     │   └── TooLarge                a value over the size limit
@@ -68,6 +69,13 @@ class Refused(TakoError):
     """The run's state does not allow that."""
 
     code = "refused"
+
+
+class GroupUnhealthy(TakoError):
+    """Under `tako dev`: the workers that would take the run cannot work."""
+
+    code = "unhealthy"
+    hint = "Nothing was stored. Mend it and save: tako dev tries again at once."
 
 
 class InvalidValue(TakoError, ValueError):

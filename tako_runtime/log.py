@@ -55,15 +55,25 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.lost_lease": (ERROR, "worker {worker} lost its lease and gives up what it has in hand (runs: {runs})"),
     "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
     "worker.frozen": (ERROR, "worker {worker} (process {pid}) has not renewed its lease: it is ended and replaced"),
-    "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
-    "group.paused": (
+    "worker.claimed": (DEBUG, "worker {worker} has claimed its first run"),
+    "worker.stalled": (
         ERROR,
-        "group {group}: {failures} workers in a row ended before they did anything; next in {pause}",
+        "worker {worker} (process {pid}) has claimed nothing for {seconds} s, though runs are due and it has free "
+        "slots: it is replaced",
+    ),
+    "worker.late": (ERROR, "the worker process {pid} of group {group} is not up after {seconds} s: it is ended"),
+    "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
+    "group.paused": (WARNING, "group {group} is tried again in {pause}; failures in a row: {failures}"),
+    "group.unhealthy": (ERROR, "group {group} cannot work: {reason}"),
+    "group.healthy": (INFO, "group {group} works again"),
+    "group.undeclared": (
+        WARNING,
+        "group {group} has due runs that no worker can take, as no file declares {workflow!r} there: they are kept",
     ),
     "cron.fired": (INFO, "fired for {scheduled_at}"),
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
-    "file.broken": (ERROR, "{file}:{line} cannot be imported: {error}"),
+    "file.broken": (ERROR, "{file}:{line}: {error}"),
     "metrics.listening": (INFO, "metrics are served on {listen}"),
     "metrics.failed": (ERROR, "metrics cannot be served on {listen}: {error}"),
     "secret.masked": (WARNING, "the value of secret {name} turned up in {place}; it is masked there"),
@@ -75,6 +85,9 @@ WORDS: dict[str, tuple[int, str]] = {
     "tail.alone": (INFO, "no supervisor runs here: what follows is what the store has, looked at once a second"),
     "output": (INFO, "{text}"),
 }
+
+#: What a supervisor must hear of its workers, whatever the level of the log is.
+HEARD = frozenset({"worker.started", "worker.claimed", "file.broken"})
 
 #: Facts of the run and step that the code is in: they go with every event, and with what a handler prints.
 _context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tako_log", default=None)
@@ -94,7 +107,7 @@ _OURS = frozenset(("at", "level", "event"))
 
 def emit(event: str, **facts: Any) -> None:
     """Announce a fact to every sink. Costs next to nothing where none wants it."""
-    if facts.get("level", WORDS[event][0]) < _least:
+    if facts.get("level", WORDS[event][0]) < _least and event not in HEARD:
         return
     line = {"at": _time.now(), "level": WORDS[event][0], "event": event, **(_context.get() or {})}
     if (step := in_step.get()) is not None:
@@ -196,7 +209,7 @@ class JsonLines:
         self._lock = threading.Lock()
 
     def __call__(self, line: dict[str, Any]) -> None:
-        if line["level"] < self.least:
+        if line["level"] < self.least and line["event"] not in HEARD:
             return
         soon = line["level"] < WARNING and line["event"] != "output"
         self._append(msgspec.json.encode(told(line), enc_hook=str) + b"\n", soon=soon)

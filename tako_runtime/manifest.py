@@ -4,23 +4,34 @@ The manifest is read by importing the project's workflows in a short-lived proce
 deploy or shows up in the log, and never takes a supervisor down. One bad file does not hide the others.
 """
 
+import contextlib
 import importlib
+import inspect
+import re
+import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from tako_runtime import clock
+from tako_runtime import clock, codec
 from tako_runtime.errors import ConfigError, InvalidValue, TakoError
 from tako_runtime.secrets import VARIABLE, Mask, envelope
-from tako_runtime.workflow import Workflow, registry
+from tako_runtime.workflow import Workflow, declaring_once, registry
 
-#: How long importing the workflows may take, in seconds: a module that starts a server at import would take for ever.
-PATIENCE = 60
+if TYPE_CHECKING:
+    from tako_runtime.config import Config
+
+#: How long importing one file may take, in seconds: one that loops or starts a server would take for ever.
+IMPORT_LIMIT = 30.0
+
+#: How long reading the whole manifest may take, in seconds, where a file hangs so that its own limit cannot end it.
+PATIENCE = 75
 
 
 class Declared(msgspec.Struct, frozen=True):
@@ -34,6 +45,7 @@ class Declared(msgspec.Struct, frozen=True):
     payload: str | None
     file: str
     line: int
+    signature: str = ""
     doc: str = ""
     schedule: str | None = None
     timezone: str | None = None
@@ -44,7 +56,8 @@ class Declared(msgspec.Struct, frozen=True):
 
 
 class Mistake(msgspec.Struct, frozen=True):
-    """A file that could not be imported: where in the user's code, and why."""
+    """What is wrong with a file (`message`: "cannot be imported: ...") or with a workflow in it, and where in the
+    user's code."""
 
     file: str
     line: int
@@ -56,9 +69,18 @@ class Manifest(msgspec.Struct, frozen=True):
     workflows: tuple[Declared, ...]
     mistakes: tuple[Mistake, ...] = ()
 
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """The groups that workflows name, each with its workflows."""
+        found: dict[str, tuple[str, ...]] = {}
+        for flow in self.workflows:
+            found[flow.group] = (*found.get(flow.group, ()), flow.name)
+        return found
 
-def discover(root: Path, folder: str) -> list[Mistake]:
-    """Import every module of `root/folder`, so that `registry` has its workflows; what could not be imported.
+
+def discover(root: Path, folder: str, limit: float = IMPORT_LIMIT) -> Iterator[Mistake]:
+    """Import every module of `root/folder`, so that `registry` has its workflows; what could not be imported, as it
+    turns up. A file that takes longer than `limit` seconds is one that could not. To be called in the main thread.
 
     A file is the module that its path names (`workflows/fulfill_order.py` is `workflows.fulfill_order`), as the app
     imports it too. Names that begin with `_` are left to be imported by others.
@@ -70,32 +92,38 @@ def discover(root: Path, folder: str) -> list[Mistake]:
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    mistakes = []
     for file in sorted(place.rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
         if any(part.startswith("_") or not part.isidentifier() for part in parts[len(Path(folder).parts) :]):
             continue
         try:
-            importlib.import_module(".".join(parts))
-        except (Exception, SystemExit) as error:  # noqa: BLE001 -- a module of the user's may raise anything
-            mistakes.append(_mistake(error, file, root))
-    return mistakes
+            with declaring_once(), _within(limit):
+                importlib.import_module(".".join(parts))
+        except (Exception, SystemExit, _TooSlow) as error:  # noqa: BLE001 -- a module of the user's may raise anything
+            yield _mistake(error, file, root)
 
 
-def manifest(root: Path, folder: str) -> Manifest:
-    """The manifest of the project in `root`, with the mistakes of the files that could not be imported."""
-    mistakes = discover(root, folder)
+def manifest(root: Path, folder: str, config: "Config | None" = None, limit: float = IMPORT_LIMIT) -> Manifest:
+    """The manifest of the project in `root`, with every mistake in it. `config` is the project's, which knows the
+    names of groups."""
+    mistakes = list(discover(root, folder, limit))
     declared = [_declared(flow) for _, flow in sorted(registry.items())]
     for flow in declared:
-        if flow.schedule is not None:
-            from tako_runtime.cron import Schedule  # costs its import only where there is a schedule
-
-            try:
-                Schedule.parse(flow.schedule, flow.timezone)
-            except InvalidValue as error:
-                hint = f" ({error.hint})" if error.hint else ""
-                mistakes.append(Mistake(flow.file, flow.line, f"schedule of {flow.name!r}: {error}{hint}", ""))
+        wrong = [_wrong_schedule(flow), _wrong_group(flow.group, config) if config else ""]
+        mistakes += [Mistake(flow.file, flow.line, f"workflow {flow.name!r}: {why}", "") for why in wrong if why]
     return Manifest(tuple(declared), tuple(mistakes))
+
+
+def fingerprint(root: Path, folder: str) -> frozenset[tuple[str, int, int]]:
+    """Changes with every file of the workflows that is made, edited or removed."""
+    found = set()
+    for file in (root / folder).rglob("*.py"):
+        try:
+            seen = file.stat()
+        except OSError:  # removed meanwhile
+            continue
+        found.add((str(file), seen.st_mtime_ns, seen.st_size))
+    return frozenset(found)
 
 
 def read(root: Path, folder: str, environment: Mapping[str, str], secrets: Mapping[str, str] | None = None) -> Manifest:
@@ -119,8 +147,71 @@ def read(root: Path, folder: str, environment: Mapping[str, str], secrets: Mappi
         raise ConfigError(said or f"reading {root / folder} ended with exit code {done.returncode}") from None
 
 
+class _TooSlow(BaseException):
+    """An import has run past its limit. No `Exception`: a module's own `except` must not swallow it."""
+
+
+@contextlib.contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raise `_TooSlow` in the main thread, wherever it is by then, and again each second should that be swallowed."""
+
+    def ring(_number: int, _frame: FrameType | None) -> None:
+        raise _TooSlow(f"its import takes more than {seconds:g} s: move what takes so long out of the top level")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _wrong_schedule(flow: Declared) -> str:
+    if flow.schedule is None:
+        return ""
+    from tako_runtime.cron import Schedule  # costs its import only where there is a schedule
+
+    try:
+        Schedule.parse(flow.schedule, flow.timezone)
+    except InvalidValue as error:
+        return f"{error} ({error.hint})" if error.hint else str(error)
+    return ""
+
+
+def _wrong_group(group: str, config: "Config") -> str:
+    """Why a group is one that cannot be, or that is hardly meant. Any other name is a new group, which inherits
+    [workflows]."""
+    from tako_runtime.config import Workflows, settings  # a worker does without
+
+    if group in settings(Workflows):
+        return f"group {group!r} has the name of a setting of [workflows]: no file could configure it"
+    known = {name for server in (None, *config.servers) for name in config.group_names(server)}
+    near = sorted(name for name in known if _a_slip_away(group, name))
+    if group in known or not near:
+        return ""
+    return f"unknown group {group!r} (Did you mean {near[0]!r}? If it is another one, add [workflows.{group}].)"
+
+
+def _a_slip_away(name: str, known: str) -> bool:
+    """Whether one name is the other with one letter more, less, or changed, or two neighbours swapped. Digits tell
+    lanes apart (`gpu-1`, `gpu-2`), and so do the letters of very short names.
+
+    >>> _a_slip_away("emial", "email"), _a_slip_away("emails", "email"), _a_slip_away("gpu-2", "gpu-1")
+    (True, True, False)
+    """
+    if min(len(name), len(known)) < 4:
+        return False
+    while name and known and name[0] == known[0]:
+        name, known = name[1:], known[1:]
+    while name and known and name[-1] == known[-1]:
+        name, known = name[:-1], known[:-1]
+    swapped = len(name) == 2 and name == known[::-1]
+    return (swapped or max(len(name), len(known)) == 1) and not re.search(r"\d", name + known)
+
+
 def _declared(flow: Workflow[..., Any]) -> Declared:
-    code = getattr(flow.handler, "__code__", None)
+    code = getattr(inspect.unwrap(flow.handler), "__code__", None)
     annotation = flow.payload_type
     return Declared(
         name=flow.name,
@@ -131,6 +222,7 @@ def _declared(flow: Workflow[..., Any]) -> Declared:
         payload=getattr(annotation, "__qualname__", str(annotation)) if flow.takes_payload else None,
         file=code.co_filename if code else "",
         line=code.co_firstlineno if code else 0,
+        signature=_signature(flow.handler),
         doc=(flow.__doc__ or "").strip().split("\n")[0],
         schedule=flow.schedule,
         timezone=flow.timezone,
@@ -139,6 +231,15 @@ def _declared(flow: Workflow[..., Any]) -> Declared:
         timeout=flow.timeout,
         blocking=flow.blocking,
     )
+
+
+def _signature(handler: Callable[..., Any]) -> str:
+    """As it is written, with its annotations resolved: `(payload: workflows.orders.Order, step: ...) -> str`."""
+    written = inspect.signature(handler)
+    found = codec.annotations(handler)
+    parameters = [p.replace(annotation=found.get(p.name, p.annotation)) for p in written.parameters.values()]
+    answer = found.get("return", written.return_annotation)
+    return str(written.replace(parameters=parameters, return_annotation=answer))
 
 
 def _mistake(error: BaseException, file: Path, root: Path) -> Mistake:
@@ -150,12 +251,12 @@ def _mistake(error: BaseException, file: Path, root: Path) -> Mistake:
     if isinstance(error, SyntaxError) and error.filename:
         place, line = Path(error.filename), error.lineno or 0
     report = traceback.TracebackException.from_exception(error)
-    machinery = ("<frozen importlib", importlib.__file__, __file__)
+    machinery = ("<frozen importlib", importlib.__file__, __file__, contextlib.__file__)
     report.stack = traceback.StackSummary.from_list([f for f in report.stack if not f.filename.startswith(machinery)])
     hint = f" ({error.hint})" if isinstance(error, TakoError) and error.hint else ""
     said = error.msg if isinstance(error, SyntaxError) else str(error)
-    message = f"{type(error).__name__}: {said}{hint}"
-    return Mistake(str(place), line, message, "".join(report.format()).rstrip())
+    what = said if isinstance(error, _TooSlow) else f"{type(error).__name__}: {said}{hint}"
+    return Mistake(str(place), line, f"cannot be imported: {what}", "".join(report.format()).rstrip())
 
 
 def spelled(flow: Declared) -> dict[str, Any]:

@@ -64,9 +64,9 @@ class Server:
             show(source, event)
 
         self.supervisor = Supervisor(
-            store, home, config.root, config.workflows.dir, groups, heard, default=groups["default"],
-            lease=config.workflows.lease, log_level="debug" if config.metrics.listen else log_level,
-            environment=self._environment, secrets=secrets,
+            store, home, config.root, config.workflows.dir, groups, heard,
+            other=lambda name: _group(config, name, server), reread=self.declare, lease=config.workflows.lease,
+            log_level="debug" if config.metrics.listen else log_level, environment=self._environment, secrets=secrets,
         )  # fmt: skip
         self.cron = Cron(store, ticking)
         self.retention = Retention(store, config, server, ticking)
@@ -75,15 +75,19 @@ class Server:
         """Read what the workflows declare, and make the schedules those. Raises `ConfigError` where they cannot be read
         at all; a file that cannot be imported is a mistake in the manifest, and the schedules stay as they were."""
         folder = self._config.workflows.dir
-        self.manifest = await asyncio.to_thread(
-            read, self._config.root, folder, self._environment, self.supervisor.secrets
-        )
-        for mistake in self.manifest.mistakes:
+        found = await asyncio.to_thread(read, self._config.root, folder, self._environment, self.supervisor.secrets)
+        for mistake in found.mistakes:
             emit(
                 "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
             )
-        await self.cron.declare(self.manifest)
-        return self.manifest
+        await self.take(found)
+        return found
+
+    async def take(self, manifest: Manifest) -> None:
+        """Go by what this manifest declares from now on."""
+        self.manifest = manifest
+        self.supervisor.declare(manifest)
+        await self.cron.declare(manifest)
 
     def _group_names(self) -> set[str]:
         return {*self._config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
@@ -175,8 +179,7 @@ async def _serve(server: Server, guards: contextlib.ExitStack) -> None:
         notify("STOPPING=1")
         server.stop()
 
-    async def reload() -> None:
-        notify("RELOADING=1")
+    async def declare() -> None:
         try:
             fresh = stored(server.home.app_dir)
             if fresh != server.supervisor.secrets:
@@ -193,27 +196,34 @@ async def _serve(server: Server, guards: contextlib.ExitStack) -> None:
 
     reloads: set[asyncio.Task[None]] = set()
 
-    def reload_soon() -> None:
-        task = loop.create_task(reload())
+    def reload() -> None:
+        notify(f"RELOADING=1\nMONOTONIC_USEC={clock.monotonic()}")
+        task = loop.create_task(declare())
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, reload_soon)
-    await reload()
-    watching = loop.create_task(_watchdog())
+    loop.add_signal_handler(signal.SIGHUP, reload)
+    await declare()
+    watching = loop.create_task(_watchdog(server.supervisor))
     try:
         await server.run()
     finally:
         watching.cancel()
 
 
-async def _watchdog() -> None:
-    """Tell the service manager that this loop still turns, at half the time it asks for."""
+async def _watchdog(supervisor: Supervisor) -> None:
+    """Tell the service manager that work gets on, at half the time it asks for: only while the supervisor's loop goes
+    round, which a store that does not answer stops too."""
     micros = int(os.environ.get("WATCHDOG_USEC", "0"))
+    if os.environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
+        return
+    seen = -1
     while micros:
-        notify("WATCHDOG=1")
+        if supervisor.turns != seen or supervisor.stopping:
+            seen = supervisor.turns
+            notify("WATCHDOG=1")
         await asyncio.sleep(micros / 2 / clock.SECOND)
 
 

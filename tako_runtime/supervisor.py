@@ -1,45 +1,42 @@
 """4. decide(seen, wanted, now) -> what to start, and the loop that carries it out.
 
-The supervisor starts worker processes when work is due, lets them leave when idle, keeps as many as a group wants, and
-gives a dead worker's runs back at once. It never imports user code. Between events it sleeps: the bell, a child's end,
-the next due time and a look once a second wake it.
+The supervisor starts worker processes when work is due, lets them leave when idle, keeps as many as a group wants,
+replaces those that make no progress, and gives a dead worker's runs back at once. It never imports user code. Between
+events it sleeps: the bell, a child's end, the next due time and a look once a second wake it.
 """
 
 import asyncio
-import contextlib
 import os
-import signal
-import subprocess
+import socket
 import sys
-import threading
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import msgspec
 
 from tako_runtime import clock
+from tako_runtime.child import Child, Event, how
 from tako_runtime.clock import Clock, SystemClock
-from tako_runtime.errors import StoreBusy
-from tako_runtime.log import WORDS, emit
+from tako_runtime.errors import StoreBusy, TakoError
+from tako_runtime.health import Health
+from tako_runtime.log import emit
+from tako_runtime.manifest import Manifest, fingerprint
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import new_id
-from tako_runtime.secrets import VARIABLE, handing_over, masked_json
+from tako_runtime.secrets import VARIABLE, handing_over
 from tako_runtime.store import Home
-from tako_runtime.store.base import DataVersion, Demand, ListWorkers
+from tako_runtime.store.base import DataVersion, Demand, ListWorkers, RunsOf, Undeclared
 from tako_runtime.store.commit import StoreThread
 
-#: The net under the bell, in seconds.
+#: The net under the bell, in seconds. At each look the supervisor also sees how its workers stand.
 LOOK = 1.0
 
 #: How often lapsed leases are looked for.
 RECLAIM_EVERY = 5 * clock.SECOND
 
-#: The pause after a worker that ended before it began to work; doubled each time, up to the longest.
-FIRST_PAUSE = clock.SECOND
-LONGEST_PAUSE = clock.MINUTE
+#: A worker that is not up after so many looks hangs; so does one that at so many looks in a row had free slots, and due
+#: runs to take, and took none. Looks are counted, not seconds: a supervisor that was itself stopped accuses nobody.
+START_LIMIT = 60
+STALL_LIMIT = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,17 +52,21 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What the supervisor sees: groups with due runs, live workers and pauses by group."""
+    """What the supervisor sees: groups with due runs that a worker could take, live workers and pauses by group, groups
+    that cannot work, and groups with a worker that has yet to prove itself."""
 
     due: frozenset[str] = frozenset()
     live: Mapping[str, int] = field(default_factory=dict)
     paused_until: Mapping[str, int] = field(default_factory=dict)
+    unhealthy: frozenset[str] = frozenset()
+    trying: frozenset[str] = frozenset()
 
 
 def decide(seen: Seen, wanted: Mapping[str, Group], now: int) -> list[str]:
     """The groups to start a worker for, each as often as workers are missing. Pure.
 
-    A group with `workers = N` has N; one with `workers = 0` gets one when a run is due, and none at rest.
+    A group with `workers = N` has N; one with `workers = 0` gets one when a run is due, and none at rest. An unhealthy
+    one is tried, due or not, by one worker at a time.
 
     >>> decide(Seen(due=frozenset({"default"})), {"default": Group()}, 0)
     ['default']
@@ -73,90 +74,20 @@ def decide(seen: Seen, wanted: Mapping[str, Group], now: int) -> list[str]:
     ['email', 'email']
     """
     starts: list[str] = []
-    for name in sorted(set(wanted) | seen.due):
+    for name in sorted(set(wanted) | seen.due | seen.unhealthy):
         group = wanted.get(name) or Group(name)
-        need = group.workers or int(name in seen.due)
-        missing = need - seen.live.get(name, 0)
-        if missing > 0 and seen.paused_until.get(name, 0) <= now:
+        missing = (group.workers or int(name in seen.due | seen.unhealthy)) - seen.live.get(name, 0)
+        if name in seen.unhealthy:
+            missing = min(missing, int(name not in seen.trying))
+        if seen.paused_until.get(name, 0) <= now:
             starts += [name] * missing
     return starts
 
 
-class _Child:
-    """A worker process of ours: what it says, line by line, and its end.
-
-    Its end is waited for in a thread, not read off its pipe: what a step has started may hold that open for long.
-    """
-
-    def __init__(self, group: Group, words: list[str], cwd: Path, environment: Mapping[str, str], secrets: int) -> None:
-        self.group = group
-        self.began = False
-        self.last_lines: deque[str] = deque(maxlen=30)
-        self._process = subprocess.Popen(
-            words,
-            cwd=cwd,
-            env={**environment, VARIABLE: str(secrets)},
-            pass_fds=[secrets],
-            stdin=subprocess.PIPE,  # its end tells the worker that we are gone
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self.pid = self._process.pid
-        self._rest = b""
-
-    async def follow(self, say: Callable[[str], None]) -> int:
-        """Pass on each line that it says; its exit code, negative for a signal."""
-        loop = asyncio.get_running_loop()
-        assert self._process.stdout is not None
-        assert self._process.stdin is not None
-        pipe = self._process.stdout.fileno()
-        os.set_blocking(pipe, False)
-        loop.add_reader(pipe, self._read, pipe, say)
-        try:
-            ended: asyncio.Future[int] = loop.create_future()
-            threading.Thread(target=self._wait, args=(loop, ended), name="tako-child", daemon=True).start()
-            code = await asyncio.shield(ended)
-            while self._read(pipe, say):
-                pass
-        finally:
-            loop.remove_reader(pipe)
-            self._process.stdout.close()
-            self._process.stdin.close()
-        if self._rest:
-            say(self._rest.decode(errors="replace"))
-        return code
-
-    def _wait(self, loop: asyncio.AbstractEventLoop, ended: "asyncio.Future[int]") -> None:
-        code = self._process.wait()
-        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody wants to know
-            loop.call_soon_threadsafe(ended.set_result, code)
-
-    def _read(self, pipe: int, say: Callable[[str], None]) -> bool:
-        try:
-            data = os.read(pipe, 1 << 16)
-        except BlockingIOError:
-            return False
-        if not data:
-            asyncio.get_running_loop().remove_reader(pipe)
-            return False
-        *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            say(line.decode(errors="replace"))
-        return True
-
-    def terminate(self) -> None:
-        self._process.terminate()
-
-    def kill(self) -> None:
-        """At once, with all that its steps have started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-
-
 class Supervisor:
-    """The workers of one app on this machine, until stopped. `show(source, line)` gets each event of its workers and
-    each line that they print; `groups(name)` says what a group should be."""
+    """The workers of one app on this machine, until stopped. `show(source, event)` gets each event of its workers and
+    each line that they print; `other(name)` says what a group should be that is not in `wanted`; `reread()` is asked
+    for when a file has changed while something cannot work."""
 
     def __init__(
         self,
@@ -165,41 +96,61 @@ class Supervisor:
         root: Path,
         folder: str,
         wanted: Mapping[str, Group],
-        show: Callable[[str, dict[str, Any]], None],
+        show: Callable[[str, Event], None],
         *,
-        default: Group | None = None,
+        other: Callable[[str], Group] = Group,
+        reread: Callable[[], Awaitable[object]] | None = None,
         lease: int = 15 * clock.SECOND,
+        start_limit: int = START_LIMIT,
+        stall_limit: int = STALL_LIMIT,
         log_level: str = "info",
         environment: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.secrets = secrets or {}  # what workers get that start from now on
+        self.turns = 0  # how often the loop has gone round
         self._store, self._home, self._root, self._folder = store, home, root, folder
-        self._wanted, self._default = dict(wanted), default or Group()
+        self._wanted, self._other, self._reread = dict(wanted), other, reread
         self._show, self._lease, self._log_level = show, lease, log_level
+        self._start_limit, self._stall_limit = start_limit, stall_limit
         self._clock: Clock = clock or SystemClock()
         self._environment = {**(environment or os.environ), **home.environment(), "PYTHONUNBUFFERED": "1"}
-        self._children: dict[_Child, asyncio.Task[None]] = {}
-        self._failures: dict[str, int] = {}
-        self._paused_until: dict[str, int] = {}
+        self._children: dict[Child, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._health = Health(store, self._clock)
+        self._manifest: Manifest | None = None
+        self._files = fingerprint(root, folder)
+        self._due: frozenset[str] = frozenset()
+        self._undeclared: dict[str, str] = {}
+        self._told: set[tuple[str, str]] = set()
+        self._reading = False
         self._wake = asyncio.Event()
         self._dirty = True
-        self._stopping = False
+        self.stopping = False
+
+    def declare(self, manifest: Manifest) -> None:
+        """What the workflows declare. Until it is known, a worker is started for whatever is due."""
+        self._manifest = manifest
+        self._told.clear()
+        self._health.try_now()
+        self._look_anew()
 
     async def run(self) -> None:
         """Supervise until `stop()`; then drain the workers, and leave none behind."""
         listener = self._store.bell.listen("s-" + new_id(self._clock.now()))
         listener.start(self._heard)
+        await self._health.forget()
         try:
             await self._supervise()
         finally:
             listener.close()
             await self._end_children()
+            await self._health.forget()
 
     def stop(self) -> None:
         """Drain and leave. Call it in the event loop."""
-        self._stopping = True
+        self.stopping = True
         self._wake.set()
 
     @property
@@ -214,9 +165,9 @@ class Supervisor:
     # --- the loop ---
 
     async def _supervise(self) -> None:
-        data_version, next_at, reclaim_at = -1, None, 0
-        seen_due: frozenset[str] = frozenset()
-        while not self._stopping:
+        loop = asyncio.get_running_loop()
+        data_version, next_at, reclaim_at, looked_at = -1, None, 0, loop.time()
+        while not self.stopping:
             now = self._clock.now()
             try:
                 version = await self._store.do(DataVersion())
@@ -227,19 +178,30 @@ class Supervisor:
                     self._dirty = True
                 if self._dirty or version != data_version or (next_at is not None and next_at <= now):
                     self._dirty, data_version = False, version
-                    demand = await self._store.do(Demand(now=now))
-                    seen_due, next_at = demand.groups, demand.next_at
+                    next_at = await self._look_at_demand(now)
+                if loop.time() - looked_at >= LOOK * 0.9:
+                    looked_at = loop.time()
+                    await self._look_at_workers()
+                    self._look_at_files()
+                await self._health.report()
             except StoreBusy as error:
                 emit("store.busy", error=str(error))
-            live: dict[str, int] = {}
-            for child in self._children:
-                live[child.group.name] = live.get(child.group.name, 0) + 1
-            seen = Seen(seen_due, live, self._paused_until)
-            for name in decide(seen, self._groups(seen_due), now):
-                await self._start(self._group(name))
-            times = [at for at in (next_at, *self._paused_until.values()) if at is not None and at > now]
-            pause = min([LOOK, *((at - now) / clock.SECOND for at in times)])
-            await self._sleep(pause)
+            await self._act(now)
+            self.turns += 1
+            times = [at for at in (next_at, *self._health.paused_until.values()) if at is not None and at > now]
+            await self._sleep(min([LOOK, *((at - now) / clock.SECOND for at in times)]))
+
+    async def _act(self, now: int) -> None:
+        live: dict[str, int] = {}
+        staying = [child for child in self._children if not child.leaving]
+        for child in staying:
+            live[child.group.name] = live.get(child.group.name, 0) + 1
+        trying = frozenset(child.group.name for child in staying if child.trial and not child.claimed)
+        unhealthy = frozenset(self._health.reasons)
+        seen = Seen(self._due, live, self._health.paused_until, unhealthy, trying)
+        named = {*self._wanted, *(self._manifest.groups if self._manifest else ()), *self._due, *unhealthy}
+        for name in decide(seen, {name: self._group(name) for name in named}, now):
+            await self._start(self._group(name))
 
     async def _sleep(self, seconds: float) -> None:
         handle = asyncio.get_running_loop().call_later(seconds, self._wake.set)
@@ -249,59 +211,148 @@ class Supervisor:
 
     def _heard(self, topics: set[str]) -> None:
         if any(topic.startswith("due:") or topic == "later" for topic in topics):
-            self._dirty = True
-            self._wake.set()
+            self._look_anew()
 
-    def _groups(self, due: frozenset[str]) -> dict[str, Group]:
-        return {name: self._group(name) for name in set(self._wanted) | due}
+    def _look_anew(self) -> None:
+        self._dirty = True
+        self._wake.set()
 
     def _group(self, name: str) -> Group:
-        found = self._wanted.get(name)
-        if found is None:  # named by a workflow and by no configuration: it is like the base
-            base = self._default
-            found = Group(name, 0, base.concurrency, base.idle_timeout, base.grace)
-        return found
+        return self._wanted.get(name) or self._other(name)
+
+    # --- what there is to see ---
+
+    async def _look_at_demand(self, now: int) -> int | None:
+        """Which groups have due runs that a worker could take; when the next run is due."""
+        demand = await self._store.do(Demand(now=now))
+        self._undeclared = {}
+        if demand.groups and (known := self._manifest) is not None:
+            nobodys = await self._store.do(Undeclared(declared=known.groups))
+            # Where a file is broken, the run may be of a workflow in it: then a worker of that group has to say so.
+            self._undeclared = {g: name for g, name in nobodys.items() if not known.mistakes or g in known.groups}
+        for group, workflow in self._undeclared.items() - self._told:
+            self._told.add((group, workflow))
+            emit("group.undeclared", group=group, workflow=workflow)
+        self._due = demand.groups - self._undeclared.keys()
+        return demand.next_at
+
+    async def _look_at_workers(self) -> None:
+        """Replace those that hang. One whose slots are all taken is busy, however long that takes."""
+        for child in list(self._children):
+            if child.leaving:
+                continue
+            group = child.group.name
+            if not child.worker:
+                limit = self._start_limit
+                child.looks += 1
+            elif group in self._due:
+                limit = self._stall_limit
+                in_hand = frozenset((run.seq, run.claim) for run in await self._store.do(RunsOf(worker=child.worker)))
+                stands = in_hand == child.in_hand and len(in_hand) < child.group.concurrency
+                child.looks = child.looks + 1 if stands else 0
+                child.in_hand, child.idle = in_hand, 0
+            else:
+                child.looks, child.idle = 0, child.idle + 1
+                if child.trial:  # it is up, and nothing is due by which it could prove itself
+                    child.trial = False
+                    self._health.healthy(group)
+                if child.idle == self._stall_limit:
+                    self._health.calm(group)
+                continue
+            if child.looks == limit:
+                child.tell_where()
+            elif child.looks > limit:
+                self._replace(child, limit)
+
+    def _look_at_files(self) -> None:
+        """Somebody may be mending what cannot work: no pause makes them wait."""
+        if not (self._health.reasons or self._undeclared) or self._reading:
+            return
+        files = fingerprint(self._root, self._folder)
+        if files != self._files:
+            self._files = files
+            self._health.try_now()
+            self._task(self._read_anew())
+
+    async def _read_anew(self) -> None:
+        if self._reread is not None:
+            self._reading = True
+            try:
+                await self._reread()
+            except TakoError as error:
+                emit("server.unread", error=str(error))
+            finally:
+                self._reading = False
 
     # --- workers ---
 
     async def _start(self, group: Group) -> None:
         words = [
             sys.executable, "-m", "tako_runtime", "worker", "--group", group.name, "--dir", self._folder,
-            "--concurrency", str(group.concurrency), "--lease", f"{self._lease}us", "--log-level", self._log_level,
+            "--concurrency", str(group.concurrency), "--lease", f"{self._lease}us",
+            "--import-limit", f"{self._start_limit / 2}s", "--log-level", self._log_level,
         ]  # fmt: skip
         if not group.workers:
             words += ["--idle-timeout", f"{group.idle_timeout}us"]
-        async with handing_over(self.secrets) as pipe:
-            child = _Child(group, words, self._root, self._environment, pipe)
+        try:
+            async with handing_over(self.secrets) as pipe:
+                child = Child(group, words, self._root, {**self._environment, VARIABLE: str(pipe)}, self._clock, pipe)
+        except OSError as error:
+            reason = f"its worker cannot be started: {error.strerror}: {error.filename or words[0]}"
+            self._health.unhealthy(group.name, reason, "")
+            self._health.paused(group.name)
+            return
+        child.trial = group.name in self._health.reasons
         self._children[child] = asyncio.get_running_loop().create_task(self._follow(child))
         emit("worker.spawned", pid=child.pid, group=group.name)
 
-    async def _follow(self, child: _Child) -> None:
+    async def _follow(self, child: Child) -> None:
         """Pass on what a worker says, until it ends; then give back what it had in hand."""
-        code = await child.follow(lambda line: self._say(child, line))
+        code = await child.follow(lambda event: self._said(child, event))
         del self._children[child]
         group = child.group.name
         if code != 0:
-            how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-            emit("worker.died", pid=child.pid, how=how, group=group)
-        if child.began:
-            self._failures.pop(group, None)
-        elif code != 0:
-            failures = self._failures[group] = self._failures.get(group, 0) + 1
-            pause = min(FIRST_PAUSE << min(failures - 1, 10), LONGEST_PAUSE)
-            self._paused_until[group] = self._clock.now() + pause
-            lines = "\n".join(child.last_lines)
-            emit("group.paused", group=group, failures=failures, pause=clock.spell(pause), last_lines=lines)
+            emit("worker.died", pid=child.pid, how=how(code), group=group)
+        failed = not child.claimed and not child.leaving and (code != 0 or not child.worker)
+        if failed and not self.stopping:
+            if not child.worker or group in self._due:  # an idle one that somebody ended proves nothing
+                self._health.unhealthy(group, *child.why(code))
+            self._health.paused(group)
         await self._give_back()
-        self._dirty = True
-        self._wake.set()
+        self._look_anew()
+
+    def _said(self, child: Child, event: Event) -> None:
+        if event["event"] == "worker.claimed":
+            self._health.proved(child.group.name)
+        self._show(child.group.name, event)
+
+    def _replace(self, child: Child, looks: int) -> None:
+        """Another takes its place at once, or after a pause where it has never claimed. It gets its grace, should it
+        only be slow: what it has in hand is not taken from it before."""
+        group, seconds = child.group.name, round(looks * LOOK)
+        if child.worker:
+            child.verdict = f"its worker claimed nothing for {seconds} s, though runs were due and it had free slots"
+            emit("worker.stalled", worker=child.worker, pid=child.pid, group=group, seconds=seconds)
+        else:
+            child.verdict = f"its worker was not up after {seconds} s"
+            emit("worker.late", pid=child.pid, group=group, seconds=seconds)
+        child.leaving = True
+        self._health.unhealthy(group, *child.why(0))
+        if not child.claimed:
+            self._health.paused(group)
+        if child.worker:
+            self._task(self._end(child, self._children[child]))
+        else:
+            child.kill()
 
     async def _end_frozen(self, now: int) -> None:
         """A worker of ours whose lease has lapsed does not run any more (it was stopped, or hangs with the interpreter
         held): end it, with whatever lock it holds. Its runs go on in another."""
-        lapsed = {w.pid: w.id for w in await self._store.do(ListWorkers()) if w.lease_until <= now}
+        here = socket.gethostname()
+        lapsed = {w.pid: w.id for w in await self._store.do(ListWorkers()) if w.lease_until <= now and w.host == here}
         for child in self._children:
             if child.pid in lapsed:
+                child.verdict = "its worker did not renew its lease"
                 emit("worker.frozen", worker=lapsed[child.pid], pid=child.pid, group=child.group.name)
                 child.kill()
 
@@ -311,33 +362,18 @@ class Supervisor:
         except StoreBusy as error:  # the next round does it
             emit("store.busy", error=str(error))
 
-    def _say(self, child: _Child, line: str) -> None:
-        # A worker has masked what it says; a program that a step has started, or an interpreter that crashes, has not.
-        line = masked_json(line.encode(), "what a worker says").decode()
-        event = _event(line)
-        if event is None:  # not of ours: what a step's own program prints
-            child.last_lines.append(line)
-            event = {"at": clock.iso(self._clock.now()), "level": "info", "event": "output", "message": line}
-        child.began = child.began or event["event"] == "worker.started"
-        self._show(child.group.name, event)
-
     async def _end_children(self) -> None:
         """SIGTERM, the group's grace, then SIGKILL for what is left, grandchildren included."""
         if self._children:
             await asyncio.gather(*(self._end(child, followed) for child, followed in self._children.items()))
 
-    async def _end(self, child: _Child, followed: "asyncio.Task[None]") -> None:
+    async def _end(self, child: Child, followed: "asyncio.Task[None]") -> None:
         child.terminate()
         await asyncio.wait([followed], timeout=child.group.grace / clock.SECOND)
         child.kill()
-        await followed
+        await asyncio.wait([followed])
 
-
-def _event(line: str) -> dict[str, Any] | None:
-    """The event that a worker has written, or None: a program that a step has started may print JSON too."""
-    try:
-        event = msgspec.json.decode(line)
-    except msgspec.DecodeError:
-        return None
-    ours = isinstance(event, dict) and all(isinstance(event.get(n), str) for n in ("at", "level", "event", "message"))
-    return event if ours and event["event"] in WORDS else None
+    def _task(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

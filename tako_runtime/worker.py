@@ -79,6 +79,7 @@ class Worker:
         self.lease_until = 0
         self._lost_lease = False
         self._left = False
+        self._claimed = False
         self._broken: BaseException | None = None
         self._stopping = ""
         self._wake = asyncio.Event()
@@ -209,6 +210,9 @@ class Worker:
         )
         if self._lost_lease:  # it came too late, and whoever has reclaimed this worker gives it back
             return None
+        if claimed and not self._claimed:
+            self._claimed = True
+            emit("worker.claimed", worker=self.id, group=self.settings.group)
         for each in claimed:
             self._begin(each)
         if len(claimed) == free:

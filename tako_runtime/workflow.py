@@ -11,17 +11,18 @@ An enqueue is done when it returns: the run is on disk, synced, whatever happens
 
 import inspect
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from tako_runtime import clock, codec, store
 from tako_runtime.clock import Duration, SystemClock
-from tako_runtime.errors import DuplicateWorkflow, InvalidValue, Unreadable
+from tako_runtime.errors import DuplicateWorkflow, GroupUnhealthy, InvalidValue, Unreadable
 from tako_runtime.run import NewRun, new_id
 from tako_runtime.secrets import NOT_IN_NAMES, named_in
 from tako_runtime.state import Backoff
-from tako_runtime.store.base import Enqueue, SendSignal
+from tako_runtime.store.base import Enqueue, ListHealth, SendSignal, Unhealthy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,7 +87,7 @@ class Workflow(Generic[P, R]):
         timeout: Duration | None,
     ) -> None:
         _check_name(name, "a workflow's name")
-        _check_name(group, f"the group of {name!r}")
+        _check_group(group, f"the group of {name!r}")
         _check_count(retries, f"retries of {name!r}")
         self.name, self.handler, self.group = name, handler, group
         self.retries, self.backoff = retries, backoff
@@ -121,10 +122,11 @@ class Workflow(Generic[P, R]):
 
         While a run of this workflow with the same `unique_key` is alive, answers that one's id and starts none. A
         higher `priority` is claimed first. Raises `PayloadRefused` for a payload that the handler could not take and
-        `InvalidValue` for a time that cannot be meant, with nothing stored; `TakoUnavailable` where no store is found.
+        `InvalidValue` for a time that cannot be meant, with nothing stored; `TakoUnavailable` where no store is found;
+        under `tako dev`, `GroupUnhealthy` while the workers that would take the run cannot work.
         """
         op = self._enqueue([payload], run_at, delay, retries, lambda _: unique_key, priority)
-        [run_id] = await store.current().do(op)
+        [run_id] = await self._stored(op)
         return run_id
 
     def enqueue_sync(
@@ -139,7 +141,7 @@ class Workflow(Generic[P, R]):
     ) -> str:
         """`enqueue` for code without an event loop."""
         op = self._enqueue([payload], run_at, delay, retries, lambda _: unique_key, priority)
-        [run_id] = store.current().do_sync(op)
+        [run_id] = self._stored_sync(op)
         return run_id
 
     async def enqueue_many(
@@ -156,7 +158,7 @@ class Workflow(Generic[P, R]):
 
         `unique_key` is called with each payload, for instance `unique_key=lambda order: f"order:{order.id}"`.
         """
-        return await store.current().do(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
+        return await self._stored(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
 
     def enqueue_many_sync(
         self,
@@ -169,7 +171,19 @@ class Workflow(Generic[P, R]):
         priority: int = 0,
     ) -> list[str]:
         """`enqueue_many` for code without an event loop."""
-        return store.current().do_sync(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
+        return self._stored_sync(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
+
+    async def _stored(self, op: Enqueue) -> list[str]:
+        opened = store.current()
+        if store.developing():
+            refuse_unhealthy(self.group, await opened.do(ListHealth()))
+        return await opened.do(op)
+
+    def _stored_sync(self, op: Enqueue) -> list[str]:
+        opened = store.current()
+        if store.developing():
+            refuse_unhealthy(self.group, opened.do_sync(ListHealth()))
+        return opened.do_sync(op)
 
     def _enqueue(
         self,
@@ -233,6 +247,14 @@ def new_run(
     )  # fmt: skip
 
 
+def refuse_unhealthy(group: str, unhealthy: list[Unhealthy]) -> None:
+    """Raise `GroupUnhealthy`, with what its worker said, if the group is one of these: who develops learns at once what
+    in production would only keep the run waiting."""
+    for one in unhealthy:
+        if one.group == group:
+            raise GroupUnhealthy(f"group {group} cannot work: {one.reason}\n{one.details}".rstrip())
+
+
 async def signal(name: str, payload: object = None) -> int:
     """Send `payload` to every run that waits for `name`; answers how many that woke.
 
@@ -277,10 +299,24 @@ def _is_text(value: object) -> bool:
     return True
 
 
+_once = False  # whether what has a name is declared once, even where the same function stands at another line
+
+
+@contextmanager
+def declaring_once() -> Iterator[None]:
+    """No module is edited and imported anew within: a function that is there twice is a mistake too."""
+    global _once
+    before, _once = _once, True
+    try:
+        yield
+    finally:
+        _once = before
+
+
 def _register(new: Workflow[..., Any]) -> None:
     """A second workflow of the same name is a mistake, unless it is the same function imported anew."""
     old = registry.get(new.name)
-    if old is not None and _origin(old) != _origin(new):
+    if old is not None and (_origin(old) != _origin(new) or (_once and _place(old) != _place(new))):
         raise DuplicateWorkflow(f"workflow {new.name!r} is declared twice: in {_place(old)} and in {_place(new)}")
     registry[new.name] = new
 
@@ -338,6 +374,12 @@ def _check_name(name: str, what: str) -> None:
     ok = isinstance(name, str) and 0 < len(name) <= 100 and all(c.isalnum() or c in "-_." for c in name)
     if not ok:
         raise InvalidValue(f"{what} is 1 to 100 letters, digits, '-', '_' or '.', not {name!r}")
+
+
+def _check_group(group: str, what: str) -> None:
+    """As tako.toml names it in [workflows.GROUP]."""
+    if not isinstance(group, str) or not store.APP_NAME.fullmatch(group):
+        raise InvalidValue(f"{what} is a-z, 0-9 and '-', a letter first, no '-' last, 63 at most, not {group!r}")
 
 
 def _check_count(value: int, what: str) -> None:

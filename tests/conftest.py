@@ -155,7 +155,7 @@ def finished(process: subprocess.Popen[str], seconds: float = 60) -> str:
 @pytest.fixture(autouse=True)
 def _no_home_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test finds no store but its own."""
-    for name in ("TAKO_APP_NAME", "TAKO_DATA_DIR", "TAKO_RELEASE"):
+    for name in ("TAKO_APP_NAME", "TAKO_DATA_DIR", "TAKO_ENV", "TAKO_RELEASE"):
         monkeypatch.delenv(name, raising=False)
 
 

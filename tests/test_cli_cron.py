@@ -87,7 +87,7 @@ def test_ls_ends_with_1_and_names_a_file_that_cannot_be_read_and_an_expression(p
     assert by_name["wrong"]["next"] is None
     assert [Path(one["file"]).name for one in answer["mistakes"]] == ["broken.py", "wrong.py"]
     told = tako("cron", "ls", cwd=project)
-    assert "broken.py:1 cannot be imported" in told.stderr
+    assert "broken.py:1: cannot be imported" in told.stderr
     assert "  schedule '0 25 * * *': the hour 25" in told.stdout
 
 

@@ -93,7 +93,7 @@ def test_a_broken_file_is_named_with_its_line_and_the_others_work(project: Path)
     run = start(project, "greet", "Ada")
     ended = tako("dev", "--once", cwd=project)
     assert ended.returncode == 0
-    assert ended.stdout.count("workflows/bad.py:2 cannot be imported") == 1
+    assert ended.stdout.count("workflows/bad.py:2: cannot be imported") == 1
     assert run_of(project, run)["status"] == "succeeded"
 
 

@@ -356,9 +356,9 @@ def test_what_ends_a_worker_before_it_begins_is_told_whole(opened: StoreThread, 
     )
     start(opened, "says")
     with serving(home, root, env={"PYTHONPATH": str(tmp_path / "early")}) as server:
-        paused = server.wait_for("group.paused")
-        assert "RuntimeError: the disk is on fire" in paused["last_lines"]
-        assert "Traceback" in paused["last_lines"]
+        told = server.wait_for("group.unhealthy")
+        assert "RuntimeError: the disk is on fire" in told["last_lines"]
+        assert "Traceback" in told["last_lines"]
 
 
 # --- capturing, in this process --------------------------------------------------------------------------------------

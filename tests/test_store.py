@@ -694,6 +694,24 @@ def schedule(workflow: str, next_at: int = 100, **fields: Any) -> ScheduleRecord
     return ScheduleRecord(workflow=workflow, next_at=next_at, **told | fields)
 
 
+def test_a_group_whose_due_runs_nobody_declares_is_named_with_the_first_of_them(caller: Caller) -> None:
+    due, later = caller.now, caller.now + 60_000_000
+    for workflow, group, at in [
+        ("old", "a", due), ("order", "a", due), ("old", "b", due), ("order", "c", later), ("x", "d", later),
+    ]:  # fmt: skip
+        caller.enqueue(workflow=workflow, group=group, due_at=at)
+    caller.do(base.Demand(now=caller.now))
+
+    def nobodys(**declared: list[str]) -> dict[str, str]:
+        return caller.do(base.Undeclared(declared=declared))
+
+    assert nobodys(a=["order"], b=["order"], c=[]) == {"b": "old"}, "what is not due is not looked at"
+    assert nobodys(a=["order", "old"], b=["old"]) == {}
+    assert nobodys(d=["x"]) == {"a": "old", "b": "old"}
+    caller.do(base.Demand(now=later))
+    assert nobodys(a=["old"], b=["old"], d=["x"]) == {"c": "order"}
+
+
 def test_schedules_are_those_of_the_manifest_and_an_unchanged_one_keeps_its_place(caller: Caller) -> None:
     caller.do(base.SetSchedules(schedules=[schedule("b"), schedule("a"), schedule("c")]))
     assert [s.workflow for s in caller.do(base.ListSchedules())] == ["a", "b", "c"]

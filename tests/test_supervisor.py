@@ -52,6 +52,14 @@ DUE = frozenset({"default"})
         (Seen(due=DUE, paused_until={"default": 101}), {"default": AT_REST}, []),
         (Seen(due=DUE, paused_until={"default": 100}), {"default": AT_REST}, ["default"]),
         (Seen(paused_until={"default": 101}), {"default": TWO, "email": EMAIL}, ["email"] * 3),
+        (Seen(unhealthy=DUE), {"default": AT_REST}, ["default"]),
+        (Seen(unhealthy=DUE), {}, ["default"]),
+        (Seen(unhealthy=DUE, due=DUE), {"default": EMAIL}, ["default"]),
+        (Seen(unhealthy=DUE, live={"default": 1}), {"default": EMAIL}, ["default"]),
+        (Seen(unhealthy=DUE, live={"default": 1}, trying=DUE), {"default": EMAIL}, []),
+        (Seen(unhealthy=DUE, live={"default": 1}), {"default": AT_REST}, []),
+        (Seen(unhealthy=DUE, paused_until={"default": 101}), {"default": AT_REST}, []),
+        (Seen(live={"default": 1}, trying=DUE), {"default": EMAIL}, ["default", "default"]),
     ],
 )
 def test_decide(seen: Seen, wanted: dict[str, Group], starts: list[str]) -> None:
@@ -206,8 +214,8 @@ def test_what_cannot_be_read_of_a_worker_reaches_the_reader(opened: StoreThread,
     (folder / "fatal.py").write_text("import os\nos.write(2, b'last words \\xff\\n')\nos.abort()\n")
     orders.answers.enqueue_sync("x")
     with supervised(home, folder="workflows", root=tmp_path) as supervisor:
-        [paused] = until(lambda: supervisor.events("group.paused"))
-        assert "last words" in paused["last_lines"]
+        [unhealthy] = until(lambda: supervisor.events("group.unhealthy"))
+        assert "last words" in unhealthy["last_lines"]
         assert supervisor.events("worker.died")[0]["how"] == "killed by SIGABRT"
 
 

@@ -123,7 +123,11 @@ def test_a_workflow_may_refer_to_itself_and_to_what_is_declared_after_it() -> No
 @pytest.mark.parametrize("name", ["fulfill-order", "a", "x" * 100, "v2.1_b", "Über"])
 def test_letters_digits_and_a_few_marks_make_a_name(name: str) -> None:
     assert declared(name).name == name
-    assert declared("in-a-group", group=name).group == name
+
+
+@pytest.mark.parametrize("group", ["email", "a", "x" * 63, "gpu-2"])
+def test_a_group_is_named_as_tako_toml_can_name_it(group: str) -> None:
+    assert declared("in-a-group", group=group).group == group
 
 
 @pytest.mark.parametrize("name", ["", "x" * 101, "two words", "a/b", "a#2", "a:b", "'", "a\n", None, 7, b"x"])
@@ -132,6 +136,8 @@ def test_what_is_no_name_is_refused(name: Any, clean_registry: dict[str, Workflo
         declared(name)
     with pytest.raises(InvalidValue, match="group of 'x'"):
         declared("x", group=name)
+    with pytest.raises(InvalidValue, match="group of 'x'"):
+        declared("x", group="bulk_mail")
     assert clean_registry == {}
 
 

@@ -164,7 +164,7 @@ def start(
       tako runs start daily-report --in 5m
     """
     from tako_cli import context, wording
-    from tako_runtime import clock
+    from tako_runtime import clock, feed, store
     from tako_runtime.control import run_json
 
     text = words.payload(payload)
@@ -172,6 +172,8 @@ def start(
     flow = context.choose(context.manifest(context.project()), name)
     before = wording.now()
     with context.control() as control:
+        if store.in_development() and feed.supervising(store.locate().app_dir) is not None:
+            control.refuse_unhealthy(flow.group)
         run = control.start(flow, text, delay=micros, unique_key=key, priority=priority)
         is_new = run.created_at >= before
         if not as_json:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 #: Of use to a program that follows the log; a person has it from the lines around it.
-_FOR_PROGRAMS = {"worker.spawned", "dev.ready"}
+_FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "dev.ready"}
 
 _STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red"}
 _SOURCES = ("cyan", "magenta", "blue", "green")
@@ -42,6 +42,7 @@ class Lines:
         self._source_width = max(map(len, self._groups))
         self._workflow_width = min(max(map(len, workflows), default=0), 30)
         self._broken: set[tuple[Any, ...]] = set()
+        self._tracebacks: set[str] = set()  # the last lines of those that were shown
         self._silent = False
 
     def say(self, event: str, message: str, level: str = "info", **facts: Any) -> None:
@@ -109,10 +110,14 @@ class Lines:
         return [lines[0][begin:], *lines[1:]]
 
     def _details(self, event: Event) -> list[str]:
-        """The frames of the user's own code below an error, and what a worker said last before it died."""
+        """The frames of the user's own code below an error, and what a worker said last before it died, unless it has
+        just been shown as the traceback of a broken file."""
         traceback = event.get("traceback") or (event.get("error") if event["event"] == "run.dead" else "")
         lines = wording.frames(str(traceback or ""), self._root)
-        return [output.clean(line) for line in [*lines, *str(event.get("last_lines") or "").splitlines()]]
+        if event["event"] == "file.broken":
+            self._tracebacks.update(lines[-1:])
+        last = str(event.get("last_lines") or "").splitlines()
+        return [output.clean(line) for line in lines + ([] if set(last[-1:]) & self._tracebacks else last)]
 
     def _style_of(self, source: str) -> str:
         if source == "tako":

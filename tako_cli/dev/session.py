@@ -79,7 +79,7 @@ class Session:
         given_back: list[Event] = []
         with log.sink(given_back.append):
             await reclaim(self._store, self._home.app_dir, wording.now())
-        await self._server.cron.declare(self._manifest)
+        await self._server.take(self._manifest)
         await self._welcome()
         for event in given_back:
             self._announced(event)
@@ -155,7 +155,7 @@ class Session:
             lines.append(_fact("start", how))
         self._lines.banner([*lines, output.styled("")])
         for one in self._manifest.mistakes:
-            message = f"{context.place(one.file, one.line)} cannot be imported: {one.message}"
+            message = f"{context.place(one.file, one.line)}: {one.message}"
             self._lines.say("file.broken", message, "error", file=one.file, line=one.line, error=one.message)
         self._lines.say(
             "dev.ready", f"{self._config.name} is ready", app=self._config.name, store=str(self._config.root / path),

@@ -18,6 +18,9 @@ from tako_runtime.errors import ConfigError, InvalidValue, TakoUnavailable
 from tako_runtime.store.base import Store
 from tako_runtime.store.commit import StoreThread
 
+#: The environment of `tako dev`: TAKO_ENV, and the variables of [vars.development].
+DEVELOPMENT = "development"
+
 APP_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -89,6 +92,13 @@ def _find_limits() -> Limits:
     return Limits(found.workflows.max_value, found.workflows.signal_retention)
 
 
+def in_development() -> bool:
+    """Whether this is a process of a developer's: TAKO_ENV says so (`tako dev` sets it), or it finds its store through
+    the project that it is in."""
+    env = os.environ.get("TAKO_ENV")
+    return env == DEVELOPMENT if env else not os.environ.get("TAKO_APP_NAME")
+
+
 def project_home(app: str, root: Path) -> Home:
     """The development home of the project in the folder `root`."""
     return Home(app, root / ".tako")
@@ -113,6 +123,7 @@ class _Current:
         self.lock = threading.Lock()
         self.store: StoreThread | None = None
         self.limits: Limits | None = None
+        self.development = False
 
 
 _current = _Current()
@@ -126,6 +137,7 @@ def current() -> StoreThread:
             store = _current.store
             if store is None:
                 store = _current.store = open_store(locate())
+                _current.development = in_development()
     return store
 
 
@@ -137,9 +149,14 @@ def limits() -> Limits:
     return found
 
 
+def developing() -> bool:
+    """Whether `current()` is a developer's. Asked at each enqueue, so it is known, not looked up."""
+    return _current.development
+
+
 def use(store: StoreThread | None) -> None:
     """Make `store` the one of this process: a worker's handlers enqueue through the worker's own thread."""
-    _current.store, _current.limits = store, None
+    _current.store, _current.limits, _current.development = store, None, False
 
 
 def _forget() -> None:

@@ -9,7 +9,7 @@ only while that claim holds, and says whether it did.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -284,6 +284,14 @@ class Demand(Operation["Due"], frozen=True):
 class Due(msgspec.Struct, frozen=True):
     groups: frozenset[str]
     next_at: int | None
+
+
+class Undeclared(Operation[dict[str, str]], frozen=True):
+    """The groups that have due runs, none of them of a workflow that `declared` has for the group; and the workflow of
+    the first of those runs. Runs that `Demand` has not made claimable yet are not looked at."""
+
+    writes = False
+    declared: Mapping[str, Sequence[str]]
 
 
 class DataVersion(Operation[int], frozen=True):

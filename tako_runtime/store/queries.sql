@@ -232,6 +232,14 @@ DELETE FROM attempts WHERE run = :seq;
 -- The first group after this one that has a run to claim: asked again and again, it skips from group to group.
 SELECT min("group") FROM runs WHERE ready = 1 AND "group" > :after;
 
+-- name: declared_is_ready
+-- Whether a group has a run to claim whose workflow is one of these. In the order of a claim: the first will mostly do.
+SELECT 1 FROM runs WHERE ready = 1 AND "group" = :group AND workflow IN ({workflows})
+ ORDER BY priority DESC, due_at, seq LIMIT 1;
+
+-- name: first_ready
+SELECT workflow FROM runs WHERE ready = 1 AND "group" = :group ORDER BY priority DESC, due_at, seq LIMIT 1;
+
 -- name: next_due
 SELECT min(due_at) FROM runs WHERE ready = 0 AND due_at IS NOT NULL;
 

@@ -496,6 +496,14 @@ class SqliteStore(Store):
         self._db.execute(Q["promote"], {"now": op.now})
         return base.Due(frozenset(self._groups("next_ready_group")), self._value("next_due", {}))
 
+    def _undeclared(self, op: base.Undeclared, topics: Topics) -> dict[str, str]:
+        found = {}
+        for group in self._groups("next_ready_group"):
+            workflows = msgspec.json.encode(op.declared.get(group, ())).decode()
+            if not self._value("declared_is_ready", {"group": group, "workflows": workflows}):
+                found[group] = self._value("first_ready", {"group": group})
+        return found
+
     def _groups(self, query: str) -> list[str]:
         groups, after = [], ""
         while (group := self._value(query, {"after": after})) is not None:
@@ -602,6 +610,7 @@ class SqliteStore(Store):
         base.ExpireSignals: _expire_signals,
         base.GiveBackSpace: _give_back_space,
         base.Demand: _demand,
+        base.Undeclared: _undeclared,
         base.DataVersion: _data_version,
         base.GetRun: _get_run,
         base.FindRuns: _find_runs,

@@ -1,4 +1,5 @@
-"""A supervisor as a process: `supervise.py FOLDER OPTIONS`; OPTIONS are the fields of `Group`, and `lease`, as JSON.
+"""A supervisor as a process: `supervise.py FOLDER OPTIONS`; OPTIONS are the fields of `Group`, as JSON, `lease`, the
+limits of `Supervisor`, `others` (what groups are that have no options), and `python`, the interpreter of its workers.
 
 What it and its workers say goes to stdout, one JSON object a line. SIGTERM stops it.
 """
@@ -22,9 +23,14 @@ def say(source: str, event: dict[str, Any]) -> None:
 
 async def supervise(folder: str, options: dict[str, Any]) -> None:
     opened = store.current()
-    lease = options.pop("lease", 15_000_000)
+    limits = {name: options.pop(name) for name in ("lease", "start_limit", "stall_limit") if name in options}
+    others = options.pop("others", {})
+    sys.executable = options.pop("python", sys.executable)
     group = Group(**options)
-    supervisor = Supervisor(opened, store.locate(), Path.cwd(), folder, {group.name: group}, say, lease=lease)
+    supervisor = Supervisor(
+        opened, store.locate(), Path.cwd(), folder, {group.name: group}, say, other=lambda name: Group(name, **others),
+        **limits,
+    )  # fmt: skip
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, supervisor.stop)
     say("supervisor", {"event": "supervisor.started"})
     await supervisor.run()

@@ -177,3 +177,21 @@ async def spawns(case: Case, step: Step) -> str:
 @workflow("in-email", group="email")
 async def in_email(step: Step) -> str:
     return "sent"
+
+
+@workflow("in-media", group="media")
+async def in_media(case: Case, step: Step) -> str:
+    """The first one is held at the gate, in a thread."""
+
+    def encode() -> str:
+        ran(case.log, "media")
+        held(case.gate)
+        return "encoded"
+
+    return await step.run("encode", encode)
+
+
+@workflow("sleeps")
+async def sleeps(pause: str, step: Step) -> str:
+    await step.sleep(pause)
+    return "awake"
