@@ -1,19 +1,20 @@
 """Cron's service: it asks `cron.due` what is to be done, and writes that, while it leads.
 
-Of several on one store one leads, by a lease that is taken when something is due: while nothing is, nothing is written.
-And even two leaders fire once, since a firing moves the schedule on only from where it was seen, in one transaction
-with its run.
+Of several hosts on one store one leads, by a lease that is taken when something is due: while nothing is, nothing is
+written. It is the host's, on which one supervises: who is started again after a crash leads on at once. And even two
+leaders fire once, since a firing moves the schedule on only from where it was seen, in one transaction with its run.
 """
 
 import asyncio
 import contextlib
+import socket
 
 from tako_runtime import clock, cron
 from tako_runtime.clock import Clock
 from tako_runtime.errors import InvalidValue, StoreBusy, TakoError
 from tako_runtime.log import emit
 from tako_runtime.manifest import Declared, Manifest
-from tako_runtime.run import NewRun, ScheduleRecord, new_id
+from tako_runtime.run import NewRun, ScheduleRecord
 from tako_runtime.store.base import DropLease, FireSchedule, ListSchedules, SetSchedules, TakeLease
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import new_run
@@ -28,10 +29,10 @@ LOOK = LEASE // 3
 class Cron:
     """Fires the schedules of the workflows that were declared to it."""
 
-    def __init__(self, store: StoreThread, clock: Clock) -> None:
+    def __init__(self, store: StoreThread, clock: Clock, host: str | None = None) -> None:
         self._store, self._clock = store, clock
         self._flows: dict[str, Declared] = {}
-        self._holder = "l-" + new_id(clock.now())
+        self._holder = host or socket.gethostname()
         self._wake = asyncio.Event()
         self._stopping = False
 

@@ -37,12 +37,12 @@ def declared(name: str = "report", schedule: str | None = DAILY, **fields: Any) 
 class Rig:
     """A supervisor's cron on a clock that stands still, and what it fires."""
 
-    def __init__(self, opened: StoreThread, ticking: FakeClock) -> None:
-        self.opened, self.clock = opened, ticking
-        self.cron = Cron(opened, ticking)
+    def __init__(self, opened: StoreThread, ticking: FakeClock, host: str = "here") -> None:
+        self.opened, self.clock, self.host = opened, ticking, host
+        self.cron = Cron(opened, ticking, host)
 
-    def restart(self) -> None:
-        self.cron = Cron(self.opened, self.clock)
+    def restart(self, host: str = "here") -> None:
+        self.cron = Cron(self.opened, self.clock, host)
 
     def declare(self, *flows: Declared, mistakes: tuple[Mistake, ...] = ()) -> None:
         asyncio.run(self.cron.declare(Manifest(flows, mistakes)))
@@ -229,7 +229,7 @@ def test_a_clock_that_was_days_ahead_neither_silences_a_schedule_nor_its_next_le
     rig.pass_time(10 * clock.DAY)
     assert len(rig.runs()) == 1
     rig.clock.advance(-10 * clock.DAY)
-    rig.restart()  # the one that was killed holds its lease for ten days more
+    rig.restart("there")  # the one that was killed holds its lease for ten days more
     rig.declare(declared(schedule=HOURLY))
     assert rig.tick() == NOON
     rig.pass_time(clock.HOUR)
@@ -241,7 +241,7 @@ def test_a_clock_that_was_days_ahead_neither_silences_a_schedule_nor_its_next_le
 
 def test_one_of_several_leads_and_when_it_falls_silent_another_does(opened: StoreThread) -> None:
     ticking = FakeClock(NOON)
-    first, second = Rig(opened, ticking), Rig(opened, ticking)
+    first, second = Rig(opened, ticking, "here"), Rig(opened, ticking, "there")
     every_second = declared(schedule="* * * * * *")
     first.declare(every_second)
     second.declare(every_second)
@@ -255,6 +255,16 @@ def test_one_of_several_leads_and_when_it_falls_silent_another_does(opened: Stor
     assert second.tick() == ticking.now() + clock.SECOND, "it takes over, and makes up for each second"
     assert first.tick() == ticking.now() + clock.SECOND
     assert second.fired() == [n * clock.SECOND for n in range(1, 7)]
+
+
+def test_one_that_was_killed_and_is_started_again_leads_on_at_once(rig: Rig) -> None:
+    rig.declare(declared(schedule="* * * * * *"))
+    rig.tick()
+    rig.pass_time(clock.SECOND)
+    rig.restart()
+    rig.declare(declared(schedule="* * * * * *"))
+    assert rig.pass_time(clock.SECOND) == rig.clock.now() + clock.SECOND
+    assert len(rig.runs()) == 2
 
 
 def test_two_that_both_believe_to_lead_fire_once(opened: StoreThread) -> None:
@@ -295,7 +305,7 @@ def test_while_nothing_is_due_nothing_is_written(opened: StoreThread, home: Home
 
 def test_a_leader_that_stops_hands_over_at_once(opened: StoreThread) -> None:
     ticking = FakeClock(NOON)
-    first, second = Rig(opened, ticking), Rig(opened, ticking)
+    first, second = Rig(opened, ticking, "here"), Rig(opened, ticking, "there")
     first.declare(declared())
 
     async def live() -> None:
@@ -415,7 +425,7 @@ def test_two_supervisors_fire_each_second_once_though_one_is_stopped_past_its_le
     def fired(server: Any = None) -> int:
         return len(server.events("cron.fired") if server else opened.do_sync(base.ListRuns(limit=1_000)))
 
-    with serving(home, root) as first, serving(home, root) as second:
+    with serving(home, root, "here") as first, serving(home, root, "there") as second:
         until(lambda: fired() >= 3)
         began = now()
         leader, other = (first, second) if fired(first) else (second, first)

@@ -212,9 +212,9 @@ def supervised(home: Home, *, folder: str = FLOWS, root: Path = HERE, **options:
 
 
 @contextmanager
-def serving(home: Home, root: Path) -> Iterator[SupervisorProcess]:
+def serving(home: Home, root: Path, host: str = "here") -> Iterator[SupervisorProcess]:
     """All that `serve` is, for the project in `root`, with the store of `home`. Stopped at the end, in order."""
-    with _stopped_at_the_end(SupervisorProcess(home, root, "serve.py")) as server:
+    with _stopped_at_the_end(SupervisorProcess(home, root, "serve.py", host)) as server:
         yield server
 
 
