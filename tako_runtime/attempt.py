@@ -13,10 +13,10 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol, TypeVar
 
 from tako_runtime import clock, codec, failure, log
+from tako_runtime.branches import Branches
 from tako_runtime.clock import Clock
 from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy, Unreadable
 from tako_runtime.failure import Failure
@@ -24,7 +24,6 @@ from tako_runtime.inflight import InFlight
 from tako_runtime.log import emit
 from tako_runtime.run import Claimed, Status, StepKey, StepRecord
 from tako_runtime.secrets import NOT_IN_NAMES, named_in
-from tako_runtime.standstill import at_standstill
 from tako_runtime.state import (
     Bailed,
     Cancelled,
@@ -44,13 +43,6 @@ from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import Workflow
 
 R = TypeVar("R")
-
-#: Passes of the event loop that news of a step's end may need to get through to the branch that waits for it. Each
-#: gather or task group on the way costs one or two.
-QUIET_PASSES = 20
-
-#: How long, in seconds, until a handler is looked at again that waits, but has a branch that can still move.
-LOOK = 1.0
 
 #: The attempt whose handler this code belongs to.
 _current: "contextvars.ContextVar[Attempt | None]" = contextvars.ContextVar("tako_attempt", default=None)
@@ -76,16 +68,6 @@ class ClaimLost(Suspension):
     """Somebody else has this run."""
 
 
-@dataclass(slots=True)
-class _Waiting:
-    """A step call that sleeps or waits."""
-
-    future: "asyncio.Future[None]"
-    record: StepRecord | None
-    parks: bool
-    timer: asyncio.TimerHandle | None
-
-
 class Attempt:
     """One pass of a worker over a claimed run."""
 
@@ -100,12 +82,7 @@ class Attempt:
         self.task: asyncio.Task[None]
         self.slot = desk.inflight.take(self.run.seq)
         self._uses: dict[StepKey, int] = {}
-        self._position = 0
-        self._in_flight: set[StepKey] = set()  # step calls in progress that neither sleep nor wait
-        self._waiting: dict[StepKey, _Waiting] = {}
-        self._tasks: set[asyncio.Task[Any]] = set()  # those that the handler has made, outside of its steps
-        self._quiet: asyncio.Event | None = None
-        self._look: asyncio.TimerHandle | None = None
+        self.branches = Branches(self._park)
         self._failures: list[tuple[BaseException, StepKey, bool, int]] = []
         self._stop: Outcome | None = None  # what must end this attempt at its next step boundary
         self._lost = False
@@ -175,6 +152,8 @@ class Attempt:
         """Call the handler, let what is in flight end, and say what came of it."""
         value: Any = None
         raised: BaseException | None = None
+        if not self._workflow.blocking:  # a plain handler stands in its step call, and this task waits for that
+            self.branches.tasks.add(self.task)
         token = _current.set(self)
         try:
             value = await self._handler()
@@ -182,11 +161,8 @@ class Attempt:
             raised = error
         _current.reset(token)
         self._handler_ended = True
-        if self._look is not None:
-            self._look.cancel()
-        self._release()
-        if self._in_flight:
-            await self._until_quiet()
+        self.branches.release()
+        await self.branches.until_quiet()
         return self._outcome(value, raised)
 
     def _handler(self) -> Awaitable[Any]:
@@ -227,7 +203,7 @@ class Attempt:
         rerun = tuple(
             key
             for failed, key, _, position in self._failures
-            if position == self._position or any(failed is link for link in chain)
+            if position == self.branches.entered or any(failed is link for link in chain)
         )
         final = any(to_blame) or isinstance(error, NotCarried | StepMisuse)
         return Raised(failure.describe(error), final, rerun)
@@ -291,9 +267,7 @@ class Attempt:
         uses = self._uses[key] = self._uses.get(key, 0) + 1
         if uses > 1:
             key = StepKey(kind, f"{name}#{uses}")
-        self._position += 1
-        self._in_flight.add(key)
-        return key, self._position, self.history.get(key)
+        return key, self.branches.enter(key), self.history.get(key)
 
     def may_start(self, key: StepKey, now: int) -> bool:
         """A step's body is about to run: whether it may. If not, only the store can tell (`confirm_start`)."""
@@ -308,18 +282,9 @@ class Attempt:
             self._lost_claim()
         self.slot.note(key.name, self.now())
 
-    def leave(self, key: StepKey) -> None:
-        """The step call is over, or goes to sleep."""
-        self._in_flight.discard(key)
-        if not self._in_flight:
-            if self._quiet is not None:
-                self._quiet.set()
-            if self._waiting:
-                self._consider_parking()
-
     def failed(self, error: Exception, key: StepKey, final: bool) -> Exception:
         """Remember which step an exception comes from."""
-        self._failures.append((error, key, final, self._position))
+        self._failures.append((error, key, final, self.branches.entered))
         return error
 
     def reading(self, key: StepKey, record: StepRecord, wanted: Any) -> Any:
@@ -395,7 +360,7 @@ class Attempt:
         def ended(task: "asyncio.Task[R]") -> None:
             if not task.cancelled():
                 task.exception()  # its caller may be gone
-            self.leave(key)
+            self.branches.leave(key)
 
         task.add_done_callback(ended)
         return await asyncio.shield(task)
@@ -407,31 +372,19 @@ class Attempt:
 
     async def wait(self, key: StepKey, record: StepRecord | None, *, parks: bool, until: int | None = None) -> None:
         """Wait until the record is due, or a look finds news of it, or the attempt must stop: then it raises."""
-        if self.must_stop():
-            self.leave(key)  # what waits for the others to become quiet must not be one of them
+        if self.branches.released:
+            self.branches.leave(key)  # what waits for the others to become quiet must not be one of them
             await self.refuse()
         due = record.due_at if record is not None else until
-        timer = None
-        future = self._loop.create_future()
-        if due is not None:
-            timer = self._loop.call_later(max(0, due - self.now()) / clock.SECOND, _wake, future)
-        self._waiting[key] = _Waiting(future, record, parks, timer)
-        self.leave(key)
-        try:
-            await future
-        finally:
-            del self._waiting[key]
-            if timer is not None:
-                timer.cancel()
-        if self.must_stop():  # it may be why the future was resolved
+        seconds = None if due is None else max(0, due - self.now()) / clock.SECOND
+        if not await self.branches.wait(key, record, parks=parks, seconds=seconds):
             await self.refuse()
-        self._in_flight.add(key)
 
     def conclude(self, verdict: Bailed | Failed) -> NoReturn:
         """The handler has said its last word. The first one counts, even where it is swallowed."""
         if self._stop is None:
             self._stop = verdict
-            self._release()
+            self.branches.release()
         raise Suspension
 
     # --- what the worker asks for ---
@@ -448,97 +401,44 @@ class Attempt:
         """The claim is gone: stop at once, write nothing."""
         if not self._lost:
             self._lost = True
-            self._release()
+            self.branches.release()
             if self.task is not asyncio.current_task() and not self._handler_ended:
                 self.task.cancel()
 
     @property
     def waits_for_signals(self) -> bool:
-        return any(w.record is not None and w.record.kind == "wait" for w in self._waiting.values())
+        waiting = self.branches.waiting.values()
+        return any(one.record is not None and one.record.kind == "wait" for one in waiting)
 
     async def look(self) -> None:
         """Wake the waits of this live attempt to which a signal has come meanwhile."""
         steps = await self.write(Steps(seq=self.run.seq))
         for step in steps:
-            waiting = self._waiting.get(step.key)
+            waiting = self.branches.waiting.get(step.key)
             if waiting is not None and step.kind == "wait" and step.status != "waiting":
                 self.history[step.key] = step
-                _wake(waiting.future)
+                waiting.wake()
 
     # --- stopping and parking ---
 
     def _halt(self, outcome: Interrupted | Cancelled) -> None:
         if self._stop is None and not self._handler_ended:
             self._stop = outcome
-            self._release()
-
-    def must_stop(self) -> bool:
-        """No step may begin any more: its call has to `refuse`."""
-        return self._stop is not None or self._handler_ended or self._lost
-
-    def _release(self) -> None:
-        """Let every sleep and wait go: each finds that it must stop, and raises."""
-        for waiting in self._waiting.values():
-            _wake(waiting.future)
+            self.branches.release()
 
     async def refuse(self) -> NoReturn:
         """No step may begin. Before a drain unwinds the handler, what its other branches have in flight may end."""
         self._refused = True
         if self._stop is not None and not self._lost and not self._handler_ended:
-            await self._until_quiet()
+            await self.branches.until_quiet()
         await asyncio.sleep(0)  # a handler that swallows this and tries again must not stop the event loop
         raise ClaimLost if self._lost else Suspension
 
-    async def _until_quiet(self) -> None:
-        while self._in_flight and not self._lost:
-            self._quiet = self._quiet or asyncio.Event()
-            self._quiet.clear()
-            await self._quiet.wait()
-
-    def _consider_parking(self) -> None:
-        if self._can_park():
-            self._loop.call_soon(self._park_if_still_quiet, self._position, QUIET_PASSES)
-
-    def _can_park(self) -> bool:
-        return (
-            self._stop is None
-            and not (self._in_flight or self._handler_ended)
-            and bool(self._waiting)
-            and all(w.parks for w in self._waiting.values())
-        )
-
-    def _park_if_still_quiet(self, position: int, passes: int) -> None:
-        """Another branch of the handler may be on its way to its next step call: give it time to make it."""
-        if self._position != position or not self._can_park():
-            return
-        if passes:
-            self._loop.call_soon(self._park_if_still_quiet, position, passes - 1)
-        elif at_standstill(self._branches(), {waiting.future for waiting in self._waiting.values()}):
-            self._park()
-        else:
-            if self._look is not None:
-                self._look.cancel()
-            self._look = self._loop.call_later(LOOK, self._consider_parking)
-
-    def _branches(self) -> set[asyncio.Task[Any]]:
-        """The tasks of the handler; a plain `def` one stands in its step call, and its own task waits for that."""
-        return self._tasks if self._workflow.blocking else {self.task, *self._tasks}
-
-    def adopt(self, task: asyncio.Task[Any]) -> None:
-        """The handler has made a task: a branch, which may come to a step call of its own."""
-        self._tasks.add(task)
-        task.add_done_callback(self._branch_ended)
-
-    def _branch_ended(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        self._consider_parking()
-
-    def _park(self) -> None:
-        records = [w.record for w in self._waiting.values() if w.record is not None]
+    def _park(self, records: list[StepRecord]) -> None:
         due = min((record.due_at for record in records if record.due_at is not None), default=None)
         waits = tuple(record.name for record in records if record.kind == "wait")
         self._stop = Waits(waits, due) if waits else Sleeps(due or self.now())
-        self._release()
+        self.branches.release()
 
 
 def whose() -> Attempt | None:
@@ -563,11 +463,6 @@ def _contained(fn: Callable[..., Any], *args: Any) -> Any:
         return fn(*args)
     except StopIteration as error:
         raise RuntimeError(f"{getattr(fn, '__qualname__', fn)} raised StopIteration") from error
-
-
-def _wake(future: "asyncio.Future[None]") -> None:
-    if not future.done():
-        future.set_result(None)
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -123,7 +123,7 @@ class Step:
         wanted = codec.returns(fn)
         codec.decoder(wanted)  # an annotation that cannot be read back must not cost the body's side effects
         limit = None if timeout is None else clock.duration(timeout, "timeout", least=1_000)
-        if attempt.must_stop():
+        if attempt.branches.released:
             await attempt.refuse()
         key, position, record = attempt.begin("run", name)
         if record is None:
@@ -135,8 +135,8 @@ class Step:
             try:
                 return await self._do(key, position, wanted, fn, args, retries, backoff, retry, limit)
             finally:
-                attempt.leave(key)
-        attempt.leave(key)
+                attempt.branches.leave(key)
+        attempt.branches.leave(key)
         if record.error is not None:
             raise attempt.failed(failure.rebuild(failure.read(record.error)), key, final=not retry)
         emit("step.cached", step=key.name, ms=((record.finished_at or 0) - record.started_at) / 1_000)
@@ -206,7 +206,7 @@ class Step:
 
     async def _sleep(self, name: str, end: Callable[[int], int]) -> None:
         attempt = self._attempt
-        if attempt.must_stop():
+        if attempt.branches.released:
             await attempt.refuse()
         key, position, record = attempt.begin("sleep", name)
         try:
@@ -220,7 +220,7 @@ class Step:
             while (now := attempt.now()) < due:
                 await attempt.wait(key, record, parks=due - now >= INLINE_SLEEP)
         finally:
-            attempt.leave(key)
+            attempt.branches.leave(key)
 
     async def wait_for(self, name: str, *, timeout: Duration | None = None) -> Any:
         """The payload of the next signal `name`, or None once `timeout` has passed. The deadline is stored once: no
@@ -228,7 +228,7 @@ class Step:
         check_signal_name(name)
         micros = None if timeout is None else clock.duration(timeout, "timeout")
         attempt = self._attempt
-        if attempt.must_stop():
+        if attempt.branches.released:
             await attempt.refuse()
         key, position, record = attempt.begin("wait", name)
         try:
@@ -237,7 +237,7 @@ class Step:
                 ms = (attempt.now() - record.started_at) / 1_000
                 emit("wait.done" if record.status == "done" else "wait.timed_out", signal=name, step=key.label, ms=ms)
         finally:
-            attempt.leave(key)
+            attempt.branches.leave(key)
         return attempt.reading(key, record, Any)
 
     async def _wait(

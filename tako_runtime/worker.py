@@ -329,7 +329,7 @@ def _task(loop: asyncio.AbstractEventLoop, coroutine: Any, **rest: Any) -> "asyn
     task: asyncio.Task[Any] = asyncio.Task(_contained(coroutine), loop=loop, **rest)
     attempt = whose()
     if attempt is not None:
-        attempt.adopt(task)
+        attempt.branches.adopt(task)
     return task
 
 

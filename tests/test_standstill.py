@@ -10,7 +10,7 @@ import pytest
 from workers import eventually, shown, status, steps, work
 
 from tako_runtime import Step, SyncStep, workflow
-from tako_runtime.attempt import QUIET_PASSES
+from tako_runtime.branches import QUIET_PASSES
 from tako_runtime.store import Home
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.worker import Worker
