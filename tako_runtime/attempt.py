@@ -162,7 +162,8 @@ class Attempt:
         _current.reset(token)
         self._handler_ended = True
         self.branches.release()
-        await self.branches.until_quiet()
+        if self.branches.in_flight:
+            await self.branches.until_quiet()
         return self._outcome(value, raised)
 
     def _handler(self) -> Awaitable[Any]:

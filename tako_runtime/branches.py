@@ -43,28 +43,23 @@ class Branches:
         self.released = False  # no step may begin any more, and none waits
         self.waiting: dict[StepKey, Waiting] = {}
         self.tasks: set[asyncio.Task[Any]] = set()
-        self._in_flight: set[StepKey] = set()  # step calls in progress that neither sleep nor wait
-        self._entered = 0
+        self.in_flight: set[StepKey] = set()  # step calls in progress that neither sleep nor wait
+        self.entered = 0  # how many step calls there were so far
         self._park = park
         self._loop = asyncio.get_running_loop()
         self._quiet: asyncio.Event | None = None
         self._look: asyncio.TimerHandle | None = None
 
-    @property
-    def entered(self) -> int:
-        """How many step calls there were so far."""
-        return self._entered
-
     def enter(self, key: StepKey) -> int:
         """A step call begins; which one it is, in the order of the calls. `leave` must follow."""
-        self._entered += 1
-        self._in_flight.add(key)
-        return self._entered
+        self.entered += 1
+        self.in_flight.add(key)
+        return self.entered
 
     def leave(self, key: StepKey) -> None:
         """The step call is over, or goes to sleep."""
-        self._in_flight.discard(key)
-        if not self._in_flight:
+        self.in_flight.discard(key)
+        if not self.in_flight:
             if self._quiet is not None:
                 self._quiet.set()
             if self.waiting:
@@ -84,12 +79,13 @@ class Branches:
                 timer.cancel()
         if self.released:
             return False
-        self._in_flight.add(key)
+        self.in_flight.add(key)
         return True
 
     def release(self) -> None:
         """Let every sleep and wait go: each finds that it must stop."""
         self.released = True
+        self._park = _not_now  # and let go of the attempt: two that hold each other are left to the garbage collector
         if self._look is not None:
             self._look.cancel()
         for waiting in self.waiting.values():
@@ -97,7 +93,7 @@ class Branches:
 
     async def until_quiet(self) -> None:
         """Until no step call is in flight."""
-        while self._in_flight:
+        while self.in_flight:
             self._quiet = self._quiet or asyncio.Event()
             self._quiet.clear()
             await self._quiet.wait()
@@ -115,18 +111,18 @@ class Branches:
 
     def _consider_parking(self) -> None:
         if self._can_park():
-            self._loop.call_soon(self._park_if_still_quiet, self._entered, QUIET_PASSES)
+            self._loop.call_soon(self._park_if_still_quiet, self.entered, QUIET_PASSES)
 
     def _can_park(self) -> bool:
         return (
-            not (self.released or self._in_flight)
+            not (self.released or self.in_flight)
             and bool(self.waiting)
             and all(waiting.parks for waiting in self.waiting.values())
         )
 
     def _park_if_still_quiet(self, entered: int, passes: int) -> None:
         """Another branch of the handler may be on its way to its next step call: give it time to make it."""
-        if self._entered != entered or not self._can_park():
+        if self.entered != entered or not self._can_park():
             return
         if passes:
             self._loop.call_soon(self._park_if_still_quiet, entered, passes - 1)
@@ -136,3 +132,7 @@ class Branches:
             if self._look is not None:
                 self._look.cancel()
             self._look = self._loop.call_later(LOOK, self._consider_parking)
+
+
+def _not_now(records: list[StepRecord]) -> None:
+    """Nobody parks what has been released."""
