@@ -14,9 +14,9 @@ from tako_runtime.supervisor import Group, Supervisor
 
 
 @contextmanager
-def supervisor(home: Home, group: Group) -> Iterator[int]:
-    """Its process id. At the end it drains its workers and leaves."""
-    process = processes.Process(target=_supervise, args=(home, group))
+def supervisor(home: Home, group: Group, root: Path = ROOT, folder: str = FOLDER) -> Iterator[int]:
+    """Its process id, with the workflows of a folder. At the end it drains its workers and leaves."""
+    process = processes.Process(target=_supervise, args=(home, group, root, folder))
     process.start()
     assert process.pid is not None
     try:
@@ -31,14 +31,14 @@ def children(pid: int) -> list[int]:
     return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _supervise(home: Home, group: Group) -> None:
+def _supervise(home: Home, group: Group, root: Path, folder: str) -> None:
     os.environ.update(home.environment() | Limits().environment())  # as a server does
-    asyncio.run(_run(home, group))
+    asyncio.run(_run(home, group, root, folder))
 
 
-async def _run(home: Home, group: Group) -> None:
+async def _run(home: Home, group: Group, root: Path, folder: str) -> None:
     store = open_store(home)
-    supervisor = Supervisor(store, home, ROOT, FOLDER, {group.name: group}, lambda source, line: None)
+    supervisor = Supervisor(store, home, root, folder, {group.name: group}, lambda source, line: None)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, supervisor.stop)
     await supervisor.run()
     store.close()
