@@ -1,4 +1,4 @@
-"""start: no worker is up, a supervisor is: from an enqueue to the first line of its handler, in a project as it was made
+"""start: no worker is up, a supervisor is: from an enqueue to the first line of its handler, in a project as scaffolded
 by `tako init`. Below it, what of that is whose: each row does what the one before it does, in a process of its own."""
 
 import shutil
