@@ -163,7 +163,13 @@ class Step:
                 await attempt.confirm_start(key)
                 started = attempt.now()
             try:
-                value = await _body(key, call, args, timeout)
+                token = in_step.set(key.name)
+                try:
+                    value = await (call(*args) if timeout is None else _limited(key, call, args, timeout))
+                except (SystemExit, KeyboardInterrupt) as error:  # the step fails, the worker goes on
+                    raise StepFailed(f"step {key.name!r} called for the end of its process: {error!r}") from None
+                finally:
+                    in_step.reset(token)
                 text, carried = codec.carry(value, wanted, f"step {key.name!r}", limit=attempt.max_value)
             except Exception as error:
                 described = failure.describe(error, f"the error of step {key.name!r}")
@@ -280,23 +286,15 @@ class _Log(logging.LoggerAdapter[logging.Logger]):
 _STEP_BACKOFF = Backoff()
 
 
-async def _body(key: StepKey, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], timeout: int | None) -> Any:
-    """One try of a step's body, for `timeout` microseconds at most. `sys.exit` in it is a failure of the step, not the
-    end of the worker."""
-    token = in_step.set(key.name)
+async def _limited(key: StepKey, call: Callable[..., Awaitable[Any]], args: tuple[Any, ...], timeout: int) -> Any:
+    """A step's body that may run for `timeout` microseconds."""
     try:
-        if timeout is None:
-            return await call(*args)
         async with asyncio.timeout(timeout / clock.SECOND) as scope:
             return await call(*args)
     except TimeoutError as error:
-        if timeout is None or not scope.expired():
+        if not scope.expired():
             raise
         raise StepTimeout(f"step {key.name!r} ran past its timeout of {clock.spell(timeout)}") from error
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise StepFailed(f"step {key.name!r} called for the end of its process: {error!r}") from None
-    finally:
-        in_step.reset(token)
 
 
 def _is_async(fn: Callable[..., Any]) -> bool:

@@ -34,6 +34,9 @@ BUSY_TIMEOUT = 10_000
 #: How many free pages go in one transaction: what others wait for meanwhile.
 _PRUNED_PAGES = 1_000
 
+#: Without SQLite's own mutex: a connection is used by one thread at a time (`commit.StoreThread`).
+_OPEN = apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE | apsw.SQLITE_OPEN_NOMUTEX
+
 #: Trouble that passes: the same write may work later.
 _TRANSIENT = (apsw.BusyError, apsw.LockedError, apsw.FullError, apsw.IOError, apsw.CantOpenError, apsw.ProtocolError)
 
@@ -92,7 +95,7 @@ class SqliteStore(SqlStore):
             _make_private(path)
             if queueing == "turnstile":
                 self._turnstile = Turnstile(path, PATIENCE)
-            self._db = apsw.Connection(str(path))
+            self._db = apsw.Connection(str(path), _OPEN)
             self._db.set_busy_timeout(BUSY_TIMEOUT)
             if not self._db.pragma("page_count"):  # only a new file can be told to give its free pages back
                 self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
