@@ -8,6 +8,7 @@ slot is free.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import functools
 import inspect
@@ -87,6 +88,7 @@ class Attempt:
         self._stop: Outcome | None = None  # what must end this attempt at its next step boundary
         self._lost = False
         self._refused = False
+        self._began = 0  # when this pass got going: before that, there is nothing to stop
         self._handler_ended = False
 
     # --- the stages ---
@@ -98,7 +100,7 @@ class Attempt:
             with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt, group=run.group):
                 self._announce_begin()
                 try:
-                    outcome = self._misfit() or await self._call()
+                    outcome = None if self._lost else self._misfit() or await self._call()
                 except (Exception, SystemExit) as error:  # noqa: BLE001 -- what no stage expected ends its run only
                     outcome = Failed(failure.describe(error))
                 self._desk.handler_ended(self)
@@ -162,8 +164,9 @@ class Attempt:
         _current.reset(token)
         self._handler_ended = True
         self.branches.release()
-        if self.branches.in_flight:
-            await self.branches.until_quiet()
+        while self.branches.in_flight and not self._lost:
+            with contextlib.suppress(asyncio.CancelledError):  # as in `_settle`
+                await self.branches.until_quiet()
         return self._outcome(value, raised)
 
     def _handler(self) -> Awaitable[Any]:
@@ -211,16 +214,29 @@ class Attempt:
 
     async def _settle(self, outcome: Outcome) -> None:
         """Write what the outcome makes of the run. It is written until it is, or the claim is lost: a handler that has
-        finished does not become one that failed because the disk was full for a second."""
+        finished does not become one that failed because the disk was full for a second, or because a timer of its own
+        cancels its task when it is too late."""
+        asked = False
+        while True:
+            try:
+                await self._write_end(outcome, asked)
+            except asyncio.CancelledError:
+                if self._lost:
+                    raise
+                asked = True
+            else:
+                return
+
+    async def _write_end(self, outcome: Outcome, asked: bool) -> None:
+        """`asked` says that the store was asked before, and that nobody has heard its answer."""
         change = settle(self.run, outcome, self.now())
         try:
             if not await self.write(Apply(change=change)):
                 run = await self.write(GetRun(seq=self.run.seq))
-                if run is None or run.claim != self.run.claim or run.status != Status.RUNNING:
-                    emit("run.lost")
-                    return
-                change = settle(run, outcome, self.now())  # it was asked to cancel meanwhile
-                if not await self.write(Apply(change=change)):
+                if run is not None and run.claim == self.run.claim and run.status == Status.RUNNING:
+                    change = settle(run, outcome, self.now())  # it was asked to cancel meanwhile
+                    asked = await self.write(Apply(change=change))
+                if not asked:
                     emit("run.lost")
                     return
         except ClaimLost:
@@ -403,7 +419,7 @@ class Attempt:
         if not self._lost:
             self._lost = True
             self.branches.release()
-            if self.task is not asyncio.current_task() and not self._handler_ended:
+            if self._began and not self._handler_ended and self.task is not asyncio.current_task():
                 self.task.cancel()
 
     @property

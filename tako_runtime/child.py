@@ -31,6 +31,10 @@ NOTHING_TO_RUN = 3
 #: So many of the last lines of a traceback, or of what a worker said, are kept as details.
 LINES = 20
 
+#: How much of a pipe is read at once, and how often once its worker has ended: that is all that a pipe can hold. What
+#: goes on writing into it then is a program that a step has left behind, and may never end.
+_READ, _MOST_READS = 1 << 16, 16
+
 #: How the interpreter begins to tell of its own crash, or where it hangs: then the first lines are those that matter.
 _CRASH = ("Fatal Python error", "Current thread", "Stack (most recent call first)")
 
@@ -86,8 +90,9 @@ class Child:
             ended: asyncio.Future[int] = loop.create_future()
             threading.Thread(target=self._wait, args=(loop, ended), name="tako-child", daemon=True).start()
             code = await asyncio.shield(ended)
-            while self._read(pipe, show):
-                pass
+            for _ in range(_MOST_READS):
+                if not self._read(pipe, show):
+                    break
         finally:
             loop.remove_reader(pipe)
             self._process.stdout.close()
@@ -136,7 +141,7 @@ class Child:
 
     def _read(self, pipe: int, show: Callable[[Event], None]) -> bool:
         try:
-            data = os.read(pipe, 1 << 16)
+            data = os.read(pipe, _READ)
         except BlockingIOError:
             return False
         if not data:

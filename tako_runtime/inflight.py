@@ -27,7 +27,7 @@ class InFlight:
         self._path = folder / worker
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(self._file, _SLOT * room)
+        os.write(self._file, bytes(_SLOT * room))  # not a hole: on a full disk, writing into one would be our end
         self._map = mmap.mmap(self._file, _SLOT * room)
         self._free = [_SLOT * n for n in range(room)]
 

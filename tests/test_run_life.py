@@ -17,11 +17,12 @@ from workers import eventually, now, shown, status, steps, tamper, work
 from tako_runtime import Backoff, Step, StepTimeout, SyncStep, clock, log, signal, workflow
 from tako_runtime.control import Control
 from tako_runtime.errors import InvalidValue
+from tako_runtime.run import Claimed
 from tako_runtime.store import Home
 from tako_runtime.store.base import KeptSignals, SendSignal
 from tako_runtime.store.commit import StoreThread
-from tako_runtime.worker import Worker
-from tako_runtime.workflow import signal_sync
+from tako_runtime.worker import Settings, Worker
+from tako_runtime.workflow import registry, signal_sync
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
 
@@ -1044,3 +1045,80 @@ def test_a_workflow_starts_another_and_waits_for_its_signal(opened: StoreThread,
     run_id = parent.enqueue_sync()
     work(opened, home)
     assert finished(opened, run_id)["result"] == f"hello {run_id}"
+
+
+# --- a handler and its own task --------------------------------------------------------------------------------------
+
+
+def test_a_handler_that_cancels_its_own_task_too_late_has_ended_all_the_same(opened: StoreThread, home: Home) -> None:
+    @workflow("self-cancelling")
+    async def handler(step: Step) -> int:
+        await step.run("a", lambda: None)
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        return 1
+
+    run_id = handler.enqueue_sync()
+    work(opened, home)
+    assert status(opened, run_id) == ("succeeded", "returned")
+
+
+def test_a_timer_that_cancels_a_handler_that_has_ended_changes_nothing(opened: StoreThread, home: Home) -> None:
+    gate, begun = threading.Event(), threading.Event()
+    tasks: list[asyncio.Task[Any]] = []
+
+    def held() -> None:
+        begun.set()
+        gate.wait(30)
+
+    @workflow("cancelled-late")
+    async def handler(step: Step) -> int:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.append(task)
+        tasks.append(asyncio.create_task(step.run("slow", held)))
+        await asyncio.to_thread(begun.wait, 30)
+        return 1
+
+    run_id = handler.enqueue_sync()
+
+    async def meanwhile(worker: Worker) -> None:
+        await asyncio.to_thread(begun.wait, 30)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        tasks[0].cancel()  # its handler has returned; what it left in flight is waited for
+        await asyncio.sleep(0)
+        gate.set()
+        await eventually(lambda: shown(opened, run_id)["finished_at"])
+
+    work(opened, home, meanwhile)
+    run = shown(opened, run_id)
+    assert (run["status"], steps(run)) == ("succeeded", {"slow": "done"})
+
+
+def test_a_lease_lost_before_an_attempt_got_going_leaves_nothing_behind(opened: StoreThread, home: Home) -> None:
+    bodies: list[int] = []
+
+    @workflow("unstarted")
+    async def handler(step: Step) -> None:
+        bodies.append(1)
+
+    handler.enqueue_sync()
+    worker: list[Worker] = []
+
+    async def live() -> str:
+        worker.append(Worker(opened, home.app_dir, registry, Settings()))
+        begin = worker[0]._begin
+
+        def begin_and_lose(claimed: Claimed) -> None:
+            begin(claimed)
+            worker[0]._lose_lease()
+
+        worker[0]._begin = begin_and_lose  # type: ignore[method-assign]
+        async with asyncio.timeout(30):
+            return await worker[0].run()
+
+    assert asyncio.run(live()) == "lost lease"
+    assert worker[0].runs_in_hand == 0
+    assert bodies == []
