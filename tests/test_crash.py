@@ -34,6 +34,7 @@ from workers import (
 from tako_runtime import Backoff, Step, clock, workflow
 from tako_runtime.control import Control
 from tako_runtime.errors import StoreBusy
+from tako_runtime.inflight import InFlight
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import WorkerRecord
 from tako_runtime.state import WorkerLost, settle
@@ -619,3 +620,13 @@ def test_whatever_is_killed_every_run_ends_once_and_nothing_is_stuck(
     assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert db.execute("SELECT count(*) FROM runs WHERE status = 'running' OR ready IS NOT NULL").fetchall() == [(0,)]
     db.close()
+
+
+def test_a_workers_file_of_places_has_its_room_on_the_disk_from_the_start(home: Home) -> None:
+    """Writing into a hole of a mapped file ends the process where the disk is full (SIGBUS)."""
+    held = InFlight(home.app_dir, "w-1", room=100)
+    try:
+        taken = (home.app_dir / "workers" / "w-1").stat()
+        assert taken.st_blocks * 512 >= taken.st_size > 0
+    finally:
+        held.close()
