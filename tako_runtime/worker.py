@@ -77,6 +77,7 @@ class Worker:
         self._attempts: dict[Attempt, asyncio.Task[None]] = {}
         self.inflight: InFlight
         self.lease_until = 0
+        self._active_at = self.clock.now()
         self._lost_lease = False
         self._left = False
         self._claimed = False
@@ -141,7 +142,7 @@ class Worker:
     async def _work(self) -> str:
         loop = asyncio.get_running_loop()
         version = await self.store.do(DataVersion())
-        active_at, looked_at = self.clock.now(), loop.time()
+        looked_at = loop.time()
         next_at: int | None = None
         busy = 0.0
         while not self._stopping:
@@ -166,12 +167,11 @@ class Worker:
                 self._topics |= {"cancel", "signal"}
                 busy = min(max(busy * 2, 0.05), 1.0)
                 await asyncio.sleep(busy)
-            if self._attempts:
-                active_at = self.clock.now()
-            elif self._is_idle(active_at):
+            idle_at = self._idle_at()
+            if idle_at is not None and self.clock.now() >= idle_at:
                 return "idle"
             if not (self._more and self._free):
-                await self._sleep(next_at)
+                await self._sleep(min((at for at in (next_at, idle_at) if at is not None), default=None))
         return self._stopping
 
     @property
@@ -180,17 +180,18 @@ class Worker:
         the next claim travels with it, in one commit."""
         return self.settings.concurrency - self._busy
 
-    async def _sleep(self, next_at: int | None) -> None:
-        """Until something wakes it, the next run is due, or it is time for a look."""
-        pause = LOOK if next_at is None else max(0.0, min(LOOK, (next_at - self.clock.now()) / clock.SECOND))
+    async def _sleep(self, until: int | None) -> None:
+        """Until something wakes it, or that instant, or it is time for a look."""
+        pause = LOOK if until is None else max(0.0, min(LOOK, (until - self.clock.now()) / clock.SECOND))
         timer = asyncio.get_running_loop().call_later(pause, self._wake.set)
         await self._wake.wait()
         timer.cancel()
         self._wake.clear()
 
-    def _is_idle(self, active_at: int) -> bool:
+    def _idle_at(self) -> int | None:
+        """When it may leave, if nothing happens until then."""
         timeout = self.settings.idle_timeout
-        return timeout is not None and not self._more and self.clock.now() - active_at >= timeout
+        return None if timeout is None or self._attempts or self._more else self._active_at + timeout
 
     def _heard(self, topics: set[str]) -> None:
         if f"due:{self.settings.group}" in topics or "later" in topics:
@@ -256,6 +257,7 @@ class Worker:
             self.stop("broken")
         del self._attempts[attempt]
         attempt.slot.give_up()
+        self._active_at = self.clock.now()
         self._wake.set()
 
     # --- news from outside ---

@@ -129,7 +129,8 @@ def test_an_enqueue_in_the_moment_of_a_workers_exit_runs_soon_all_the_same(
     """Thirty exits, each met a little earlier or later: on its way out, just gone, and before it knows."""
     chance = random.Random(seed)
     with supervised(home, idle_timeout=SHORT) as supervisor:
-        until(lambda: done(opened, orders.answers.enqueue_sync("first")))
+        first = orders.answers.enqueue_sync("first")
+        until(lambda: done(opened, first))
         for n in range(30):
             idle = now()
             meet = idle + SHORT + chance.randint(-30_000, 30_000)
