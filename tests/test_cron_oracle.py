@@ -234,6 +234,7 @@ STARTS = st.datetimes(datetime(2026, 1, 1), datetime(2026, 12, 31)).map(  # noqa
 # ------------------------------------------------------------------------------------------------------------ tests
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=120)
 @given(LINES, st.sampled_from(ZONES), STARTS, st.none() | lists(items(0, 59)))
 def test_away_from_clock_changes_every_expression_fires_when_cronsim_says(

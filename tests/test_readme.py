@@ -24,6 +24,13 @@ def test_it_shows_the_annotated_example_of_tako_toml_as_it_is() -> None:
     assert shown == (ROOT / "tako_runtime" / "example.toml").read_text("utf-8")
 
 
+def test_its_first_page_says_at_least_once_and_what_the_key_of_a_step_is_for() -> None:
+    first_page = README.split("\n## ")[0]
+    [said] = re.findall(r"### At least once.*?\n\n(.*)", first_page, re.DOTALL)
+    assert "runs once more" in said
+    assert "`step.key(" in said
+
+
 def test_every_error_of_the_public_names_is_documented_in_the_tree_of_errors() -> None:
     from tako_runtime import errors
 

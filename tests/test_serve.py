@@ -153,6 +153,22 @@ def test_each_worker_is_a_direct_child_that_leads_a_process_group_of_its_own(
         assert sorted(workers(opened).values()) == sorted(server.spawned)
 
 
+def test_user_code_is_imported_by_the_manifest_and_the_workers_and_never_by_the_supervisor(
+    opened: StoreThread, home: Home, project: Path
+) -> None:
+    flows = project / "workflows" / "flows.py"
+    note = "import os\nwith open('importers', 'a') as file: file.write(f'{os.getpid()} {os.getppid()}\\n')\n"
+    flows.write_text(note + textwrap.dedent(FLOWS))
+    with serving(project, home) as server:
+        run_id = enqueue(opened, "greet")
+        until(lambda: succeeded(opened, run_id))
+        importers = [tuple(map(int, line.split())) for line in (project / "importers").read_text().splitlines()]
+        [worker] = server.spawned
+        assert worker in {pid for pid, _ in importers}
+        assert len(importers) >= 2, "the manifest's process did too"
+        assert server.pid not in {pid for pid, _ in importers}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flow", ["hold", "hangs"])
 def test_a_killed_supervisor_leaves_no_orphan_and_the_next_one_has_n_workers_and_not_one_more(

@@ -361,7 +361,12 @@ class StoreAgainstModel(RuleBasedStateMachine):
                 assert used == list(range(1, told.attempt + (not told.attempt_open)))
 
 
-StoreAgainstModel.TestCase.settings = settings(
-    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-TestTheStoreDoesWhatTheModelDoes = StoreAgainstModel.TestCase
+class TestTheStoreDoesWhatTheModelDoes(StoreAgainstModel.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(
+        max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+
+
+@pytest.mark.slow
+class TestTheStoreDoesWhatTheModelDoesForLong(StoreAgainstModel.TestCase):  # type: ignore[name-defined,misc]
+    settings = settings(TestTheStoreDoesWhatTheModelDoes.settings, max_examples=200)

@@ -1,7 +1,9 @@
 """The supervisor: what it starts and when, what it gives back, and what it leaves behind, which is nothing."""
 
+import asyncio
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from scenarios.flows.orders import Case
 from workers import bodies, gone, now, shown, status, supervised, worker_process, workers
 
 from tako_runtime import clock
+from tako_runtime.child import Child
 from tako_runtime.control import Control
 from tako_runtime.store import Home
 from tako_runtime.store.base import ListWorkers
@@ -234,6 +237,29 @@ def test_a_line_of_any_length_does_not_stop_the_supervisor(opened: StoreThread, 
 
 
 # --- stopping --------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_that_floods_the_pipe_of_a_worker_that_has_ended_does_not_hold_the_supervisor_up(
+    tmp_path: Path,
+) -> None:
+    reading, writing = os.pipe()
+    flood = (
+        "import os\nos.fork() and os._exit(7)\nos.setsid()\nprint(os.getpid(), flush=True)\n"
+        "while True: os.write(1, b'y' * 4096)\n"
+    )
+
+    async def followed() -> list[str]:
+        said: list[str] = []
+        child = Child(Group(), [sys.executable, "-c", flood], tmp_path, dict(os.environ), clock.SystemClock(), reading)
+        assert await child.follow(lambda event: said.append(event["message"])) == 7
+        return said
+
+    try:
+        said = asyncio.run(followed())  # without end, where it is read for as long as there is something to read
+        until(lambda: gone(int(said[0])))  # its pipe is closed, and it with it
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 def test_stopping_drains_the_workers_and_leaves_no_process_behind(opened: StoreThread, home: Home, log: Path) -> None:
