@@ -23,11 +23,14 @@ setup: .venv/ready  ## make .venv with tako and its tools
 demo: setup  ## the main job, from an empty folder to a run that survived its worker's death
 	@$(BIN)/python tests/demo.py
 
+# Most tests wait for processes of their own: several at a time, each file whole in one of them.
+TOGETHER := -n 4 --dist loadfile
+
 test: lint types  ## everything that CI runs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TOGETHER)
 
 quick: setup  ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
 
 lint: setup
 	$(BIN)/ruff check .

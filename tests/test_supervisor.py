@@ -243,10 +243,18 @@ def test_a_program_that_floods_the_pipe_of_a_worker_that_has_ended_does_not_hold
     tmp_path: Path,
 ) -> None:
     reading, writing = os.pipe()
-    flood = (
-        "import os\nos.fork() and os._exit(7)\nos.setsid()\nprint(os.getpid(), flush=True)\n"
-        "while True: os.write(1, b'y' * 4096)\n"
-    )
+    flood = """if True:
+        import os
+        ours, its = os.pipe()
+        if os.fork():
+            os.read(ours, 1)
+            os._exit(7)
+        os.setsid()  # what stays in the group of a worker ends with it
+        print(os.getpid(), flush=True)
+        os.write(its, b"1")
+        while True:
+            os.write(1, b"y" * 4096)
+    """
 
     async def followed() -> list[str]:
         said: list[str] = []
