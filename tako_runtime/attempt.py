@@ -41,7 +41,7 @@ from tako_runtime.state import (
 from tako_runtime.step import Step, Suspension, SyncStep
 from tako_runtime.store.base import Apply, ExpireWait, GetRun, OpenWait, Operation, SaveStep, Steps
 from tako_runtime.store.commit import StoreThread
-from tako_runtime.workflow import Workflow
+from tako_runtime.workflow import Workflow, is_text
 
 R = TypeVar("R")
 
@@ -276,8 +276,8 @@ class Attempt:
                 f"step {name!r} was called inside the body of step {outer!r}",
                 hint="A step is a leaf: call both from the handler, one after the other.",
             )
-        if not isinstance(name, str) or not name or "#" in name or len(name) > 500:
-            raise StepMisuse(f"a step's name is text of 1 to 500 characters without '#', not {name!r}")
+        if not is_text(name) or "#" in name or not name.isprintable():
+            raise StepMisuse(f"a step's name is printable text of 1 to 500 characters without '#', not {name!r}")
         if secret := named_in(name):
             raise StepMisuse(f"the step's name has the value of secret {secret} in it", hint=NOT_IN_NAMES)
         key = StepKey(kind, name)

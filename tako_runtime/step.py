@@ -20,7 +20,7 @@ from tako_runtime.log import emit, in_step
 from tako_runtime.run import StepKey, StepRecord
 from tako_runtime.state import Backoff, Bailed, Failed
 from tako_runtime.store.base import ExpireWait, OpenWait
-from tako_runtime.workflow import check_signal_name
+from tako_runtime.workflow import check_backoff, check_count, check_signal_name
 
 if TYPE_CHECKING:
     from tako_runtime.attempt import Attempt
@@ -123,6 +123,10 @@ class Step:
         wanted = codec.returns(fn)
         codec.decoder(wanted)  # an annotation that cannot be read back must not cost the body's side effects
         limit = None if timeout is None else clock.duration(timeout, "timeout", least=1_000)
+        if retries != 0:
+            check_count(retries, f"retries of step {name!r}")
+        if backoff is not None:
+            check_backoff(backoff, f"backoff of step {name!r}")
         if attempt.branches.released:
             await attempt.refuse()
         key, position, record = attempt.begin("run", name)

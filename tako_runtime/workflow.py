@@ -88,7 +88,8 @@ class Workflow(Generic[P, R]):
     ) -> None:
         _check_name(name, "a workflow's name")
         _check_group(group, f"the group of {name!r}")
-        _check_count(retries, f"retries of {name!r}")
+        check_count(retries, f"retries of {name!r}")
+        check_backoff(backoff, f"backoff of {name!r}")
         self.name, self.handler, self.group = name, handler, group
         self.retries, self.backoff = retries, backoff
         self.schedule, self.timezone, self.catchup, self.overlap = schedule, timezone, catchup, overlap
@@ -203,7 +204,7 @@ class Workflow(Generic[P, R]):
         elif delay is not None:
             due = now + clock.duration(delay, "delay")
         if retries is not None:
-            _check_count(retries, "retries")
+            check_count(retries, "retries")
         base, longest = self.backoff.base_micros, self.backoff.max_micros
         most = store.limits().max_value
         runs = [
@@ -236,7 +237,7 @@ def new_run(
         raise InvalidValue(f"the run of {workflow!r} would be due past the year 9999")
     if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) >= 1 << 31:
         raise InvalidValue(f"priority must be a whole number of at most 32 bits, not {priority!r}")
-    if unique_key is not None and not _is_text(unique_key):
+    if unique_key is not None and not is_text(unique_key):
         raise InvalidValue(f"unique_key must be text of 1 to 500 characters, not {unique_key!r:.80}")
     if unique_key is not None and (secret := named_in(unique_key)):
         raise InvalidValue(f"the unique_key has the value of secret {secret} in it", hint=NOT_IN_NAMES)
@@ -282,13 +283,13 @@ def release() -> str:
 
 
 def check_signal_name(name: str) -> None:
-    if not _is_text(name) or "#" in name or not name.isprintable():
+    if not is_text(name) or "#" in name or not name.isprintable():
         raise InvalidValue(f"a signal's name is printable text of 1 to 500 characters without '#', not {name!r}")
     if secret := named_in(name):
         raise InvalidValue(f"the signal's name has the value of secret {secret} in it", hint=NOT_IN_NAMES)
 
 
-def _is_text(value: object) -> bool:
+def is_text(value: object) -> bool:
     """Whether it is text of 1 to 500 characters that a store takes: no half of a surrogate pair."""
     if not isinstance(value, str) or not 0 < len(value) <= 500:
         return False
@@ -382,6 +383,11 @@ def _check_group(group: str, what: str) -> None:
         raise InvalidValue(f"{what} is a-z, 0-9 and '-', a letter first, no '-' last, 63 at most, not {group!r}")
 
 
-def _check_count(value: int, what: str) -> None:
+def check_backoff(value: Backoff, what: str) -> None:
+    if not isinstance(value, Backoff):
+        raise InvalidValue(f"{what} is a Backoff, not {value!r}", hint='Write backoff=Backoff(base="1s", max="1h").')
+
+
+def check_count(value: int, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 1_000_000:
         raise InvalidValue(f"{what} must be a whole number from 0 on, not {value!r}")

@@ -148,7 +148,7 @@ def test_a_name_used_again_gets_a_number_and_kinds_do_not_collide(opened: StoreT
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["a#2", "", 7])
+@pytest.mark.parametrize("name", ["a#2", "", 7, "two\nlines", "\x1b[31m", "\ud800"])
 def test_a_name_that_cannot_be_one_ends_the_run_dead(opened: StoreThread, home: Home, name: Any) -> None:
     @workflow("misnamed")
     async def handler(step: Step) -> None:
@@ -160,6 +160,24 @@ def test_a_name_that_cannot_be_one_ends_the_run_dead(opened: StoreThread, home: 
     assert run["error"]["type"] == "StepMisuse"
     assert repr(name) in run["error"]["message"]
     assert run["attempt"] == 1
+
+
+@pytest.mark.parametrize("given", [{"retries": -1}, {"retries": "2"}, {"retries": None}, {"backoff": 3}], ids=str)
+def test_a_step_that_cannot_be_tried_as_it_says_is_refused_before_its_body_runs(
+    opened: StoreThread, home: Home, given: dict[str, Any]
+) -> None:
+    ran: list[str] = []
+
+    @workflow("misgiven", retries=0)
+    async def handler(step: Step) -> None:
+        await step.run("body", ran.append, "once", **given)
+
+    run_id = handler.enqueue_sync()
+    work(opened, home)
+    run = finished(opened, run_id, "dead")
+    assert run["error"]["type"] == "InvalidValue"
+    assert f"{next(iter(given))} of step 'body'" in run["error"]["message"]
+    assert ran == []
 
 
 @pytest.mark.parametrize("blocking", [False, True])

@@ -151,11 +151,11 @@ def test_a_decorator_without_its_name_says_how_to_write_it() -> None:
     "fields",
     [
         {"retries": -1}, {"retries": 1.5}, {"retries": True}, {"retries": None}, {"retries": 10**9},
-        {"timeout": 0}, {"timeout": -1}, {"timeout": math.nan}, {"timeout": "soon"},
+        {"timeout": 0}, {"timeout": -1}, {"timeout": math.nan}, {"timeout": "soon"}, {"backoff": 3}, {"backoff": None},
     ],
     ids=str,
 )  # fmt: skip
-def test_numbers_that_cannot_be_meant_are_refused_where_they_are_declared(fields: dict[str, Any]) -> None:
+def test_what_cannot_be_meant_is_refused_where_they_are_declared(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidValue, match=f"{next(iter(fields))} of 'fulfill-order'"):
         declared(**fields)
 
