@@ -32,7 +32,7 @@ def _stands(task: asyncio.Task[Any], tasks: Tasks, parked: Collection[Future]) -
     awaited: Future | None = getattr(task, "_fut_waiter", None)  # None: it runs, or is about to
     if awaited is None or awaited.done():
         return False
-    return _held(awaited, tasks, parked) or _meets(task)
+    return _held(awaited, tasks, parked) or _meets(task, tasks, parked)
 
 
 def _held(future: Future, tasks: Tasks, parked: Collection[Future]) -> bool:
@@ -43,7 +43,7 @@ def _held(future: Future, tasks: Tasks, parked: Collection[Future]) -> bool:
     return bool(left) and all(_held(child, tasks, parked) for child in left)
 
 
-def _meets(task: asyncio.Task[Any]) -> bool:
+def _meets(task: asyncio.Task[Any], tasks: Tasks, parked: Collection[Future]) -> bool:
     """Whether it is suspended at a meeting place, and has set itself no time limit there."""
     at: Any = task.get_coro()
     while inspect.iscoroutine(inner := getattr(at, "cr_await", None)):
@@ -53,5 +53,6 @@ def _meets(task: asyncio.Task[Any]) -> bool:
         return False
     code = frame.f_code
     if code.co_filename == asyncio.tasks.__file__ and code.co_name == "_wait":
-        return frame.f_locals.get("timeout") is None
+        left = [future for future in frame.f_locals.get("fs", ()) if not future.done()]
+        return frame.f_locals.get("timeout") is None and all(_held(future, tasks, parked) for future in left)
     return code.co_filename in _MEETING_PLACES

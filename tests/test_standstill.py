@@ -37,6 +37,9 @@ class Answer:
     async def within_a_time_limit(self) -> None:
         await asyncio.wait_for(self.over_a_socket(), 30)
 
+    async def with_wait_from_a_thread(self) -> None:
+        await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, self._given.wait, 30)])
+
     async def in_a_task_of_its_own(self) -> None:
         await asyncio.create_task(self.over_a_socket())
 
@@ -62,6 +65,7 @@ class Answer:
         Answer.over_a_socket,
         Answer.from_a_thread,
         Answer.within_a_time_limit,
+        Answer.with_wait_from_a_thread,
         Answer.in_a_task_of_its_own,
         Answer.beside_one_that_waits_for_it,
     ],
