@@ -161,6 +161,7 @@ class StoreLocked(StoreBusy):
     """Another process holds the store for long."""
 
     code = "store_locked"
+    holder: int | None = None  # its process id, where it is known
 
 
 class StoreTooNew(StoreError):

@@ -1,5 +1,6 @@
 """Give back the runs of workers that are gone: the outcome "worker lost"."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from tako_runtime import clock, inflight
@@ -10,15 +11,15 @@ from tako_runtime.store.base import Apply, GiveUpWorker, ListWorkers, RemoveWork
 from tako_runtime.store.commit import StoreThread
 
 
-async def reclaim(store: StoreThread, app_dir: Path, now: int, *, but: str | None = None) -> int:
+async def reclaim(store: StoreThread, app_dir: Path, now: int, *, but: Collection[str] = ()) -> int:
     """Give back the runs of every worker whose lease has lapsed, or whose process on this machine is gone; the number
-    of runs. `but` is a worker that is not looked at (the caller's own). Safe to call from anywhere at any time: the
-    claim number decides."""
+    of runs. `but` are workers that are not looked at. Safe to call from anywhere at any time: the claim number decides.
+    """
     count = 0
     for worker in await store.do(ListWorkers()):
         lost = worker.lease_until <= now or inflight.gone(app_dir, worker.id) is True
         # A lease that was renewed since we looked is that of a worker that has woken up: it is not given up.
-        if lost and worker.id != but and await store.do(GiveUpWorker(worker=worker.id, seen=worker.lease_until)):
+        if lost and worker.id not in but and await store.do(GiveUpWorker(worker=worker.id, seen=worker.lease_until)):
             count += await give_back(store, app_dir, worker, now)
     return count
 

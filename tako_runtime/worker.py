@@ -37,6 +37,9 @@ from tako_runtime.workflow import Workflow, release
 #: The net under the bell, in seconds.
 LOOK = 1.0
 
+#: How soon a lease is renewed again that could not be, since the store was busy, in seconds.
+AGAIN = 0.5
+
 #: Attempts that were abandoned get this long to unwind before their worker starts over without them.
 UNWIND = 5.0
 
@@ -281,14 +284,17 @@ class Worker:
 
     def _renew(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
         """In a thread of its own, so that a handler that blocks the event loop does not cost its worker the lease."""
-        while not ended.wait(self.settings.lease / 3 / clock.SECOND):
+        pause = every = self.settings.lease / 3 / clock.SECOND
+        while not ended.wait(pause):
             until = self.clock.now() + self.settings.lease
             try:
                 held = self.store.do_sync(RenewLease(worker=self.id, until=until))
             except StoreBusy:
+                pause = min(every, AGAIN)
                 continue
             except StoreError:
                 return
+            pause = every
             if not held:
                 loop.call_soon_threadsafe(self._lose_lease)
                 return

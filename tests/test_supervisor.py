@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -173,6 +174,31 @@ def test_a_worker_that_is_frozen_past_its_lease_is_replaced(opened: StoreThread,
         assert ended(opened, run_id, 30) == "succeeded"
         assert gone(supervisor.spawned[0])
     assert bodies(log) == ["a", "a", "b"]
+
+
+@pytest.mark.slow
+def test_workers_that_cannot_renew_since_the_disk_is_full_are_not_ended_for_that(
+    opened: StoreThread, home: Home, log: Path
+) -> None:
+    gate = home.data_dir / "gate"
+    os.mkfifo(gate)
+    with supervised(home, lease=clock.SECOND) as supervisor:
+        run_id = orders.gated.enqueue_sync(Case(str(log), gate=str(gate)))
+        until(lambda: bodies(log) == ["a"])
+        size = (home.app_dir / "runs.db-wal").stat().st_size
+        pids = [supervisor.process.pid, *supervisor.spawned]
+        limits = [resource.prlimit(pid, resource.RLIMIT_FSIZE) for pid in pids]
+        for pid, (_, hard) in zip(pids, limits, strict=True):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, hard))
+        until(lambda: supervisor.events("store.busy") or supervisor.events("worker.frozen"))
+        for pid, given in zip(pids, limits, strict=True):
+            resource.prlimit(pid, resource.RLIMIT_FSIZE, given)
+        until(lambda: opened.do_sync(ListWorkers())[0].lease_until > now())
+        with gate.open("wb"):
+            pass
+        assert ended(opened, run_id) == "succeeded"
+        assert supervisor.events("worker.frozen") == []
+    assert bodies(log) == ["a", "b"]
 
 
 def test_at_its_start_it_gives_back_what_gone_workers_had_in_hand(opened: StoreThread, home: Home, log: Path) -> None:

@@ -66,10 +66,12 @@ class Turnstile(AbstractContextManager[None]):
                 if not self._granted.is_set():
                     self._wanted = False
                     holder = os.pread(self._lock, 10, 0).decode(errors="replace").strip() or "unknown"
-                    raise StoreLocked(
+                    locked = StoreLocked(
                         f"the store {self._path} has been locked for {self._patience:g} s by process {holder}",
                         hint="Is that process stopped, or its disk stuck? The lock ends with it.",
                     )
+                    locked.holder = int(holder) if holder.isdigit() else None
+                    raise locked
         self._waiter = None
 
     def _pass_through(self) -> None:
