@@ -243,3 +243,15 @@ def test_a_worker_that_comes_back_under_its_name_hears_again(bell: Bell) -> None
         ear.listener.close()
 
     in_a_loop(body)
+
+
+def test_who_was_rung_so_often_at_once_that_rings_were_lost_looks_at_everything(bell: Bell) -> None:
+    async def body() -> None:
+        ear = Ear(bell, "w-1")
+        for _ in range(2_000):  # nobody reads meanwhile
+            bell.ring({"due:other"})
+        bell.ring({"signal"})
+        assert await ear.hears() == {"due:other", "later", "signal", "cancel"}
+        ear.listener.close()
+
+    in_a_loop(body)
