@@ -3,8 +3,8 @@
 The supervisor has them from a file of its own (`stored`), or from whoever started it. It writes one JSON envelope,
 `{"secrets": {NAME: value}}`, into a pipe (`handing_over`); the worker reads it to its end and closes it (`receive`).
 A command that is not tako's own (`tako run`) inherits such a pipe as a whole: the first of its processes that uses
-`secrets` reads it then. No value is ever in an environment, on a command line, in the store or in the log: where one turns up in a text that a
-process stores or logs, it is masked there (`guarded`).
+`secrets` reads it then. No value is ever in an environment, on a command line, in the store or in the log: where one
+turns up in a text that a process stores or logs, it is masked there (`guarded`).
 """
 
 import asyncio
