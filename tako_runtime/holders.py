@@ -1,5 +1,5 @@
-"""Who holds it: the processes that listen on a port, or have a file open. What may not be seen, or is gone meanwhile, is
-left out."""
+"""Who holds it: the processes that listen on a port, or have a file open. One that may not be looked into, or is gone
+meanwhile, is left out."""
 
 import os
 import subprocess
@@ -67,7 +67,7 @@ def _with_open(wanted: Callable[[str], bool]) -> list[Holder]:
 def _targets(folder: Path) -> Iterator[str]:
     for descriptor in folder.iterdir():
         with suppress(OSError):
-            yield os.readlink(descriptor)
+            yield str(descriptor.readlink())
 
 
 def _by_lsof(*words: str) -> list[Holder]:

@@ -1,9 +1,8 @@
 """The embedded store's file, from outside: how it is, and putting it aside."""
 
-import os
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import apsw
 
@@ -86,7 +85,7 @@ def set_aside(path: Path) -> Aside | None:
     for end in ("", *_COMPANIONS):  # beside a damaged file they are still there
         source, target = Path(f"{path}{end}"), Path(f"{there}{end}")
         if source.exists():
-            os.replace(source, target)
+            source.replace(target)
         else:
             target.unlink(missing_ok=True)
     return Aside(there, runs)
@@ -105,5 +104,5 @@ def _alone_in_one_file(path: Path) -> int | None:
 
 
 def _counted(db: apsw.Connection) -> tuple[int, int | None]:
-    runs, latest = db.execute(Q["look_over"]).fetchall()[0]
-    return int(runs), latest  # type: ignore[return-value]
+    [found] = cast("list[tuple[int, int | None]]", db.execute(Q["look_over"]).fetchall())
+    return found
