@@ -85,5 +85,6 @@ def _command(pid: int) -> str:
 
 
 def _short(command: str) -> str:
-    words = " ".join(command.split())
-    return words if len(words) <= _LONGEST else f"{words[: _LONGEST - 3]}..."
+    program, *words = command.split() or ["unknown"]
+    told = " ".join([program.rpartition("/")[2], *words])
+    return told if len(told) <= _LONGEST else f"{told[: _LONGEST - 3]}..."
