@@ -15,7 +15,8 @@ from typer._click.exceptions import NoArgsIsHelpError, UsageError  # typer has n
 from typer.core import TyperGroup
 
 from tako_cli import output
-from tako_cli.commands import completions, config, cron, dev, init, runs, signals, status, workflows
+from tako_cli.commands import completions, config, cron, dev, doctor, init, runs, signals, status, workflows
+from tako_cli.commands import run as run_
 
 DONE, FAILED, USAGE, BAD_CONFIG, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -30,12 +31,14 @@ class InOrder(TyperGroup):
 app = typer.Typer(name="tako", cls=InOrder, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.command("init")(init.init)
 app.command("dev")(dev.dev)
+app.command("run", context_settings={"allow_interspersed_args": False})(run_.run)
 app.command("status")(status.status)
 app.add_typer(runs.app, name="runs")
 app.add_typer(signals.app, name="signals")
 app.add_typer(workflows.app, name="workflows")
 app.add_typer(cron.app, name="cron")
 app.add_typer(config.app, name="config")
+app.command("doctor")(doctor.doctor)
 app.command("completions")(completions.completions)
 
 

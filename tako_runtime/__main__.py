@@ -1,4 +1,4 @@
-"""python -m tako_runtime serve | worker | manifest: what a server runs, and what that starts. JSON on stdout."""
+"""python -m tako_runtime serve | worker | manifest | run: what a server runs, and what that starts. JSON on stdout."""
 
 import argparse
 import asyncio
@@ -21,6 +21,7 @@ from tako_runtime.child import NOTHING_TO_RUN
 from tako_runtime.errors import TakoError
 from tako_runtime.manifest import IMPORT_LIMIT, discover, manifest
 from tako_runtime.output import captured
+from tako_runtime.script import run_script
 from tako_runtime.secrets import guarded, masked_json, receive, stored
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
@@ -47,9 +48,14 @@ def main(argv: list[str] | None = None) -> int:
     serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
+    script = commands.add_parser("run", help="a script, as python would, with secrets")
+    script.add_argument("script")
+    script.add_argument("words", nargs=argparse.REMAINDER, help="what follows is the script's own")
     for command in (worker, manifest):
         command.add_argument("--import-limit", default=f"{IMPORT_LIMIT}s", help="how long one file's import may take")
     args = parser.parse_args(argv)
+    if args.command == "run":
+        run_script(args.script, args.words)
     try:
         return {"worker": _worker, "serve": _serve, "manifest": _manifest}[args.command](args)
     except TakoError as error:

@@ -2,8 +2,9 @@
 
 The supervisor has them from a file of its own (`stored`), or from whoever started it. It writes one JSON envelope,
 `{"secrets": {NAME: value}}`, into a pipe (`handing_over`); the worker reads it to its end and closes it (`receive`).
-No value is ever in an environment, on a command line, in the store or in the log: where one turns up in a text that a
-process stores or logs, it is masked there (`guarded`).
+A command that is not tako's own (`tako run`) inherits such a pipe as a whole: the first of its processes that uses
+`secrets` reads it then. No value is ever in an environment, on a command line, in the store or in the log: where one
+turns up in a text that a process stores or logs, it is masked there (`guarded`).
 """
 
 import asyncio
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import stat
+import threading
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -49,6 +51,7 @@ class Secrets:
         self._names, self._value = tuple(values), dict(values).get
 
     def __getitem__(self, name: str) -> str:
+        _take()
         if (value := self._value(name)) is None:
             raise SecretMissing(
                 f"the secret {name} is not set: `tako secrets set {name}` sets it",
@@ -57,18 +60,23 @@ class Secrets:
         return value
 
     def get(self, name: str, default: str | None = None) -> str | None:
+        _take()
         return self._value(name, default)
 
     def __contains__(self, name: object) -> bool:
+        _take()
         return name in self._names
 
     def __iter__(self) -> Iterator[str]:
+        _take()
         return iter(self._names)
 
     def __len__(self) -> int:
+        _take()
         return len(self._names)
 
     def __repr__(self) -> str:
+        _take()
         return f"<secrets: {', '.join(self._names) or 'none'}>"
 
     def __copy__(self) -> Self:
@@ -94,16 +102,24 @@ def receive() -> dict[str, str]:
     Gives the values for a `Mask`. Where nobody has handed over secrets to this very process there are none. Raises
     `InvalidValue`, which shows no part of the content, for anything but one whole envelope.
     """
-    number = os.environ.pop(VARIABLE, "")  # what this process starts is not meant by it
+    number, _, inode = os.environ.pop(VARIABLE, "").partition(":")  # what this process starts is not meant by it
     try:
         fd = int(number)
-        if stat.S_IFMT(os.fstat(fd).st_mode) not in (stat.S_IFIFO, stat.S_IFSOCK):
+        seen = os.fstat(fd)
+        if stat.S_IFMT(seen.st_mode) not in (stat.S_IFIFO, stat.S_IFSOCK) or (inode and int(inode) != seen.st_ino):
             return {}
     except (ValueError, OSError, OverflowError):
         return {}
     os.set_inheritable(fd, False)
     with open(fd, "rb") as pipe:
-        values = _decoded(pipe.read())
+        data = pipe.read()
+    values, empty = _decoded(data), not data
+    del data  # an error's frames are shown by some
+    if inode and empty:
+        raise SecretMissing(
+            "another process of this command has taken its secrets: they are handed over once",
+            hint="The first one that asks gets them. Start the others with a tako run of their own.",
+        )
     if values is None:
         raise InvalidValue(
             'what was handed over as secrets is not one whole {"secrets": {NAME: text}} with names in UPPER_SNAKE',
@@ -111,6 +127,22 @@ def receive() -> dict[str, str]:
         )
     Secrets.__init__(secrets, values)  # the same object: others have imported it before
     return values
+
+
+def shared(fd: int) -> str:
+    """What `VARIABLE` says of a pipe that a whole command inherits. Not each process of it does: in another one the
+    same number may be some other pipe, so its inode is named too."""
+    return f"{fd}:{os.fstat(fd).st_ino}"
+
+
+_taking = threading.Lock()
+
+
+def _take() -> None:
+    """In a command that is not tako's own nobody calls `receive` before user code: the first use of a secret does."""
+    with _taking:
+        if ":" in os.environ.get(VARIABLE, ""):
+            guard(receive())
 
 
 @asynccontextmanager
@@ -203,17 +235,23 @@ _PRIVATE = "It must be a regular file of this user's own, with mode 0600 or stri
 def guarded(values: Mapping[str, str]) -> Iterator[None]:
     """No text that this process stores or logs has one of these values, within. Each place that one turns up in is
     warned of once."""
-    if not values:
-        yield
-        return
-    mask = Mask(values, lambda place, name: log.emit("secret.masked", place=place, name=name))
-    _masks.append(mask)
-    log.mask_with(masked)
+    mask = guard(values)
     try:
         yield
     finally:
-        _masks.remove(mask)
-        log.mask_with(masked if _masks else None)
+        if mask is not None:
+            _masks.remove(mask)
+            log.mask_with(masked if _masks else None)
+
+
+def guard(values: Mapping[str, str]) -> "Mask | None":
+    """The same from now on, for a process that keeps them to its end."""
+    if not values:
+        return None
+    mask = Mask(values, lambda place, name: log.emit("secret.masked", place=place, name=name))
+    _masks.append(mask)
+    log.mask_with(masked)
+    return mask
 
 
 #: Those of this process; several where its secrets were changed, for what was known by the old ones is still about.

@@ -25,7 +25,7 @@ def test_a_shell_without_completions_is_wrong_usage(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("typed", "offered"),
-    [("ru", {"runs"}), ("runs s", {"show", "start", "signal"}), ("runs ls --st", {"--status"})],
+    [("ru", {"run", "runs"}), ("runs s", {"show", "start", "signal"}), ("runs ls --st", {"--status"})],
 )
 def test_bash_completes_commands_and_options(typed: str, offered: set[str], tmp_path: Path) -> None:
     words = ["tako", *typed.split()]

@@ -25,20 +25,23 @@ if TYPE_CHECKING:
 
     from tako_runtime.config import Config
     from tako_runtime.manifest import Declared, Manifest
+    from tako_runtime.store.file import Aside
 
 #: How many workflows the first lines name.
 _LISTED = 4
 
 
-def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool) -> int:
-    """Run the project here until told to stop; the exit code."""
+def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool, fresh: bool = False) -> int:
+    """Run the project here until told to stop, `fresh` with an empty store; the exit code."""
     home = store.project_home(config.name, config.root)
     with alone(home.app_dir, "tako dev"):
         secrets = stored(home.app_dir)
+        aside = store.set_aside(home) if fresh else None
         opened = store.open_store(home)
         try:
             with guarded(secrets):
                 session = Session(config, manifest, home, opened, as_json=as_json, secrets=secrets)
+                session.aside = aside
                 return asyncio.run(session.run(once=once))
         finally:
             opened.close()
@@ -66,6 +69,7 @@ class Session:
             opened, home, config, self._heard, log_level="debug", environment=context.environment(config, home),
             secrets=secrets,
         )  # fmt: skip
+        self.aside: Aside | None = None  # the store that was put aside
         self._news = asyncio.Event()
         self._stops = 0
         self._dead = False
@@ -161,6 +165,10 @@ class Session:
             "dev.ready", f"{self._config.name} is ready", app=self._config.name, store=str(self._config.root / path),
             pid=os.getpid(), workflows=[flow.name for flow in flows], left=left,
         )  # fmt: skip
+        if self.aside is not None:
+            gone, place = self.aside.runs, self.aside.path.relative_to(self._config.root)
+            runs = "a store that cannot be read" if gone is None else f"{gone} run{'s' * (gone != 1)}"
+            self._lines.say("dev.fresh", f"the store is empty: {runs} went to {place}", runs=gone, kept_in=str(place))
 
     async def _farewell(self) -> None:
         left = await self._left()

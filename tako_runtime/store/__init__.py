@@ -10,13 +10,16 @@ import os
 import re
 import threading
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from tako_runtime import clock, codec
 from tako_runtime.bell import Bell
 from tako_runtime.errors import ConfigError, InvalidValue, TakoUnavailable
 from tako_runtime.store.base import Store
 from tako_runtime.store.commit import StoreThread
+
+if TYPE_CHECKING:
+    from tako_runtime.store.file import Aside, Examined
 
 #: The environment of `tako dev`: TAKO_ENV, and the variables of [vars.development].
 DEVELOPMENT = "development"
@@ -114,6 +117,22 @@ def open_store(home: Home) -> StoreThread:
         return SqliteStore(home.app_dir / "runs.db")
 
     return StoreThread(connect, bell)
+
+
+def examine(home: Home) -> "Examined | None":
+    """The health of the store, looked at without writing to it, also while others work; None where there is none yet.
+    Raises `StoreError` where it cannot be opened."""
+    from tako_runtime.store.file import examine
+
+    return examine(home.app_dir / "runs.db")
+
+
+def set_aside(home: Home) -> "Aside | None":
+    """Put the store aside, so that the next one begins empty; None where there is none. Raises `Refused` while another
+    process has it open."""
+    from tako_runtime.store.file import set_aside
+
+    return set_aside(home.app_dir / "runs.db")
 
 
 class _Current:

@@ -326,3 +326,7 @@ SELECT count(*) FROM runs
 
 -- name: in_hand
 SELECT worker, count(*) FROM runs WHERE status = 'running' GROUP BY worker;
+
+-- name: look_over
+-- From outside, at a store of whatever version: how many runs it has, and when the newest was made.
+SELECT count(*), max(created_at) FROM runs;

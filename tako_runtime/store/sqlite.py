@@ -105,7 +105,7 @@ class SqliteStore(SqlStore):
             self._db.execute("PRAGMA wal_autocheckpoint = 4000")
             self._migrate()
         except (apsw.Error, OSError) as error:
-            raise _translated(error, path) from error
+            raise translated(error, path) from error
 
     def close(self) -> None:
         self._db.close()
@@ -160,7 +160,7 @@ class SqliteStore(SqlStore):
                     self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             return answers, topics
         except (apsw.Error, OSError) as error:
-            raise _translated(error, self.path) from error
+            raise translated(error, self.path) from error
 
     def _sync(self, wanted: bool) -> None:
         """Whether the next commit waits for the disk: all do, but those of which nobody is told (`base.Operation`)."""
@@ -224,7 +224,7 @@ def _make_private(path: Path) -> None:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
-def _translated(error: apsw.Error | OSError, path: Path) -> StoreError | Refused:
+def translated(error: apsw.Error | OSError, path: Path) -> StoreError | Refused:
     what = f"{type(error).__name__}: {error}"
     if isinstance(error, _TRANSIENT) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)):
         return StoreBusy(f"the store {path} cannot take it right now ({what})")
