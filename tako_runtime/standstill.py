@@ -6,15 +6,14 @@ for; so this looks at the future that a task is suspended on, and at the place i
 """
 
 import asyncio
-import asyncio.locks
-import asyncio.queues
 import asyncio.taskgroups
 import inspect
 from collections.abc import Collection
 from typing import Any
 
-#: Where tasks wait for each other: whoever is suspended in one of these is woken by another task.
-_MEETING_PLACES = {asyncio.locks.__file__, asyncio.queues.__file__, asyncio.taskgroups.__file__}
+#: Where a task waits for those that it has made itself. A lock, an event or a queue is no such place: another run, a
+#: timer or a thread may open it.
+_MEETING_PLACES = {asyncio.taskgroups.__file__}
 
 Future = asyncio.Future[Any]
 Tasks = Collection[asyncio.Task[Any]]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from workers import eventually, shown, status, steps, work
 
-from tako_runtime import Step, SyncStep, workflow
+from tako_runtime import Step, SyncStep, signal, workflow
 from tako_runtime.branches import QUIET_PASSES
 from tako_runtime.store import Home
 from tako_runtime.store.commit import StoreThread
@@ -164,9 +164,6 @@ async def beside_a_task_that_has_ended(step: Step) -> None:
         in_a_task_group,
         in_nested_gathers,
         with_wait,
-        as_completed,
-        behind_a_lock,
-        at_a_queue,
         for_a_task_that_is_awaited_late,
         beside_a_task_that_has_ended,
     ],
@@ -182,6 +179,33 @@ def test_a_run_parks_whatever_its_branches_wait_for_each_other_with(
     run_id = handler.enqueue_sync()
     work(opened, home)
     assert status(opened, run_id) == ("pending", "waiting")
+
+
+@pytest.mark.parametrize("meets", [as_completed, behind_a_lock, at_a_queue], ids=lambda fn: fn.__name__)
+def test_a_run_keeps_its_slot_where_something_outside_of_it_might_wake_a_branch(
+    opened: StoreThread, home: Home, meets: Callable[[Step], Awaitable[None]]
+) -> None:
+    """A semaphore that all runs share, an event that a timer sets: asyncio does not say who will."""
+    passes: list[int] = []
+
+    @workflow("might-be-woken")
+    async def handler(step: Step) -> None:
+        passes.append(1)
+        await meets(step)
+
+    run_id = handler.enqueue_sync()
+
+    async def meanwhile(worker: Worker) -> None:
+        await eventually(lambda: "a" in steps(shown(opened, run_id)))
+        for _ in range(10 * QUIET_PASSES):
+            await asyncio.sleep(0)
+        assert status(opened, run_id)[0] == "running"
+        for name in "ab":
+            await signal(name)
+        await eventually(lambda: status(opened, run_id)[0] == "succeeded")
+
+    work(opened, home, meanwhile)
+    assert len(passes) == 1
 
 
 def test_a_task_of_a_step_body_that_lives_on_does_not_keep_its_run_from_parking(
