@@ -1,6 +1,7 @@
 """The contract of `store/base.py`, sentence by sentence, and what the store thread promises its callers."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -1264,3 +1265,17 @@ def test_a_group_is_unhealthy_since_its_first_report_until_it_is_reported_health
     caller.do(base.ReportHealth(group="media", host="a", now=first, reason=None))
     caller.do(base.ReportHealth(group="media", host="never reported", now=first, reason=None))
     assert [one.group for one in caller.do(base.ListHealth())] == ["default"]
+
+
+def test_a_fork_after_a_store_was_closed_closes_no_file_a_second_time(home: Home) -> None:
+    """By then its files' numbers may be those of others."""
+    thread = open_store(home)
+    thread.do_sync(base.ListRuns())
+    thread.close()
+    pipes = [os.pipe() for _ in range(8)]  # they get the numbers that have just become free
+    if (child := os.fork()) == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    for pair in pipes:
+        for end in pair:
+            os.close(end)  # OSError, if somebody else has

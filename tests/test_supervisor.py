@@ -114,7 +114,7 @@ def test_each_group_with_due_work_gets_a_process_of_its_own(opened: StoreThread,
 
 def test_a_group_that_wants_workers_has_them_and_a_killed_one_is_replaced(opened: StoreThread, home: Home) -> None:
     with supervised(home, workers=2) as supervisor:
-        first = until(lambda: [pid for pid in workers(opened).values() if len(workers(opened)) == 2])
+        first = until(lambda: found if len(found := list(workers(opened).values())) == 2 else None)
         os.kill(first[0], signal.SIGKILL)
         until(lambda: len(workers(opened)) == 2 and first[0] not in workers(opened).values())
         assert first[1] in workers(opened).values()

@@ -132,6 +132,7 @@ class StoreThread:
         with self._using:
             if self._store is not None:
                 self._store.close()
+                self._store = None  # a later fork must not close it again: its files' numbers are others' then
 
     def _commit(self, parcels: "list[_Parcel]") -> None:
         if not parcels:
