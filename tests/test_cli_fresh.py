@@ -8,6 +8,7 @@ from pathlib import Path
 import apsw
 import pytest
 from cli import at_terminal, developing, document, done, make_project, plain, start, tako
+from conftest import finished, script
 
 from tako_runtime.store import examine, open_store, project_home
 from tako_runtime.store.base import CountRuns
@@ -38,12 +39,13 @@ def test_it_begins_with_an_empty_store_says_how_many_runs_went_and_keeps_them(pr
 def test_what_a_crash_had_left_in_the_write_ahead_log_is_kept_too(project: Path) -> None:
     run = start(project, "nap", {})
     path = project_home("shop", project).app_dir / "runs.db"
-    if os.fork() == 0:  # a process that dies with the file open leaves its log behind
-        opened = open_store(project_home("shop", project))
-        opened.do_sync(CountRuns())
-        apsw.Connection(str(path)).execute("UPDATE runs SET priority = 7")
-        os._exit(0)
-    os.wait()
+    code = """
+        import os, sys, apsw
+        db = apsw.Connection(sys.argv[1])
+        db.execute("UPDATE runs SET priority = 7")
+        os._exit(0)  # with the file open: its log is left behind
+    """
+    finished(script(code, path))
     assert Path(f"{path}-wal").stat().st_size > 0
     done("dev", "--fresh", "--once", cwd=project)
     before = path.with_name("runs-before.db")
