@@ -265,6 +265,7 @@ def test_away_from_clock_changes_every_expression_fires_when_cronsim_says(
         assert schedule.previous(clock.instant(firing) - 1) == clock.instant(before)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=20)
 @given(TIMES, st.sampled_from(ZONES))
 def test_over_a_whole_year_with_its_clock_changes_a_fixed_time_fires_when_cronsim_says(

@@ -306,11 +306,10 @@ def test_a_worker_all_of_whose_slots_are_busy_is_left_alone_however_much_is_due(
         busy = orders.gated_loop.enqueue_sync(Case(str(log), gate=str(gate)))
         until(lambda: bodies(log) == ["loop"])
         waiting = orders.answers.enqueue_sync("x")
-        orders.in_email.enqueue_sync()  # another group's worker hangs meanwhile: a sign that the limit has passed
-        until(lambda: [e for e in supervisor.events("worker.spawned") if e["group"] == "email"])
-        email = until(lambda: [pid for pid in workers(opened).values() if pid != supervisor.spawned[0]])
-        until(lambda: not unhealthy(opened))
-        freeze(home, email[0])
+        mail = orders.in_email.enqueue_sync()
+        until(lambda: shown(opened, mail)["status"] == "succeeded")
+        [email] = [event["pid"] for event in supervisor.events("worker.spawned") if event["group"] == "email"]
+        freeze(home, email)  # another group's worker hangs meanwhile: a sign that the limit has passed
         orders.in_email.enqueue_sync()
         until(lambda: [e for e in supervisor.events("worker.stalled") if e["group"] == "email"])
         assert [e["group"] for e in supervisor.events("worker.stalled")] == ["email"]

@@ -258,6 +258,7 @@ def test_a_group_that_a_workflow_names_and_no_config_inherits_the_base_and_not_t
         until(lambda: len(server.events("worker.started")) == 2)
         run_id = enqueue(opened, "greet")
         until(lambda: succeeded(opened, run_id))
+        until(lambda: len(server.events("worker.started")) == 3)
         started = sorted((e["group"], e["concurrency"]) for e in server.events("worker.started"))
         assert started == [("default", 9), ("email", 3), ("email", 3)]
 

@@ -891,7 +891,7 @@ BUSY_PROCESS = """
 """
 
 
-@pytest.mark.parametrize("seconds", [5, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seconds", [2, pytest.param(60, marks=pytest.mark.slow)])
 def test_eight_processes_that_enqueue_signal_list_and_save_never_hear_that_the_store_is_locked(
     home: Home, path: Path, seconds: float
 ) -> None:

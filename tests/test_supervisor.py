@@ -123,6 +123,25 @@ def test_a_group_that_wants_workers_has_them_and_a_killed_one_is_replaced(opened
         assert (died["pid"], died["how"]) == (first[0], "killed by SIGKILL")
 
 
+def test_at_rest_a_supervisor_and_its_worker_wake_about_as_often_as_they_look_once_a_second(
+    opened: StoreThread, home: Home
+) -> None:
+    """Counted by the kernel, over all their threads, so that a slow machine does not matter: what polls shows."""
+    with supervised(home, workers=1) as supervisor:
+        assert ended(opened, orders.answers.enqueue_sync("x")) == "succeeded"
+        pids = [supervisor.process.pid, *supervisor.spawned]
+        before, began = [waits(pid) for pid in pids], clock.monotonic()
+        until(lambda: clock.monotonic() - began > 3 * clock.SECOND)
+        woken = [after - earlier for after, earlier in zip(map(waits, pids), before, strict=True)]
+    assert max(woken) < 3 * 20, f"in 3 s, the supervisor and the worker: {woken}"
+
+
+def waits(pid: int) -> int:
+    """How often the threads of a process have waited for something so far."""
+    told = [(task / "status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int(text.partition("\nvoluntary_ctxt_switches:")[2].split()[0]) for text in told)
+
+
 # --- deaths ----------------------------------------------------------------------------------------------------------
 
 
