@@ -321,7 +321,8 @@ def test_a_worker_all_of_whose_slots_are_busy_is_left_alone_however_much_is_due(
 
 def test_an_idle_worker_that_somebody_kills_says_nothing_about_its_group(opened: StoreThread, home: Home) -> None:
     with supervised(home, workers=1) as supervisor:
-        [pid] = until(lambda: list(workers(opened).values()))
+        until(lambda: supervisor.events("worker.started"))  # on the list it is a moment earlier
+        [pid] = workers(opened).values()
         os.kill(pid, signal.SIGKILL)
         until(lambda: [each for each in workers(opened).values() if each != pid])
         assert supervisor.events("group.unhealthy") == []
