@@ -1,7 +1,6 @@
 """Groups that cannot work: who says so, where, how often it is tried, and what heals it. With real processes."""
 
 import asyncio
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,7 +14,7 @@ from cli import developing, make_project, run_of, start, tako
 from conftest import until
 from scenarios.flows import orders
 from scenarios.flows.orders import Case
-from workers import bodies, gone, now, shown, supervised, workers
+from workers import bodies, freeze, gone, now, shown, supervised, workers
 
 from tako_runtime import GroupUnhealthy, clock, store
 from tako_runtime.control import Control
@@ -243,19 +242,6 @@ def test_what_an_earlier_supervisor_of_this_host_has_left_is_cleared_at_the_star
         until(lambda: not unhealthy(opened))
         write(project, "import nowhere_at_all\n")
     assert unhealthy(opened) == []
-
-
-def freeze(home: Home, pid: int) -> None:
-    """Stop a worker, but not with the store's lock in its hand: that would stop all until its lease has lapsed."""
-    with Path(f"{home.app_dir}/runs.db-lock").open("rb") as lock:
-        while True:
-            os.kill(pid, signal.SIGSTOP)
-            until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                os.kill(pid, signal.SIGCONT)
 
 
 # --- progress --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from cli import make_project
 from conftest import Caller, FakeClock, until
-from workers import eventually, now, serving, shown
+from workers import eventually, freeze, now, serving, shown
 
 from tako_runtime import clock, config, log
 from tako_runtime.cron import CORRECTION
@@ -430,7 +430,7 @@ def test_two_supervisors_fire_each_second_once_though_one_is_stopped_past_its_le
         began = now()
         leader, other = (first, second) if fired(first) else (second, first)
         assert fired(other) == 0
-        leader.process.send_signal(signal.SIGSTOP)
+        freeze(home, leader.process.pid)
         try:
             until(lambda: fired(other) >= LEASE // clock.SECOND + 2)
         finally:

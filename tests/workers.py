@@ -1,6 +1,7 @@
 """Workers for tests: one in this process until nothing is due, or one as a process of its own."""
 
 import asyncio
+import fcntl
 import os
 import signal
 import subprocess
@@ -239,3 +240,16 @@ def gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def freeze(home: Home, pid: int) -> None:
+    """SIGSTOP, but not with the store's lock in its hand: that would stop all others too."""
+    with Path(f"{home.app_dir}/runs.db-lock").open("rb") as lock:
+        while True:
+            os.kill(pid, signal.SIGSTOP)
+            until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                os.kill(pid, signal.SIGCONT)
