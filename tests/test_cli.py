@@ -495,6 +495,7 @@ def test_start_with_wait_ends_as_the_run_does(project: Path) -> None:
         assert "no such card" in told.stdout
 
 
+@pytest.mark.slow
 def test_retry_keeps_finished_steps_and_from_forgets_them(project: Path) -> None:
     run = start(project, "fail", {})
     assert tako("dev", "--once", cwd=project).returncode == 1
@@ -511,6 +512,7 @@ def test_retry_keeps_finished_steps_and_from_forgets_them(project: Path) -> None
     assert bodies.read_text().split() == ["prepare", "prepare"]
 
 
+@pytest.mark.slow
 def test_bulk_retry_counts_and_asks_before_it_does_anything(project: Path) -> None:
     runs = {start(project, "fail", {}) for _ in range(2)}
     other = start(project, "greet", {"not": "text"})

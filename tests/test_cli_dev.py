@@ -58,6 +58,7 @@ def test_once_ends_with_1_if_a_run_ended_dead(project: Path) -> None:
     assert tako("dev", "--once", cwd=project).returncode == 0  # that one was dead before
 
 
+@pytest.mark.slow
 def test_once_waits_for_what_is_due_later_and_says_so(project: Path) -> None:
     run = start(project, "greet", "Ada", "--in", "4s")
     with developing(project, "--once") as dev:
@@ -77,6 +78,7 @@ def test_once_gives_up_on_runs_that_nobody_can_take(project: Path) -> None:
     assert "no file declares 'greet' in group default" in ended.stdout
 
 
+@pytest.mark.slow
 def test_once_gives_up_on_a_group_whose_workers_do_not_start(project: Path) -> None:
     run = start(project, "greet", "Ada")
     flows = project / "workflows" / "flows.py"

@@ -81,6 +81,7 @@ def test_it_is_refused_while_another_tako_dev_runs_and_that_one_keeps_its_runs(p
     assert listed(project) == [run]
 
 
+@pytest.mark.slow
 def test_it_is_refused_with_the_process_that_has_the_store_open_which_would_go_on_in_the_old_one(project: Path) -> None:
     run = start(project, "nap", {})
     with closing(open_store(project_home("shop", project))) as opened:

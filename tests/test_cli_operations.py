@@ -236,6 +236,7 @@ def test_tail_without_a_supervisor_tells_what_the_store_has(worked: tuple[Path, 
 # --- tako runs prune -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_prune_counts_asks_and_deletes_only_what_has_ended(project: Path) -> None:
     start(project, "fail", {})
     start(project, "greet", "Ada")

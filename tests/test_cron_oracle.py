@@ -306,6 +306,7 @@ def test_over_a_whole_year_with_its_clock_changes_an_interval_fires_when_cronsim
     assert list(found) == sorted(expected)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=80)
 @given(NIGHTS, st.sampled_from(CHANGES))
 @example(Line(*(Field("*", frozenset(range(60))),) * 5), CHANGES[1])

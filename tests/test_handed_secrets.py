@@ -372,6 +372,7 @@ def test_what_a_broken_module_says_is_masked_in_the_log_of_the_server_and_of_its
 # --- nothing blocks --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_mebibyte_reaches_the_worker_and_one_that_never_reads_it_holds_nobody_up(
     opened: StoreThread, home: Home, tmp_path: Path
 ) -> None:

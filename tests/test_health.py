@@ -107,6 +107,7 @@ def test_a_worker_that_hangs_so_that_its_own_limit_cannot_end_it_is_ended_and_sa
         well(opened, run_id)
 
 
+@pytest.mark.slow
 def test_an_interpreter_that_is_missing_makes_the_group_unhealthy_until_it_is_there(
     opened: StoreThread, home: Home, project: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_an_interpreter_that_is_missing_makes_the_group_unhealthy_until_it_is_th
         well(opened, run_id)
 
 
+@pytest.mark.slow
 def test_the_pauses_grow_and_the_reason_is_said_once(opened: StoreThread, home: Home, project: Path) -> None:
     write(project, "import nowhere_at_all\n")
     orders.answers.enqueue_sync("x")
@@ -133,6 +135,7 @@ def test_the_pauses_grow_and_the_reason_is_said_once(opened: StoreThread, home: 
         assert unhealthy(opened)[0].since < now()
 
 
+@pytest.mark.slow
 def test_many_workers_that_fail_together_are_one_failure_and_then_one_at_a_time_tries(
     opened: StoreThread, home: Home, project: Path
 ) -> None:
@@ -146,6 +149,7 @@ def test_many_workers_that_fail_together_are_one_failure_and_then_one_at_a_time_
         until(lambda: not unhealthy(opened))
 
 
+@pytest.mark.slow
 def test_a_group_is_not_healthy_because_its_worker_is_up_but_because_it_has_claimed(
     opened: StoreThread, home: Home, project: Path
 ) -> None:
@@ -283,6 +287,7 @@ def test_a_worker_whose_event_loop_hangs_while_its_lease_is_renewed_is_replaced_
     assert bodies(log) == ["loop", "loop", "b"]
 
 
+@pytest.mark.slow
 def test_a_worker_all_of_whose_slots_are_busy_is_left_alone_however_much_is_due(
     opened: StoreThread, home: Home
 ) -> None:

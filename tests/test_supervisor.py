@@ -123,6 +123,7 @@ def test_a_group_that_wants_workers_has_them_and_a_killed_one_is_replaced(opened
         assert (died["pid"], died["how"]) == (first[0], "killed by SIGKILL")
 
 
+@pytest.mark.slow
 def test_at_rest_a_supervisor_and_its_worker_wake_about_as_often_as_they_look_once_a_second(
     opened: StoreThread, home: Home
 ) -> None:

@@ -398,6 +398,7 @@ def test_an_app_of_schedules_only_fires_though_no_worker_has_ever_run(
         assert {event["group"] for event in server.events("worker.spawned")} == {"cron"}
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_dropped_or_added_is_so_after_a_reload(
     opened: StoreThread, home: Home, tmp_path: Path
 ) -> None:
