@@ -359,6 +359,7 @@ def test_a_killed_supervisor_leaves_no_worker_behind_and_no_run_unfinished(
         until(lambda: bodies(log) == ["a"])
         supervisor.process.kill()
         supervisor.process.wait()
+        until(lambda: any(gone(pid) for pid in supervisor.spawned))  # the idle one has noticed, so the busy one has
         with gate.open("wb"):
             pass
         until(lambda: all(gone(pid) for pid in supervisor.spawned))
