@@ -199,6 +199,18 @@ def cronsims(expression: str, timezone: str, start: datetime) -> Iterator[dateti
         yield firing.astimezone(UTC)
 
 
+def fires(line: Line, timezone: str, start: datetime) -> bool:
+    """Whether cronsim finds any firing; where it finds none, the expression is refused here."""
+    try:
+        if next(cronsims(line.text, timezone, start), None) is not None:
+            return True
+    except CronSimError:
+        pass
+    with pytest.raises(InvalidValue, match="never fires"):
+        Schedule.parse(line.text, timezone)
+    return False
+
+
 def walked(line: Line, timezone: str, start: datetime, end: datetime) -> list[datetime]:
     """The firings in (start, end], by looking at the clock each minute, as a cron daemon does."""
     zone = ZoneInfo(timezone)
@@ -272,6 +284,8 @@ def test_over_a_whole_year_with_its_clock_changes_a_fixed_time_fires_when_cronsi
     line: Line, timezone: str
 ) -> None:
     start, end = datetime(2026, 1, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)
+    if not fires(line, timezone, start):
+        return
     found = takewhile(lambda at: at < end, ours(Schedule.parse(line.text, timezone), start))
     expected = takewhile(lambda at: at < end, cronsims(line.text, timezone, start))
     assert list(found) == list(expected)
@@ -294,10 +308,9 @@ def test_over_a_whole_year_with_its_clock_changes_an_interval_fires_when_cronsim
     """On the two days on which Lord Howe's clocks move by half an hour, the walk over the clock says it: cronsim loses
     half an hour there (see the last test)."""
     start, end = datetime(2026, 1, 1, tzinfo=UTC), datetime(2027, 1, 1, tzinfo=UTC)
-    try:
-        expected = list(takewhile(lambda at: at < end, cronsims(line.text, timezone, start)))
-    except CronSimError:
-        return  # it never fires: the first test is about that
+    if not fires(line, timezone, start):
+        return
+    expected = list(takewhile(lambda at: at < end, cronsims(line.text, timezone, start)))
     if timezone == "Australia/Lord_Howe":
         for instant in (at for zone, at in CHANGES if zone == timezone):
             day = (instant - DAY, instant + DAY)
@@ -334,6 +347,7 @@ def test_through_a_clock_change_every_expression_fires_when_a_look_at_the_clock_
 
 @settings(deadline=None, max_examples=60)
 @given(NIGHTS, st.sampled_from(CHANGES))
+@example(Line(EVERY_DAY, EVERY_DAY, Field("*/16", frozenset({1, 17})), EVERY_DAY, Field("5L", frozenset())), CHANGES[0])
 def test_through_a_clock_change_an_expression_fires_when_cronsim_says_where_both_have_one_rule(
     line: Line, change: tuple[str, datetime]
 ) -> None:
@@ -347,8 +361,7 @@ def test_through_a_clock_change_an_expression_fires_when_cronsim_says_where_both
     assume(line.fixed == line.fixed_for_cronsim)
     assume(line.fixed or timezone != "Australia/Lord_Howe")
     start, end = instant - timedelta(hours=4), instant + timedelta(hours=4)
-    try:
-        expected = list(takewhile(lambda at: at <= end, cronsims(line.text, timezone, start)))
-    except CronSimError:
-        return  # it never fires: the first test is about that
+    if not fires(line, timezone, start):
+        return
+    expected = list(takewhile(lambda at: at <= end, cronsims(line.text, timezone, start)))
     assert list(takewhile(lambda at: at <= end, ours(Schedule.parse(line.text, timezone), start))) == expected
