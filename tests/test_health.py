@@ -415,6 +415,7 @@ def test_under_tako_dev_the_app_and_the_command_learn_why_nothing_runs_and_that_
             refused.stderr
         )
         assert "import no_such_driver\n" in refused.stderr
+        assert "No module named 'no_such_driver'" in tako("status", cwd=project, COLUMNS="200").stdout
         by_hand = tako("runs", "start", "greet", cwd=project)
         assert by_hand.returncode == 1
         assert "No module named 'no_such_driver'" in by_hand.stderr
