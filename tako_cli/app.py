@@ -8,6 +8,7 @@ With `--json`, an error is the one JSON document on stdout: `{"error": {"message
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -79,10 +80,7 @@ def run(words: Sequence[str]) -> int:
 
         completion_init()
     try:
-        return _command().main(list(words), prog_name="tako", standalone_mode=False) or DONE
-    except NoArgsIsHelpError as error:
-        output.text(error.format_message())
-        return DONE
+        return _carry_out(words)
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "tako"
         return _fail(error.format_message(), f"See {command} --help.", "usage", USAGE, as_json)
@@ -94,6 +92,14 @@ def run(words: Sequence[str]) -> int:
         return FAILED
     except Exception as error:  # noqa: BLE001 -- this is the place
         return _explain(error, as_json)
+
+
+def _carry_out(words: Sequence[str]) -> int:
+    try:
+        return _command().main(list(words), prog_name="tako", standalone_mode=False) or DONE
+    except NoArgsIsHelpError as error:
+        output.text(error.format_message())
+        return DONE
 
 
 def _command() -> Any:
@@ -120,6 +126,8 @@ def _explain(error: Exception, as_json: bool) -> int:
             codes = {NotFound: NOT_FOUND, ConfigError: BAD_CONFIG, TakoUnavailable: BAD_CONFIG, InvalidValue: USAGE}
             code = next((code for kind, code in codes.items() if isinstance(error, kind)), FAILED)
             return _fail(str(error), error.hint, error.code, code, as_json)
+        case FileNotFoundError(filename=None) if _folder_is_gone():
+            return _fail("the current folder is there no more", "Change to another one.", "system", FAILED, as_json)
         case OSError(strerror=str(reason)):
             where = f"{error.filename}: " if error.filename else ""
             return _fail(f"{where}{reason}", "", "system", FAILED, as_json)
@@ -127,9 +135,22 @@ def _explain(error: Exception, as_json: bool) -> int:
     return _fail(f"{type(error).__name__}: {error}", hint, "internal", FAILED, as_json)
 
 
+def _folder_is_gone() -> bool:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def _fail(message: str, hint: str, code: str, exit_code: int, as_json: bool) -> int:
-    if as_json:
-        output.document({"error": {"message": message, "hint": hint, "code": code}})
-    else:
-        output.error(message, hint)
+    try:
+        if as_json:
+            output.document({"error": {"message": message, "hint": hint, "code": code}})
+            return exit_code
+    except BrokenPipeError:
+        return FAILED
+    except OSError:  # the disk below stdout is full, which may be what the message says
+        exit_code = FAILED
+    output.error(message, hint)
     return exit_code

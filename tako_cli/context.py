@@ -91,9 +91,10 @@ def choose(found: "Manifest", name: str) -> "Declared":
 
 
 def place(file: str, line: int) -> str:
-    """A line of a file as an editor understands it: relative to the current folder where it is below it."""
+    """A line of a file as an editor understands it: relative to the current folder where it is below it. 0 is none."""
     path = Path(file)
-    return f"{path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}:{line}"
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    return f"{shown}:{line}" if line else str(shown)
 
 
 def known() -> "Config | None":

@@ -31,17 +31,23 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def prepare() -> None:
-    """A character that the terminal's encoding lacks must not end a command."""
+    """Neither a stream that the caller has closed nor a character that the terminal's encoding lacks must end a
+    command; and no file that it opens may get a standard stream's number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 -- for good
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if not os.environ.get("COLUMNS", "80").strip("0"):
+        del os.environ["COLUMNS"]  # 0 is what some terminals say that do not know: nothing at all would be shown
 
 
 def flush() -> bool:
-    """Send what is buffered; False where nobody reads it any more."""
+    """Send what is buffered; False where nobody takes it any more."""
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains at its end
         return False
     return True
@@ -83,6 +89,7 @@ def document(value: Any) -> None:
     """The one JSON document of a command with `--json`."""
     unicode = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=not unicode, default=str) + "\n")
+    sys.stdout.flush()
 
 
 def json_line(value: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ def scaffold(name: str, template: str, folder: Path, *, ask: bool) -> tuple[str,
     """Make the project in `folder / name`, or in `folder` itself for "."; its name and where it is. With `ask`, a
     template that has questions of its own asks them at the terminal. Raises with nothing made."""
     target = folder.resolve() if name == "." else folder / name
-    app = target.name
+    app = target.name if name else ""
     if not APP_NAME.fullmatch(app):
         raise InvalidValue(
             f"{app!r} cannot be an app's name",
@@ -26,7 +26,9 @@ def scaffold(name: str, template: str, folder: Path, *, ask: bool) -> tuple[str,
     _check_free(target)
     with tempfile.TemporaryDirectory(prefix="tako-init-") as made:
         project = _fill_in(source, app, Path(made), ask=ask)
-        shutil.copytree(project, target, symlinks=True, dirs_exist_ok=True)
+        # What pip compiled of an installed template is none of the project's.
+        compiled = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(project, target, symlinks=True, dirs_exist_ok=True, ignore=compiled)
     return app, target
 
 

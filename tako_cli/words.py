@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import typer
+
 
 def listed(words: list[str] | None) -> list[str]:
     """The words of an option that may be given several times, and have several words with commas."""
@@ -32,13 +34,25 @@ def payload(text: str) -> str:
     """The payload's JSON from where the option says."""
     from tako_runtime.errors import InvalidValue, NotFound
 
+    words = text
     try:
         if text == "-":
-            return sys.stdin.read()
-        if text.startswith("@"):
-            return Path(text[1:]).expanduser().read_text("utf-8")
+            words = sys.stdin.read()
+        elif text.startswith("@"):
+            words = Path(text[1:]).expanduser().read_text("utf-8")
+        words.encode()
     except FileNotFoundError:
         raise NotFound(f"no file {text[1:]}", hint="@FILE is looked up from the current folder.") from None
-    except UnicodeDecodeError:
-        raise InvalidValue(f"the payload {text} is not text in UTF-8") from None
+    except UnicodeError:
+        raise InvalidValue(f"the payload {text!r:.80} is not text in UTF-8") from None
+    return words
+
+
+def name(text: str | None) -> str | None:
+    """A name as it is; the bytes of a shell that are no text are none."""
+    if text is not None:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise typer.BadParameter(f"{text!r} is not text in UTF-8") from None
     return text

@@ -7,6 +7,7 @@ should be; `tests/test_demo.py` runs it too.
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def say(text: str) -> None:
 def tako(*words: str, cwd: Path, show: bool = True) -> str:
     """Run a tako command as a person would."""
     if show:
-        print(f"$ tako {' '.join(words)}", flush=True)
+        print(f"$ {shlex.join(['tako', *words])}", flush=True)
     done = subprocess.run([*TAKO, *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=PATIENCE)
     if done.returncode != 0:
         raise Unexpected(f"tako {' '.join(words)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")

@@ -131,6 +131,9 @@ print(*sorted(sys.modules))
         ("runs start gret", 4, "not_found", "greet"),
         ("runs signal a#b", 2, "invalid", "a#b"),
         ("runs signal a --payload {", 2, "invalid", "JSON"),
+        ("runs ls --workflow \udcff", 2, "usage", "UTF-8"),
+        ('runs start greet --payload "\udcff"', 2, "invalid", "UTF-8"),
+        ('runs signal a --payload "\udcff"', 2, "invalid", "UTF-8"),
         ("init Shop", 2, "invalid", "Shop"),
         ("init a --template nix", 4, "not_found", "shop"),
         ("init workflows", 1, "refused", "flows.py"),
@@ -227,6 +230,40 @@ def test_a_reader_that_leaves_is_no_error_to_speak_of(worked: tuple[Path, dict[s
     os.close(write)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_a_standard_stream_that_is_closed_ends_no_command(closed: str, project: Path) -> None:
+    for words, code in (("runs ls", 0), ("runs ls --json", 0), ("runs show zz", 4), ("runs show zz --json", 4)):
+        command = f"exec {sys.executable} -m tako_cli {words} {closed}"
+        ended = subprocess.run(
+            ["sh", "-c", command], cwd=project, capture_output=True, env=environment(), check=False, timeout=60
+        )
+        assert (ended.returncode, b"Traceback" in ended.stderr) == (code, False), ended.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_full_disk_below_stdout_is_told_in_one_line(worked: tuple[Path, dict[str, str]]) -> None:
+    for words in (["runs", "ls"], ["runs", "ls", "--json"], ["config", "example", "--json"], ["--help"], []):
+        with Path("/dev/full").open("wb") as full:
+            ended = subprocess.run(
+                [sys.executable, "-m", "tako_cli", *words], cwd=worked[0], stdout=full, stderr=subprocess.PIPE,
+                env=environment(), check=False, timeout=60,
+            )  # fmt: skip
+        assert (ended.returncode, ended.stderr) == (1, b"error: No space left on device\n"), words
+
+
+def test_a_width_of_nought_is_none(worked: tuple[Path, dict[str, str]]) -> None:
+    project, runs = worked
+    assert runs["ask"][:13] in done("runs", "ls", cwd=project, COLUMNS="0")
+
+
+def test_in_a_folder_that_is_gone_it_says_so(tmp_path: Path) -> None:
+    command = f"rmdir {tmp_path} && exec {sys.executable} -m tako_cli runs ls"
+    env = environment(PYTHONPATH=str(Path(__file__).parent.parent))
+    ended = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=env, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert "current folder is there no more" in ended.stderr
+
+
 def test_ctrl_c_leaves_cleanly_with_130(project: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "tako_cli", "runs", "start", "ask", "--wait"], cwd=project, env=environment(),
@@ -268,6 +305,23 @@ def test_init_does_not_touch_a_folder_that_has_something_in_it(tmp_path: Path) -
     (tmp_path / "shop" / "mine.txt").write_text("mine")
     assert "mine.txt" in document("init", "shop", cwd=tmp_path, code=1)["error"]["message"]
     assert [path.name for path in (tmp_path / "shop").iterdir()] == ["mine.txt"]
+
+
+def test_init_with_an_empty_name_is_not_this_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    assert document("init", "", cwd=folder, code=2)["error"]["code"] == "invalid"
+    assert list(folder.iterdir()) == []
+
+
+def test_init_leaves_out_what_was_compiled_of_a_template(tmp_path: Path) -> None:
+    template = tmp_path / "mine" / "{{cookiecutter.name}}"
+    (template / "workflows" / "__pycache__").mkdir(parents=True)
+    (template / "workflows" / "__pycache__" / "flow.cpython-311.pyc").write_bytes(b"\0")
+    (template / "workflows" / "flow.py").write_text("")
+    (tmp_path / "mine" / "cookiecutter.json").write_text('{"name": "shop"}')
+    done("init", "shop", "--template", "./mine", cwd=tmp_path)
+    assert [path.name for path in (tmp_path / "shop" / "workflows").iterdir()] == ["flow.py"]
 
 
 def test_init_with_a_dot_makes_the_project_in_this_folder(tmp_path: Path) -> None:

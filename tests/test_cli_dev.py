@@ -11,7 +11,20 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from cli import Dev, at_terminal, developing, document, done, environment, is_alive, make_project, run_of, start, tako
+from cli import (
+    FLOWS,
+    Dev,
+    at_terminal,
+    developing,
+    document,
+    done,
+    environment,
+    is_alive,
+    make_project,
+    run_of,
+    start,
+    tako,
+)
 from conftest import until
 from workers import now
 
@@ -122,12 +135,15 @@ def test_the_log_is_aligned_and_begins_with_at_most_ten_lines(project: Path) -> 
 
 @pytest.mark.parametrize("columns", [60, 80, 200])
 def test_the_log_fits_the_terminal(columns: int, project: Path) -> None:
-    start(project, "ask", {})
+    named = FLOWS.replace('@workflow("ask")', '@workflow("ask-for-approval")')
+    (project / "workflows" / "flows.py").write_text(textwrap.dedent(named))
+    start(project, "ask-for-approval", {})
     code, shown = at_terminal("dev", "--once", cwd=project, columns=columns)
     assert code == 0
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
     assert "waits for approval" in " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= columns
+    assert all(re.match(r"\d\d:\d\d:\d\d\.|  |tako dev|$", line) for line in lines), shown  # none begins anew
 
 
 def test_what_a_handler_prints_is_in_the_log_with_its_run(project: Path) -> None:

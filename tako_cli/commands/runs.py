@@ -24,7 +24,10 @@ Status = Annotated[
         "queued, retrying, sleeping, waiting. Several: dead,cancelled.",
     ),
 ]  # fmt: skip
-OfWorkflow = Annotated[str | None, typer.Option("--workflow", "-w", metavar="NAME", help="Of this workflow only.")]
+OfWorkflow = Annotated[
+    str | None,
+    typer.Option("--workflow", "-w", metavar="NAME", help="Of this workflow only.", callback=words.name),
+]
 Since = Annotated[
     str | None, typer.Option("--since", metavar="TIME", help="Created since then: 2h ago, 3d ago, or ISO 8601.")
 ]

@@ -29,6 +29,8 @@ _ID = re.compile(r"\b([0-9a-f]{8}-[0-9a-f]{4})-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]
 _INDENT = 13
 #: A message with less room than this goes on below the source, and not below itself.
 _NARROW = 50
+#: With less than this it begins there too.
+_LEAST = 20
 
 
 class Lines:
@@ -100,10 +102,10 @@ class Lines:
         """The message's lines, the first without its indent."""
         width = output.width()
         below = begin if width - begin >= _NARROW else _INDENT
-        lines: list[str] = []
+        lines = [] if width - begin >= _LEAST else [" " * begin]
         for part in message.split("\n"):
             lines += textwrap.wrap(
-                part, max(width, begin + 20), initial_indent=" " * (begin if not lines else below),
+                part, max(width, below + _LEAST), initial_indent=" " * (begin if not lines else below),
                 subsequent_indent=" " * below, break_long_words=False, break_on_hyphens=False, expand_tabs=False,
                 replace_whitespace=False,
             ) or [""]  # fmt: skip
