@@ -89,7 +89,8 @@ class Storage:
     """`[storage]`: where runs are kept."""
 
     url: Annotated[
-        str, Setting(values.storage_url, "sqlite", "sqlite, postgres (secret DATABASE_URL), or postgresql://...")
+        str,
+        Setting(values.storage_url, "sqlite", "sqlite; postgres (secret DATABASE_URL) and postgresql://... come later"),
     ]
 
 

@@ -83,7 +83,7 @@ def discover(root: Path, folder: str, limit: float = IMPORT_LIMIT) -> Iterator[M
     turns up. A file that takes longer than `limit` seconds is one that could not. To be called in the main thread.
 
     A file is the module that its path names (`workflows/fulfill_order.py` is `workflows.fulfill_order`), as the app
-    imports it too. Names that begin with `_` are left to be imported by others.
+    imports it too. Names that begin with `_` are left to be imported by others, hidden ones alone.
     """
     place = root / folder
     if not place.is_dir():
@@ -94,7 +94,12 @@ def discover(root: Path, folder: str, limit: float = IMPORT_LIMIT) -> Iterator[M
         sys.path.insert(0, str(root))
     for file in sorted(place.rglob("*.py")):
         parts = file.relative_to(root).with_suffix("").parts
-        if any(part.startswith("_") or not part.isidentifier() for part in parts[len(Path(folder).parts) :]):
+        inner = parts[len(Path(folder).parts) :]
+        if any(part.startswith(("_", ".")) for part in inner):
+            continue
+        if not all(part.isidentifier() for part in inner):
+            why = "cannot be imported: a module's name, and that of its folders, has letters, digits and '_' only"
+            yield Mistake(str(file).encode(errors="backslashreplace").decode(), 0, why, "")
             continue
         try:
             with declaring_once(), _within(limit):

@@ -54,8 +54,9 @@ class Secrets:
         _take()
         if (value := self._value(name)) is None:
             raise SecretMissing(
-                f"the secret {name} is not set: `tako secrets set {name}` sets it",
-                hint=f"This process was given: {', '.join(self._names) or 'no secrets at all'}.",
+                f"the secret {name} is not set",
+                hint=f"This process was given: {', '.join(self._names) or 'no secrets at all'}. They come from the "
+                "file secrets.json beside the store.",
             )
         return value
 

@@ -172,6 +172,16 @@ def test_a_mistake_in_tako_toml_is_named_with_its_line(project: Path) -> None:
         assert "workflows.workers" in error["hint"]
 
 
+@pytest.mark.parametrize("words", ["dev --once", "status", "runs start greet", "runs signal a"])
+def test_a_store_that_this_tako_does_not_have_is_not_replaced_by_another(words: str, project: Path) -> None:
+    (project / "tako.toml").write_text('name = "shop"\n\n[storage]\nurl = "postgres"\n')
+    error = document(*words.split(), cwd=project, code=3)["error"]
+    assert error["code"] == "config"
+    assert "storage.url" in error["message"]
+    assert not list(project.rglob("runs.db"))
+    assert document("config", "show", cwd=project)
+
+
 def test_a_project_without_its_folder_of_workflows_is_a_bad_configuration(project: Path) -> None:
     (project / "workflows").rename(project / "flows")
     assert "workflows" in document("workflows", "ls", cwd=project, code=3)["error"]["message"]

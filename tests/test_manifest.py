@@ -114,6 +114,28 @@ def test_a_syntax_error_is_told_with_file_line_and_reason(project: Path) -> None
     assert "SyntaxError: invalid syntax" in one["message"]
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "send-mail.py", "by-hand/mail.py", "two words.py",
+        pytest.param("\udcff.py", marks=pytest.mark.skipif(sys.platform == "darwin", reason="no such file there")),
+    ],
+)  # fmt: skip
+def test_a_file_whose_name_is_no_modules_is_told_and_not_passed_over(project: Path, name: str) -> None:
+    file = project / "workflows" / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(textwrap.dedent(declaring("mail")))
+    one = mistake(project)
+    assert one["message"].startswith("cannot be imported: a module's name")
+    assert (Path(one["file"]).parent, one["line"]) == (file.parent, 0)
+
+
+def test_a_file_that_is_hidden_or_begins_with_an_underscore_is_left_alone(project: Path) -> None:
+    for name in ("_shared.py", ".#mail.py", "._mail.py"):
+        (project / "workflows" / name).write_text("no python\n")
+    assert printed(project)["mistakes"] == []
+
+
 def test_a_module_that_ends_its_process_is_told_and_hides_no_other(project: Path) -> None:
     write(project, "bad", "import sys\nsys.exit('no database')\n")
     assert "SystemExit: no database" in mistake(project)["message"]

@@ -19,6 +19,7 @@ from tako_runtime.store.base import Store
 from tako_runtime.store.commit import StoreThread
 
 if TYPE_CHECKING:
+    from tako_runtime.config import Config
     from tako_runtime.store.file import Aside, Examined
 
 #: The environment of `tako dev`: TAKO_ENV, and the variables of [vars.development].
@@ -71,7 +72,19 @@ def locate() -> Home:
         raise TakoUnavailable(
             f"no tako.toml in {Path.cwd()} or above it, and TAKO_APP_NAME and TAKO_DATA_DIR are not set"
         )
-    return project_home(config.load(path).name, path.parent)
+    found = config.load(path)
+    check_storage(found)
+    return project_home(found.name, path.parent)
+
+
+def check_storage(config: "Config") -> None:
+    """Raise `ConfigError` where tako.toml asks for a store that this tako does not have: its runs must not end up in
+    another one, unseen."""
+    if config.storage.url != "sqlite":
+        raise ConfigError(
+            f"{config.root / 'tako.toml'}: storage.url: this version of tako keeps runs in SQLite only",
+            hint='Write url = "sqlite", or leave it out.',
+        )
 
 
 def _find_limits() -> Limits:
