@@ -19,14 +19,12 @@ import msgspec
 from tako_runtime import clock, log, store
 from tako_runtime.child import NOTHING_TO_RUN
 from tako_runtime.errors import TakoError
+from tako_runtime.guard import ORPHAN_GRACE
 from tako_runtime.manifest import IMPORT_LIMIT, discover, manifest
 from tako_runtime.output import captured
 from tako_runtime.secrets import guarded, masked_json, receive, stored
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
-
-#: A worker whose supervisor is gone has this many seconds to reach a step boundary; then it takes all it started along.
-ORPHAN_GRACE = 4.0
 
 LEVELS = {"debug": log.DEBUG, "info": log.INFO, "warning": log.WARNING}
 
