@@ -39,9 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     worker.add_argument("--idle-timeout", help="leave after this long without work; without it, never")
     worker.add_argument("--lease", default="15s", help="how long the worker is believed alive after its last word")
     worker.add_argument("--log-level", choices=LEVELS, default="info")
-    serve = commands.add_parser("serve", help="one app on this server: workers, cron, old runs")
+    serve = commands.add_parser("serve", help="one app on this server: its own process, workers, cron")
     serve.add_argument("--server", help="the name under [servers] whose settings hold here")
-    serve.add_argument("--env", default="production", help="whose variables the workers get")
+    serve.add_argument("--env", default="production", help="whose variables they get")
     serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
@@ -76,13 +76,14 @@ def _manifest(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     from tako_runtime import config
+    from tako_runtime.port import passed_on
     from tako_runtime.server import Server, alone, serve
 
     found = config.load(Path.cwd() / "tako.toml")
     home = store.locate()
     out = log.JsonLines(1, LEVELS[args.log_level])
     with log.sink(out), alone(home.app_dir, "supervisor"):
-        secrets = stored(home.app_dir)
+        secrets, listening = stored(home.app_dir), passed_on() if found.app is not None else None
         opened = store.open_store(home)
         environment = {**found.variables(args.env), **os.environ, "TAKO_ENV": args.env}
 
@@ -90,7 +91,7 @@ def _serve(args: argparse.Namespace) -> int:
             await serve(
                 Server(
                     opened, home, found, out.pass_on, server=args.server, log_level=args.log_level,
-                    environment=environment, secrets=secrets,
+                    environment=environment, secrets=secrets, passed_on=listening,
                 )
             )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 The supervisor has them from a file of its own (`stored`), or from whoever started it. It writes one JSON envelope,
 `{"secrets": {NAME: value}}`, into a pipe (`handing_over`); the worker reads it to its end and closes it (`receive`).
+The app's own program gets it in the same way, and reads it when it first looks for a secret.
 No value is ever in an environment, on a command line, in the store or in the log: where one turns up in a text that a
 process stores or logs, it is masked there (`guarded`).
 """
@@ -11,9 +12,11 @@ import json
 import os
 import re
 import stat
+import sys
+import threading
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -49,6 +52,7 @@ class Secrets:
         self._names, self._value = tuple(values), dict(values).get
 
     def __getitem__(self, name: str) -> str:
+        _look()
         if (value := self._value(name)) is None:
             raise SecretMissing(
                 f"the secret {name} is not set: `tako secrets set {name}` sets it",
@@ -57,18 +61,23 @@ class Secrets:
         return value
 
     def get(self, name: str, default: str | None = None) -> str | None:
+        _look()
         return self._value(name, default)
 
     def __contains__(self, name: object) -> bool:
+        _look()
         return name in self._names
 
     def __iter__(self) -> Iterator[str]:
+        _look()
         return iter(self._names)
 
     def __len__(self) -> int:
+        _look()
         return len(self._names)
 
     def __repr__(self) -> str:
+        _look()
         return f"<secrets: {', '.join(self._names) or 'none'}>"
 
     def __copy__(self) -> Self:
@@ -97,13 +106,15 @@ def receive() -> dict[str, str]:
     number = os.environ.pop(VARIABLE, "")  # what this process starts is not meant by it
     try:
         fd = int(number)
-        if stat.S_IFMT(os.fstat(fd).st_mode) not in (stat.S_IFIFO, stat.S_IFSOCK):
+        file = os.fstat(fd)
+        if stat.S_IFMT(file.st_mode) not in (stat.S_IFIFO, stat.S_IFSOCK) and not _in_memory(fd):
             return {}
     except (ValueError, OSError, OverflowError):
         return {}
     os.set_inheritable(fd, False)
     with open(fd, "rb") as pipe:
-        values = _decoded(pipe.read())
+        # Others that were forked from the same program read the same file, from its beginning.
+        values = _decoded(os.pread(fd, file.st_size, 0) if stat.S_ISREG(file.st_mode) else pipe.read())
     if values is None:
         raise InvalidValue(
             'what was handed over as secrets is not one whole {"secrets": {NAME: text}} with names in UPPER_SNAKE',
@@ -113,8 +124,30 @@ def receive() -> dict[str, str]:
     return values
 
 
+#: An app that nobody reads them for: it does so at its first look, and keeps them out of what it enqueues.
+_looking = threading.Lock()
+_kept = ExitStack()
+
+
+def _look() -> None:
+    with _looking:
+        if VARIABLE in os.environ:
+            _kept.enter_context(guarded(receive()))
+
+
+def _in_memory(fd: int) -> bool:
+    """Whether it is a file of `handing_over(..., to_several=True)`: a number may have come to mean another file."""
+    try:
+        return str(Path(f"/proc/self/fd/{fd}").readlink()).startswith(f"/memfd:{_FILE}")
+    except OSError:
+        return False
+
+
+_FILE = "tako-secrets"
+
+
 @asynccontextmanager
-async def handing_over(values: Mapping[str, str]) -> AsyncIterator[int]:
+async def handing_over(values: Mapping[str, str], *, to_several: bool = False) -> AsyncIterator[int]:
     """The read end of a pipe with the envelope, for one child that is started within:
 
         async with handing_over(values) as fd:
@@ -122,8 +155,17 @@ async def handing_over(values: Mapping[str, str]) -> AsyncIterator[int]:
 
     It never waits for the child: what does not fit into the pipe is written by the event loop as the child reads, and
     dropped when the child ends without having read. Raises `InvalidValue` for what is not NAME: text.
+
+    A pipe can be read once. `to_several`: so can each process that the child forks; on Linux, where a file can be in
+    memory and in no folder.
     """
     data = envelope(values)
+    if to_several and sys.platform == "linux":
+        with os.fdopen(os.memfd_create(_FILE), "w+b", 0) as file:
+            file.write(data)
+            file.seek(0)
+            yield file.fileno()
+        return
     reading, writing = os.pipe()
     try:
         loop = asyncio.get_running_loop()
