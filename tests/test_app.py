@@ -142,7 +142,7 @@ def test_every_process_that_an_app_forks_can_read_the_secrets(home: Home, tmp_pa
         for n in range(3):
             if os.fork() == 0:
                 from tako_runtime import secrets
-                print(n, len(secrets["STRIPE_KEY"]), flush=True)
+                os.write(1, f"{n} {len(secrets['STRIPE_KEY'])}\\n".encode())  # in one piece
                 os._exit(0)
         for _ in range(3):
             os.wait()
@@ -243,7 +243,8 @@ def test_an_app_that_never_gets_healthy_is_told_with_what_it_answers_and_left_ru
     (project / "health").write_text("503")
     with on_server(home, project) as server:
         late = until(lambda: server.saw("app.late"), 60)[0]
-        assert (late["level"], late["seconds"], late["error"]) == ("error", 30, "it answers 503")
+        assert (late["level"], late["error"]) == ("error", "it answers 503")
+        assert late["seconds"] >= 30
         assert not server.saw("app.ended")
         (project / "health").write_text("200")
         server.wait_for("app.healthy")
