@@ -124,26 +124,30 @@ def receive() -> dict[str, str]:
     return values
 
 
-#: An app that nobody reads them for: it does so at its first look, and keeps them out of what it enqueues.
 _looking = threading.Lock()
 _kept = ExitStack()
+_FILE = "tako-secrets"
 
 
 def _look() -> None:
+    """An app has nobody who receives them for it: its first look does, and keeps them out of what it enqueues.
+
+    By then the number may have come to mean another file, where the app has started its processes anew and not forked
+    them: a pipe or a connection of its own, which must not be read. So where there are files in memory, it is one."""
     with _looking:
         if VARIABLE in os.environ:
-            _kept.enter_context(guarded(receive()))
+            if sys.platform == "linux" and not _in_memory(os.environ[VARIABLE]):
+                del os.environ[VARIABLE]
+            else:
+                _kept.enter_context(guarded(receive()))
 
 
-def _in_memory(fd: int) -> bool:
-    """Whether it is a file of `handing_over(..., to_several=True)`: a number may have come to mean another file."""
+def _in_memory(fd: int | str) -> bool:
+    """Whether it is a file of `handing_over(..., to_several=True)`."""
     try:
         return str(Path(f"/proc/self/fd/{fd}").readlink()).startswith(f"/memfd:{_FILE}")
     except OSError:
         return False
-
-
-_FILE = "tako-secrets"
 
 
 @asynccontextmanager

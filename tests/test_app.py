@@ -164,6 +164,23 @@ def test_every_process_that_an_app_forks_can_read_the_secrets(home: Home, tmp_pa
         assert {"0 12", "1 12", "2 12", "parent 12"} <= said
 
 
+def test_a_process_that_was_given_the_number_only_reads_nothing_that_is_not_its_own(tmp_path: Path) -> None:
+    """The number is inherited with the environment; the file is not, and another may be there."""
+    code = "from tako_runtime import secrets; print(len(secrets), 'TAKO_SECRETS_FD' in __import__('os').environ)"
+    ours, theirs = os.pipe()
+    try:
+        os.write(theirs, b"not for tako")
+        said = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"TAKO_SECRETS_FD": str(ours)},
+            pass_fds=[ours], capture_output=True, text=True, check=True, timeout=60,
+        )  # fmt: skip
+        assert said.stdout == "0 False\n"
+        assert os.read(ours, 100) == b"not for tako"
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
 def test_what_the_app_prints_is_in_the_log_as_the_apps_and_secrets_are_masked_in_it(home: Home, tmp_path: Path) -> None:
     code = "import sys; print('hello sk_live_51Hx'); sys.stderr.write('no end of line'); sys.exit(3)"
     command = json.dumps(["python", "-c", code])
@@ -197,6 +214,23 @@ def test_in_serve_the_app_gets_the_socket_that_the_service_manager_listens_on(ho
             process.terminate()
             assert process.wait(60) == 0, log.read_text()
             assert gone(app["pid"])
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_passed_on_unix_socket_is_taken_and_looked_at_too(home: Home, tmp_path: Path) -> None:
+    project = configured(tmp_path / "shop", "fd", free_port())
+    path, log = str(home.data_dir / "app.sock"), home.data_dir / "serve.log"
+    with socket.socket(socket.AF_UNIX) as listening, log.open("wb") as out:
+        listening.bind(path)
+        listening.listen()
+        words, options = activated(listening, home, project)
+        process = subprocess.Popen(words, **options, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        try:
+            until(lambda: f"the app answers at unix:{path}/healthz" in log.read_text())
+            process.terminate()
+            assert process.wait(60) == 0, log.read_text()
         finally:
             process.kill()
             process.wait()
