@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tako_runtime import clock, log
+from tako_runtime import clock, disk, log
 from tako_runtime.app import App
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
@@ -122,6 +122,8 @@ class Server:
         parts = ending + others
         try:
             with log.sink(self.metrics.observe), log.sink(self.feed.announce):
+                if (kind := disk.filesystem(self.home.app_dir)) in disk.NETWORK:
+                    emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
                 async with self.feed, self.metrics:
                     await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
                     self.stop()
