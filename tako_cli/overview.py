@@ -33,6 +33,7 @@ def _facts(found: Json, store: Path, here: Path) -> "list[Text]":
         ("app", found["app"]),
         ("store", str(store.relative_to(here) if store.is_relative_to(here) else store)),
         ("runs by", f"{who['what']}, process {who['pid']}" if who else "nobody"),
+        ("paused", f"by {found['paused']}: nothing is claimed" if found["paused"] else ""),
         ("runs", ", ".join(f"{n} {word}" for word, n in found["runs"].items() if n and word != "dead") or "none alive"),
         ("dead", f"{dead} in the last day: tako runs ls --status dead" if dead else ""),
         ("kept", f"{kept} signal{'s' * (kept != 1)} that nobody took: tako signals ls" if kept else ""),
