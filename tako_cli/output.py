@@ -78,6 +78,11 @@ def can_show(text: str) -> bool:
     return True
 
 
+def ellipsis() -> str:
+    """What stands for the rest of what was cut short."""
+    return "…" if can_show("…") else "~"
+
+
 def clean(text: str) -> str:
     """Text that came from outside, without what would steer the terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\r\n", "\n"))
@@ -111,21 +116,21 @@ def show(*parts: "RenderableType") -> None:
 
 def foot(lines: "Sequence[Text]") -> None:
     """Keep these lines below all that is written, in place of those before; none: no foot. For a terminal only."""
-    with _Foot.lock:
-        _Foot.lines = list(lines)
+    with _foot.lock:
+        _foot.lines = list(lines)
         fresh = _below()
-        if fresh != _Foot.shown:
-            sys.stdout.write((_ERASE if _Foot.shown else "") + fresh)
+        if fresh != _foot.shown:
+            sys.stdout.write((_ERASE if _foot.shown else "") + fresh)
             sys.stdout.flush()
-            _Foot.shown = fresh
+            _foot.shown = fresh
 
 
 def redraw() -> None:
     """The terminal has another size: draw the foot anew."""
-    with _Foot.lock:
-        if _Foot.shown:
-            _Foot.shown = _below()
-            sys.stdout.write(_ERASE + _Foot.shown)
+    with _foot.lock:
+        if _foot.shown:
+            _foot.shown = _below()
+            sys.stdout.write(_ERASE + _foot.shown)
             sys.stdout.flush()
 
 
@@ -249,18 +254,22 @@ def _rendered(stream: IO[str], *parts: "RenderableType") -> str:
     return captured.get()
 
 
-class _Foot:
+class _Below:
     """What stays below, and how it was drawn last ("": it is away)."""
 
-    lock = threading.RLock()
-    lines: "list[Text]" = []
-    shown = ""
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.lines: list[Text] = []
+        self.shown = ""
+
+
+_foot = _Below()
 
 
 def _write(stream: IO[str], text: str) -> None:
     """One write takes the foot away, adds the text and draws the foot again: nothing comes in between."""
-    with _Foot.lock:
-        if not _Foot.shown:
+    with _foot.lock:
+        if not _foot.shown:
             stream.write(text)
             stream.flush()
             return
@@ -270,17 +279,17 @@ def _write(stream: IO[str], text: str) -> None:
             stream.write(text)
             stream.flush()
             text = ""
-        _Foot.shown = _below()
-        sys.stdout.write((_ERASE + text if text else "") + _Foot.shown)
+        _foot.shown = _below()
+        sys.stdout.write((_ERASE + text if text else "") + _foot.shown)
         sys.stdout.flush()
 
 
 def _below() -> str:
     """The foot, drawn from where the cursor is, which ends up there again."""
-    if not _Foot.lines:
+    if not _foot.lines:
         return ""
     console = _console(sys.stdout)
-    lines = [line.copy() for line in _Foot.lines[-max(console.height - 1, 1) :]]
+    lines = [line.copy() for line in _foot.lines[-max(console.height - 1, 1) :]]
     for line in lines:
         line.truncate(console.width, overflow="ellipsis" if can_show("…") else "crop")
     rows = _rendered(sys.stdout, *lines).rstrip("\n").split("\n")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tako_cli import output, wording
-from tako_cli.timeline import SHORTEST_ID, short_ids
+from tako_cli.timeline import short_id
 from tako_cli.wording import Json
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def _workers(workers: list[Json], now: int) -> "list[Text]":
         lease = f"ends {wording.distance(worker['lease_until'], now)}" if worker["up"] else "gone"
         rows.append(
             [
-                output.one_line(worker["id"])[: len("w-") + SHORTEST_ID],
+                f"w-{short_id(output.one_line(worker['id']))}",
                 output.one_line(worker["group"]),
                 str(worker["pid"]),
                 str(worker["running"]),
@@ -133,10 +133,10 @@ def signals(found: Json, now: int) -> "list[Text]":
 
 def _waiting(waits: list[Json], now: int) -> "list[Text]":
     rows: list[list[str | Text]] = []
-    for wait, short in zip(waits, short_ids([wait["run"] for wait in waits]), strict=True):
+    for wait in waits:
         until = wording.distance(wait["until"], now) if wait["until"] else "never"
         name, workflow = output.one_line(wait["signal"]), output.one_line(wait["workflow"])
-        rows.append([name, short, workflow, wording.age(wait["since"], now), until])
+        rows.append([name, short_id(wait["run"]), workflow, wording.age(wait["since"], now), until])
     return output.table(["WAITED FOR", "RUN", "WORKFLOW", "SINCE", "TIMES OUT"], rows, flexible=[2, 0], right=[3])
 
 

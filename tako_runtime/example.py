@@ -56,7 +56,8 @@ def _value(kind: inspect.Type, name: str, within: tuple[Any, ...]) -> Any:
 
 
 def _fields(kind: Any, within: tuple[Any, ...]) -> list[tuple[str, Any]]:
-    """The fields of a dataclass, a Struct, a TypedDict or a pydantic model; those that need none have their defaults."""
+    """The fields of a dataclass, a Struct, a TypedDict or a pydantic model; those that need not be there with their
+    defaults."""
     of_pydantic = getattr(kind.cls, "model_fields", None)
     if of_pydantic is not None:
         return [

@@ -17,13 +17,19 @@ def dev(
     port: Annotated[
         int | None, typer.Option("--port", metavar="N", min=1, max=65535, help="Where the app listens, for once.")
     ] = None,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Plain lines: no colour, no footer, no keys; as into a file.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Tracebacks whole, with the frames of libraries too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The log as one JSON object a line.")] = False,
 ) -> None:
     """Run this project here, with one log: its workflows, its schedules, its app.
 
     Workers start when there is work; the app of [app] is started at once, and again when it ends, but not with --once.
     Ctrl-C lets runs reach their next step boundary and stops; a second one stops at
-    once. Nothing is lost either way: the next tako dev goes on.
+    once. Nothing is lost either way: the next tako dev goes on. At a terminal, press ? for the keys.
 
     \b
     Examples:
@@ -35,7 +41,7 @@ def dev(
     import os
     from dataclasses import replace
 
-    from tako_cli import context
+    from tako_cli import context, output
     from tako_cli.dev.session import develop
     from tako_runtime import store
 
@@ -48,4 +54,7 @@ def dev(
     elif port is not None and config.app is not None:
         config = replace(config, app=replace(config.app, port=port))
     os.environ.update(context.environment(config, store.project_home(config.name, config.root)))
-    raise typer.Exit(develop(config, context.manifest(config), once=once, fresh=fresh, as_json=as_json))
+    if plain:
+        output.be_plain()
+    found = context.manifest(config)
+    raise typer.Exit(develop(config, found, once=once, fresh=fresh, as_json=as_json, plain=plain, verbose=verbose))

@@ -68,8 +68,9 @@ class Screen:
             self.take()
 
     def show(self, status: "Sequence[Text]") -> None:
-        """What stands below the log."""
+        """What stands below the log. Called now and then: a terminal that another job had may be ours again."""
         self._status = status
+        self.take()
         self._draw()
 
     async def key(self) -> str:
@@ -97,8 +98,7 @@ class Screen:
             self._pressed.put_nowait("<esc>")
 
     def take(self) -> None:
-        """Take the terminal, or take it again: where it is ours to take. It is not while another job is in the
-        foreground; whoever draws now and then calls this again."""
+        """Take the terminal, where it is ours to take: not while another job is in the foreground."""
         if self._lent or self._found is not None or not self._in_foreground():
             return
         with suppress(termios.error):  # it is gone, and SIGHUP is on its way

@@ -8,11 +8,15 @@ import asyncio
 import os
 import signal
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 from tako_cli import context, output, wording
+from tako_cli.dev import screen
+from tako_cli.dev.board import Board
 from tako_cli.dev.lines import Event, Lines
 from tako_cli.dev.once import Workable, work_off
+from tako_cli.dev.welcome import Found, spelled, welcome
 from tako_runtime import log, store
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
@@ -22,17 +26,21 @@ from tako_runtime.store.base import CountRuns
 from tako_runtime.store.commit import StoreThread
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from tako_runtime.config import Config
-    from tako_runtime.manifest import Declared, Manifest
+    from tako_runtime.manifest import Manifest
     from tako_runtime.store.file import Aside
 
-#: How many workflows the first lines name.
-_LISTED = 4
 
-
-def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool, fresh: bool = False) -> int:
+def develop(
+    config: "Config",
+    manifest: "Manifest",
+    *,
+    once: bool,
+    as_json: bool,
+    fresh: bool = False,
+    plain: bool = False,
+    verbose: bool = False,
+) -> int:
     """Run the project here until told to stop, `fresh` with an empty store; the exit code."""
     reserve()
     store.check_storage(config)
@@ -43,7 +51,9 @@ def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool
         opened = store.open_store(home)
         try:
             with guarded(secrets):
-                session = Session(config, manifest, home, opened, as_json=as_json, secrets=secrets)
+                session = Session(config, manifest, home, opened, as_json=as_json, secrets=secrets, verbose=verbose)
+                if screen.is_there() and not (once or as_json or plain):
+                    session.attend()
                 session.aside = aside
                 return asyncio.run(session.run(once=once))
         finally:
@@ -62,23 +72,29 @@ class Session:
         *,
         as_json: bool,
         secrets: dict[str, str],
+        verbose: bool = False,
     ) -> None:
         self._config, self._manifest, self._home, self._store = config, manifest, home, opened
         self._lines = Lines(
             config.root,
             [*(["app"] if config.app else []),
              *sorted({*config.group_names(), *(flow.group for flow in manifest.workflows)})],
-            [flow.name for flow in manifest.workflows], as_json=as_json, lost=self._stop,
+            [flow.name for flow in manifest.workflows], as_json=as_json, lost=self._stop, verbose=verbose,
         )  # fmt: skip
         self._server = Server(
             opened, home, config, self._heard, log_level="debug", environment=context.environment(config, home),
             secrets=secrets,
         )  # fmt: skip
+        self._board: Board | None = None  # where there is a person at the terminal
         self.aside: Aside | None = None  # the store that was put aside
         self._news = asyncio.Event()
         self._stops = 0
         self._dead = False
         self._failed_starts: dict[str, int] = {}
+
+    def attend(self) -> None:
+        """There is a person at the terminal, who gets a footer and keys."""
+        self._board = Board(self._config, self._server, self._store, self._lines, self._interrupted)
 
     async def run(self, *, once: bool) -> int:
         """Until Ctrl-C, or with `once` until nothing is left; the exit code."""
@@ -97,7 +113,8 @@ class Session:
         with log.sink(self._announced):
             self._server.look_at_secrets()
             watch = loop.create_task(self._work_off()) if once else None
-            await self._server.run(firing=not once)  # to work off is not to start more
+            async with self._board or nullcontext():
+                await self._server.run(firing=not once)  # to work off is not to start more
         done = True
         if watch is not None:
             watch.cancel()  # where it has ended, this does nothing
@@ -118,7 +135,7 @@ class Session:
             self._failed_starts.pop(source, None)
         self._dead = self._dead or event["event"] == "run.dead"
         self._lines.show(source, event)
-        self._news.set()
+        self._happened(event)
 
     def _announced(self, event: Event) -> None:
         """From the supervisor, in this process."""
@@ -126,11 +143,18 @@ class Session:
             self._failed_starts[event["group"]] = event["failures"]
         self._dead = self._dead or (event["event"] == "run.reclaimed" and event["then"] == Status.DEAD)
         self._lines.of_supervisor(event)
+        self._happened(event)
+
+    def _happened(self, event: Event) -> None:
+        if self._board is not None:
+            self._board.heard(event)
         self._news.set()
 
     def _interrupted(self) -> None:
         self._stops += 1
         if self._stops == 1:
+            if self._board is not None:
+                self._board.stopping()
             self._lines.say("dev.stopping", "stopping: runs go on to their next step boundary. Again: stop at once")
             self._stop()
             return
@@ -149,31 +173,22 @@ class Session:
     # --- the first and the last lines ---
 
     async def _welcome(self) -> None:
-        left = await self._left()
-        flows = self._manifest.workflows
-        path = (self._home.app_dir / "runs.db").relative_to(self._config.root)
-        url = self._server.app.url if self._server.app is not None else None
-        lines = [output.styled("tako dev  ", "dim").append(self._config.name, "bold")]
-        if url is not None:
-            lines[0].append(f"  {url}", "cyan")
-        name_width = max((len(flow.name) for flow in flows[:_LISTED]), default=0)
-        lines += [_workflow(flow, name_width) for flow in flows[:_LISTED]]
-        if len(flows) > _LISTED:
-            lines.append(output.styled(f"  and {len(flows) - _LISTED} more: tako workflows ls", "dim"))
-        if not flows:
-            lines.append(output.styled(f"  no workflow is declared in {self._config.workflows.dir}/ yet", "yellow"))
-        lines.append(_fact("store", str(path)))
-        if left:
-            lines.append(_fact("left", f"{_spelled(left)}, from last time"))
-        if how := _how_to_start(flows):
-            lines.append(_fact("start", how))
-        self._lines.banner([*lines, output.styled("")])
+        left, config = await self._left(), self._config
+        given = self._server.supervisor.secrets
+        found = Found(
+            app=config.name, url=self._server.app.url if self._server.app is not None else None, root=config.root,
+            folder=config.workflows.dir, store=self._home.app_dir / "runs.db", workflows=self._manifest.workflows,
+            secrets=sorted(given), missing=[name for name in config.secrets.required if name not in given], left=left,
+            keys=self._board is not None,
+        )  # fmt: skip
+        self._lines.banner([*welcome(found), output.styled("")])
         for one in self._manifest.mistakes:
             message = f"{context.place(one.file, one.line)}: {one.message}"
             self._lines.say("file.broken", message, "error", file=one.file, line=one.line, error=one.message)
         self._lines.say(
-            "dev.ready", f"{self._config.name} is ready", app=self._config.name, store=str(self._config.root / path),
-            pid=os.getpid(), workflows=[flow.name for flow in flows], left=left, url=url,
+            "dev.ready", f"{config.name} is ready", app=config.name, store=str(found.store), pid=os.getpid(),
+            workflows=[flow.name for flow in found.workflows], left=left, url=found.url, secrets=found.secrets,
+            missing=found.missing,
         )  # fmt: skip
         if self.aside is not None:
             gone, place = self.aside.runs, self.aside.path.relative_to(self._config.root)
@@ -183,7 +198,7 @@ class Session:
     async def _farewell(self) -> None:
         left = await self._left()
         self._lines.say(
-            "dev.stopped", f"stopped; kept for next time: {_spelled(left)}" if left else "stopped", left=left
+            "dev.stopped", f"stopped; kept for next time: {spelled(left)}" if left else "stopped", left=left
         )
 
     async def _left(self) -> dict[str, int]:
@@ -192,31 +207,3 @@ class Session:
         for (status, reason), count in (await self._store.do(CountRuns())).items():
             counted["running" if status == Status.RUNNING else reason] += count
         return dict(counted)
-
-
-def _workflow(flow: "Declared", width: int) -> "Text":
-    line = output.styled("  ").append(flow.name, "bold")
-    if flow.schedule or flow.group != "default":
-        line.append(" " * (width - len(flow.name)))
-    if flow.schedule:
-        line.append(f"  {flow.schedule} {flow.timezone or 'UTC'}", "cyan")
-    if flow.group != "default":
-        line.append(f"  group {flow.group}", "dim")
-    return line
-
-
-def _fact(name: str, words: str) -> "Text":
-    return output.styled(f"  {name:<7}", "dim").append(words, "default not dim")
-
-
-def _spelled(left: dict[str, int]) -> str:
-    return ", ".join(f"{count} {state}" for state, count in sorted(left.items()))
-
-
-def _how_to_start(flows: "tuple[Declared, ...]") -> str:
-    """The command that starts a run of the workflow that nothing else would start."""
-    flow: Any = next((flow for flow in flows if not flow.schedule), flows[0] if flows else None)
-    if flow is None:
-        return ""
-    payload = "" if flow.payload in (None, "NoneType") else " --payload JSON"
-    return f"tako runs start {flow.name}{payload}"
