@@ -109,8 +109,7 @@ class Board:
         try:
             await action()
         except TakoError as error:
-            hint = f" ({error.hint})" if error.hint else ""
-            self._lines.say("dev.refused", f"{error}{hint}", "warning")
+            self._lines.say("dev.refused", f"{error}. {error.hint}".rstrip(". "), "warning", hint=error.hint)
         self.footer.look_again()
 
     # --- the keys ---
