@@ -145,7 +145,7 @@ def test_each_key_does_what_the_help_says(project: Path) -> None:
     with at_terminal("dev", cwd=project) as dev:
         dev.wait_for_foot("for keys")
         dev.press("?")
-        for key in "snwlfp?q":
+        for key in "srnwlfp?q":
             dev.wait_for(rf"^  {re.escape(key)}  \w")
         dev.press("l")
         dev.wait_for("no runs yet: press s")

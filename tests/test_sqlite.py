@@ -72,6 +72,21 @@ def test_every_commit_is_synced_and_readers_do_not_wait_for_writers(path: Path, 
     store.close()
 
 
+def test_what_only_looks_sees_one_state_of_things_while_others_write(
+    caller: Caller, behind: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller.enqueue()
+    groups = SqliteStore._groups
+
+    def and_then_somebody_claims(store: SqliteStore, query: str) -> list[str]:
+        found = groups(store, query)
+        behind.execute("UPDATE runs SET ready = NULL, status = 'running'")
+        return found
+
+    monkeypatch.setattr(SqliteStore, "_groups", and_then_somebody_claims)
+    assert caller.do(base.Undeclared(declared={"default": ("order",)})) == {}
+
+
 def test_a_path_that_cannot_be_a_store_is_an_error_that_names_it(home: Home) -> None:
     (home.data_dir / "apps").write_text("a file, not a folder")
     with pytest.raises(StoreError, match=re.escape(str(home.app_dir))) as caught:

@@ -48,6 +48,7 @@ class Board:
         self._sent: dict[str, str] = {}  # the last payload of a kind of signal
         self._keys: dict[str, tuple[str, Callable[[], Awaitable[None]]]] = {
             "s": ("start a workflow", self._start),
+            "r": ("reload: go on with the files as they are now", self._reload),
             "n": ("wake the run that sleeps and would wake next", self._wake),
             "w": ("send a signal that a run waits for", self._signal),
             "l": ("list the newest runs", self._list),
@@ -140,6 +141,9 @@ class Board:
             except (OSError, ValueError):  # an example of something else
                 pass
         return flow.example or "{}", f", a {flow.payload}" if flow.example else ""
+
+    async def _reload(self) -> None:
+        self._server.reload()
 
     async def _wake(self) -> None:
         run = await asyncio.to_thread(self._control.wake)

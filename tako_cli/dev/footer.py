@@ -34,7 +34,7 @@ class Counts(NamedTuple):
 
 
 class Footer:
-    """Keeps itself up to date; `show(lines)` gets it when it has changed. The session sets `reloaded_at`, `paused` and
+    """Keeps itself up to date; `show(lines)` gets it when it has changed. Whoever pauses and stops sets `paused` and
     `stopping`."""
 
     def __init__(self, store: StoreThread, show: "Callable[[Sequence[Text]], None]") -> None:
@@ -50,7 +50,9 @@ class Footer:
     def heard(self, event: Event) -> None:
         """What the log gets too."""
         self.look_again()
-        if event["event"] == "group.unhealthy":
+        if event["event"] == "code.reloaded":
+            self.reloaded_at = wording.now()
+        elif event["event"] == "group.unhealthy":
             self._sick[event["group"]] = str(event["reason"])
         elif event["event"] == "group.healthy":
             self._sick.pop(event["group"], None)
