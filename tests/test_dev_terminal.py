@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from cli import TAKO, document, done, environment, is_alive, make_project, run_of, start, tako
+from cli import TAKO, document, done, environment, is_alive, make_project, run_of, start
 from conftest import until
 from terminal import Terminal, at_terminal
 
@@ -97,7 +97,7 @@ def is_taken(port: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [60, 100, 200])
-def test_start_signal_wake_and_quit_by_keys_leave_no_child_and_no_port(columns: int, tmp_path: Path) -> None:
+def test_start_signal_break_mend_and_quit_leave_no_child_and_no_port(columns: int, tmp_path: Path) -> None:
     port = free_port()
     command = [sys.executable, "-m", "http.server", "{port}", "--bind", "127.0.0.1"]
     app = f"[app]\ncommand = {json.dumps(command)}\nport = {port}\n"
@@ -123,10 +123,23 @@ def test_start_signal_wake_and_quit_by_keys_leave_no_child_and_no_port(columns: 
         dev.press("\x15true\r")
         dev.wait_for("sleeps")
         dev.wait_for_foot("wakes in 119m")
-        [worker] = workers_of(project)
+        flows = project / "workflows" / "flows.py"
+        good = flows.read_text()
+        flows.write_text(good.replace("return payload.id", "return payload.("))
+        dev.wait_for(r"SyntaxError")
         dev.press("n")
         dev.wait_for("succeeded")
         dev.wait_for_foot("0 parked")
+        flows.write_text(good.replace("charged {total}", "charged {total} EUR"))
+        dev.wait_for("the new code is at work")
+        dev.wait_for_foot("reloaded" if columns > 60 else "0 parked")
+        dev.press("s3")
+        dev.wait_for("as the last time")
+        dev.press("\r")
+        dev.wait_for(r"charged 9\.5\s+EUR")
+        dev.wait_for_foot("1 parked")
+        workers = workers_of(project)
+        assert workers
         assert all(len(row) <= columns for row in dev.lines)
         assert len(dev.rows) > 10
         before = list(dev.lines)
@@ -135,10 +148,11 @@ def test_start_signal_wake_and_quit_by_keys_leave_no_child_and_no_port(columns: 
         assert "? for keys" not in "\n".join(dev.lines)
         assert "stopped" in dev.lines[-1]
         assert dev.lines[: len(before) - 1] == before[:-1]
-    assert not is_alive(worker)
+    assert not any(map(is_alive, workers))
     assert not is_taken(port)
-    [run] = document("runs", "ls", cwd=project)["runs"]
-    assert (run["status"], run["payload"]) == ("succeeded", {"id": 1, "total": 9.5})
+    waiting, ended = document("runs", "ls", cwd=project)["runs"]
+    assert (waiting["reason"], ended["status"]) == ("waiting", "succeeded")
+    assert waiting["payload"] == ended["payload"] == {"id": 1, "total": 9.5}
 
 
 def test_each_key_does_what_the_help_says(project: Path) -> None:
@@ -360,19 +374,38 @@ def test_while_it_is_lent_the_terminal_is_as_it_was_and_no_key_is_taken(project:
     assert terminal.lines[-1] == "then y"
 
 
+def test_a_breakpoint_has_the_terminal_and_then_the_footer_and_the_keys_are_back(project: Path) -> None:
+    flows = project / "workflows" / "flows.py"
+    flows.write_text(flows.read_text().replace("    print(f", "    breakpoint()\n    print(f"))
+    with at_terminal("dev", cwd=project) as dev:
+        dev.wait_for_foot("for keys")
+        dev.press("s3")
+        dev.wait_for("payload of order")
+        dev.press("\r")
+        dev.wait_for_foot(r"\(Pdb\)")
+        assert not in_raw_mode(dev)
+        assert sum("for keys" in line for line in dev.lines) == 0
+        dev.press("p total * 2\n")
+        dev.wait_for("^19.0")
+        dev.press("c\n")
+        dev.wait_for("charged 9.5")
+        dev.wait_for_foot("1 parked")
+        assert in_raw_mode(dev)
+        dev.press("q")
+        assert dev.ended() == 0
+
+
 def test_a_group_that_cannot_work_is_in_the_footer_in_red_until_it_can(project: Path) -> None:
     flows = project / "workflows" / "flows.py"
     good = flows.read_text()
     flows.write_text(f"import sys\nif 'worker' in sys.argv:\n    sys.exit('no database')\n{good}")
     with at_terminal("dev", cwd=project) as dev:
         dev.wait_for_foot("for keys")
-        tako("runs", "start", "report", cwd=project)
         dev.wait_for("^ group default cannot work: .*no database")
         row = len(dev.rows) - 2
         assert dev.rows[row].startswith(" group default cannot work")
         assert dev.screen.buffer[row][1].fg == "red"
         flows.write_text(good)
-        dev.wait_for("report +succeeded")
         dev.wait_for("^ group default cannot work", gone=True)
         dev.press("q")
         assert dev.ended() == 0
