@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from tako_cli import output, wording
 from tako_cli.wording import Json
 from tako_runtime import clock
+from tako_runtime.run import SHORT_ID
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-#: So many of the last characters of an id name a run among tens of thousands.
-_SHORT = 8
 
 _LONGEST_VALUE = 30  # lines
 _LONGEST_LINE = 400  # characters
@@ -40,9 +39,8 @@ def runs_table(runs: list[Json], now: int) -> "list[Text]":
 
 
 def short_id(run: str) -> str:
-    """How a run is called where its whole id takes too much room: by its end, which every command takes. The beginning
-    is its millisecond, which it shares with all that were enqueued together."""
-    return run[-_SHORT:]
+    """How a run is called where its whole id takes too much room: by its end, which every command takes."""
+    return run[-SHORT_ID:]
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tako_runtime.errors import InvalidValue, NotFound, Refused
 from tako_runtime.feed import supervising
 from tako_runtime.manifest import Declared, Manifest
 from tako_runtime.retention import prune
-from tako_runtime.run import AttemptRecord, Reason, Run, Status, StepRecord, first_id_at, new_id
+from tako_runtime.run import SHORT_ID, AttemptRecord, Reason, Run, Status, StepRecord, first_id_at, new_id
 from tako_runtime.signals import AWAITED, signals
 from tako_runtime.status import look, status
 from tako_runtime.store import base, limits
@@ -44,11 +44,14 @@ class Control:
     # --- looking ---
 
     def find(self, prefix: str) -> Run:
-        """The run whose id is, begins or else ends with `prefix`; `NotFound`, or `Refused` where several do."""
+        """The run whose id is, begins or else ends with `prefix`, if that is long enough to be meant as an end;
+        `NotFound`, or `Refused` where several do."""
         wanted = prefix.strip().lower()
         if not wanted or not all(c in "0123456789abcdef-" for c in wanted):
             raise NotFound(f"{prefix!r} is not a run's id", hint="List the runs with: tako runs ls")
         found = self._store.do_sync(base.FindRuns(prefix=wanted))
+        if len(wanted) < SHORT_ID:
+            found = [run for run in found if run.id.startswith(wanted)]
         exact = [run for run in found if run.id == wanted]
         if not found:
             raise NotFound(f"no run {prefix}", hint="List the runs with: tako runs ls")

@@ -128,7 +128,7 @@ class Lines:
         self._sources.add(source)
         now, narrow = wording.now(), output.width() < _NARROW
         time = _time_of_day(event["at"])[: 8 if narrow else None]
-        head = output.styled(time, "dim").append(" ")
+        head = output.styled("").append(f"{time} ", "dim")
         indent = len(head)
         column = min(max(map(len, self._sources)), _LONGEST_SOURCE)
         head.append(_fitted(source, column), self._style_of(source)).append(" ")

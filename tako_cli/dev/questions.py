@@ -47,10 +47,11 @@ class Choice:
         rows = [_title(self._title, "up, down, Enter; Esc: none of them")]
         for n, (name, beside, _) in enumerate(shown, first):
             mark = ">" if n == self._at else " "
-            row = output.styled(f" {mark} {n + 1 if n < 9 else ' '} ", "bold cyan" if n == self._at else "dim")
-            row.append(output.one_line(name), "not dim bold" if n == self._at else "not dim not bold")
+            style = "bold cyan" if n == self._at else ""
+            row = output.styled("").append(f" {mark} {n + 1 if n < 9 else ' '} ", style or "dim")
+            row.append(output.one_line(name), style)
             padding = " " * (names - output.styled(name).cell_len)
-            rows.append(row.append(f"{padding}  {output.one_line(beside)}", "dim not bold"))
+            rows.append(row.append(f"{padding}  {output.one_line(beside)}", "dim"))
         if len(self._options) > _SHOWN:
             rows[0].append(f"  ({self._at + 1} of {len(self._options)})", "dim")
         return rows
@@ -88,7 +89,7 @@ class Line:
             case "<cut>":
                 self._edit(at, len(text))
             case "<word>":
-                self._edit(len(text[:at].rstrip().rpartition(" ")[0]), at)
+                self._edit(text[:at].rstrip().rfind(" ") + 1, at)
             case _ if key[0] != "<" or len(key) == 1:
                 self._edit(at, at, key)
         return False
@@ -111,4 +112,4 @@ class Line:
 
 
 def _title(words: str, keys: str) -> "Text":
-    return output.styled(" ").append(output.one_line(words), "bold").append(f"  {keys}", "dim not bold")
+    return output.styled(" ").append(output.one_line(words), "bold").append(f"  {keys}", "dim")

@@ -54,7 +54,7 @@ def welcome(found: Found) -> "list[Text]":
         if found.missing:
             lines[-1].append(f"{'; ' if found.secrets else ''}missing: {', '.join(found.missing)}", "yellow not dim")
     if found.left:
-        lines.append(_fact("left", f"{resume(found.left)}; --fresh to start empty"))
+        lines.append(_fact("left", resume(found.left)))
     if flows:
         how = how_to_start(flows, found.root)
         first_of, *rest = textwrap.wrap(
@@ -68,9 +68,9 @@ def welcome(found: Found) -> "list[Text]":
 
 
 def resume(left: Mapping[str, int]) -> str:
-    """Live runs as a person counts them: "3 runs resume (1 sleeping, 2 waiting)"."""
+    """What becomes of live runs, and how to be rid of them."""
     count = sum(left.values())
-    return f"{count} run{'s resume' if count != 1 else ' resumes'} ({spelled(left)})"
+    return f"{count} run{'s resume' if count != 1 else ' resumes'}; --fresh to start empty ({spelled(left)})"
 
 
 def spelled(left: Mapping[str, int]) -> str:
