@@ -21,6 +21,11 @@ class Screen(pyte.HistoryScreen):
     def __init__(self, columns: int, rows: int) -> None:
         super().__init__(columns, rows, history=10_000, ratio=1.0)
 
+    def select_graphic_rendition(self, *codes: int, **rest: bool) -> None:
+        """This emulator knows no dim text; nothing of ours blinks."""
+        dimmed = codes if 38 in codes or 48 in codes else tuple(5 if code == 2 else code for code in codes)
+        super().select_graphic_rendition(*dimmed, **rest)
+
     @property
     def above(self) -> list[str]:
         return ["".join(line[x].data for x in range(self.columns)).rstrip() for line in self.history.top]
@@ -93,8 +98,10 @@ class Terminal:
 
     def ended(self) -> int:
         """Its exit code, once it has ended by itself."""
+        deadline = time.monotonic() + PATIENCE
         while self._read():
-            pass
+            if time.monotonic() > deadline:
+                pytest.fail("it has not ended:\n" + "\n".join(self.lines))
         self.program.close()
         return self.program.exitstatus if self.program.exitstatus is not None else -self.program.signalstatus
 

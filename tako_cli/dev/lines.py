@@ -140,12 +140,15 @@ class Lines:
         if event["event"] == "output" and event.get("step"):
             head.append(f"{output.clean(event['step'])} {'│' if output.can_show('│') else '|'} ", "dim cyan")
         message = wording.with_local_times(str(event.get("message", "")), now, distances=False)
+        if event["event"] != "output":
+            message = message.replace(f"{self._root}/", "")
         message = _ID.sub(lambda found: short_id(found[0]), message).removeprefix(f"{source} ")
         style = _EVENT_STYLES.get(event["event"], "") if event["level"] in ("debug", "info") else ""
         style = style or _STYLES.get(event["level"], "")
         first, *rest = self._wrapped(output.clean(message), len(head), indent) or [""]
         lines = [head.append(first, style), *(output.styled(line, style) for line in rest)]
-        return lines + [output.styled(f"{' ' * indent}{line}", "dim") for line in self._details(event)]
+        below = (output.styled(f"{' ' * indent}{line}", _style_of_detail(line)) for line in self._details(event))
+        return [*lines, *below]
 
     def _wrapped(self, message: str, begin: int, indent: int) -> list[str]:
         """The message's lines, the first without its indent."""
@@ -174,6 +177,11 @@ class Lines:
 
     def _style_of(self, source: str) -> str:
         return _COLOURS.get(source) or _GROUP_COLOURS[zlib.crc32(source.encode()) % len(_GROUP_COLOURS)]
+
+
+def _style_of_detail(line: str) -> str:
+    """Frames stand back, behind what was raised."""
+    return "dim" if line.startswith(" ") else "red"
 
 
 def _fitted(name: str, width: int) -> str:
