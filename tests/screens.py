@@ -64,7 +64,7 @@ def mend(dev: Terminal, file: Path) -> None:
     dev.wait_for("succeeded in")
     good = file.read_text()
     file.write_text(good.replace("return Receipt(payload.id,", "return Receipt(payload.id"))
-    dev.wait_for("SyntaxError")
+    dev.wait_for("the code as it was before goes on")
     file.write_text(good)
     dev.wait_for("the new code is at work")
     dev.wait_for_foot("0 running .* reloaded")
