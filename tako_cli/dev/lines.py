@@ -22,6 +22,8 @@ Event = dict[str, Any]
 
 #: Of use to a program that follows the log; a person has it from the lines around it.
 _FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "code.loaded", "dev.ready"}
+#: Of use to a person who looks for something, and asks for it with `verbose`.
+_DETAILS = {"step.cached"}
 
 _STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red"}
 _EVENT_STYLES = {"run.succeeded": "green", "cron.fired": "", "output": "default not dim"}
@@ -41,14 +43,15 @@ _JUST_NOW = 10
 #: A terminal with less columns gets shorter times and names.
 _NARROW = 80
 _SHORTER_NAME = 14
-#: A message with less room than this goes on below the source, and not below itself.
+#: A message whose column has less room than this goes on below the source.
 _ROOM = 50
 #: With less than this it begins there too.
 _LEAST = 16
 
 
 class Lines:
-    """Shows events on stdout. `lost()` is called once nobody reads them any more; `verbose` shows tracebacks whole."""
+    """Shows events on stdout. `lost()` is called once nobody reads them any more; with `verbose` tracebacks are whole,
+    and nothing is passed over that is said elsewhere."""
 
     def __init__(
         self,
@@ -66,6 +69,8 @@ class Lines:
         self._broken: set[tuple[Any, ...]] = set()
         self._tracebacks: set[str] = set()  # the last lines of those that were shown
         self._recent: deque[str] = deque(maxlen=_JUST_NOW)  # what was shown last
+        self._up: set[str] = set()  # groups whose workers have said that they are up
+        self._followed: set[str] = set()  # those among them whose next worker has new code
         self._silent = False
         self._held: list[tuple[str, Event]] | None = None
 
@@ -96,7 +101,7 @@ class Lines:
         try:
             if self._as_json:
                 output.json_line({**event, "source": source})
-            elif event["event"] not in _FOR_PROGRAMS:
+            elif event["event"] not in _FOR_PROGRAMS and (not self._goes_without_saying(event) or self._verbose):
                 output.show(*self._lines(_WORKER.get(source, source), event))
                 self._recent.append(str(event.get("message", "")))
         except OSError:  # a closed pipe, a terminal that is gone
@@ -122,6 +127,21 @@ class Lines:
         self._broken.add(what)
         return False
 
+    def _goes_without_saying(self, event: Event) -> bool:
+        """New code has a worker of its own, and one that has drained has done what it was told to."""
+        group = str(event.get("group"))
+        match event["event"]:
+            case "code.reloaded":
+                self._followed = set(self._up)
+            case "worker.started" if group in self._followed:
+                self._followed.discard(group)
+                return True
+            case "worker.started":
+                self._up.add(group)
+            case "worker.stopped":
+                return event.get("reason") == "drained"
+        return event["event"] in _DETAILS
+
     # --- for people ---
 
     def _lines(self, source: str, event: Event) -> "list[Text]":
@@ -130,30 +150,35 @@ class Lines:
         time = _time_of_day(event["at"])[: 8 if narrow else None]
         head = output.styled("").append(f"{time} ", "dim")
         indent = len(head)
-        column = min(max(map(len, self._sources)), _LONGEST_SOURCE)
-        head.append(_fitted(source, column), self._style_of(source)).append(" ")
+        width = min(max(map(len, self._sources)), _LONGEST_SOURCE)
+        head.append(_fitted(source, width), self._style_of(source)).append(" ")
         if "run" in event and "workflow" in event:
             width = min(self._workflow_width, _SHORTER_NAME if narrow else _LONGEST_NAME)
             name = output.clean(event["workflow"])
             head.append(short_id(event["run"]), "dim").append(" ").append(_fitted(name, width) if width else name)
             head.append("  ")
+        column = len(head)
         if event["event"] == "output" and event.get("step"):
             head.append(f"{output.clean(event['step'])} {'│' if output.can_show('│') else '|'} ", "dim cyan")
         message = wording.with_local_times(str(event.get("message", "")), now, distances=False)
         if event["event"] != "output":
             message = message.replace(f"{self._root}/", "")
+        reason = str(event.get("reason") or "")
+        if event["event"] == "code.kept" and any(shown.endswith(reason) for shown in self._recent):
+            message = message.removesuffix(f": {reason}")
         message = _ID.sub(lambda found: short_id(found[0]), message).removeprefix(f"{source} ")
         style = _EVENT_STYLES.get(event["event"], "") if event["level"] in ("debug", "info") else ""
         style = style or _STYLES.get(event["level"], "")
-        first, *rest = self._wrapped(output.clean(message), len(head), indent) or [""]
+        first, *rest = self._wrapped(output.clean(message), len(head), column, indent) or [""]
         lines = [head.append(first, style), *(output.styled(line, style) for line in rest)]
         below = (output.styled(f"{' ' * indent}{line}", _style_of_detail(line)) for line in self._details(event))
         return [*lines, *below]
 
-    def _wrapped(self, message: str, begin: int, indent: int) -> list[str]:
-        """The message's lines, the first without its indent."""
+    def _wrapped(self, message: str, begin: int, column: int, indent: int) -> list[str]:
+        """The message's lines, the first without its indent: it begins there, and goes on in its column if that has
+        room, else below its source."""
         width = output.width()
-        below = begin if width - begin >= _ROOM else indent
+        below = column if width - column >= _ROOM else indent
         lines = [] if width - begin >= _LEAST else [" " * begin]
         for part in message.split("\n"):
             lines += textwrap.wrap(
