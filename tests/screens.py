@@ -99,7 +99,7 @@ def steady(svg: str) -> list[str]:
     """The lines of a picture without what changes with time, in an order of their own."""
     rows: dict[str, str] = {}
     for y, words in re.findall(r'<text [^>]*?y="([\d.]+)"[^>]*>([^<]*)</text>', svg):
-        rows[y] = rows.get(y, "") + html.unescape(words).replace("\xa0", " ")
+        rows[y] = f"{rows.get(y, '')} {html.unescape(words)}"
     changing = (
         r"\d{4}-\d\d-\d\d|\d\d:\d\d:\d\d(\.\d+)?|\b[0-9a-f]{8}\b|[\d.]+(ms|s|m)\b|\bch_\w+|\d+ (queued|running|parked)"
     )
