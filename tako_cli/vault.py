@@ -208,13 +208,15 @@ def check_name(name: str) -> None:
 
 def kept_out_of_git(vault: Vault) -> list[Path]:
     """Those of a vault's files that git ignores, though they are meant to be committed."""
-    files = [file for file in (vault.file, vault.key_file) if file.exists()]
-    words = ["git", "-C", str(vault.root), "check-ignore", "-z", "--", *map(str, files)]
+    return [file for file in (vault.file, vault.key_file) if file.exists() and _ignored(file)]
+
+
+def _ignored(file: Path) -> bool:
+    words = ["git", "-C", str(file.parent), "check-ignore", "-q", "--", file.name]
     try:
-        said = subprocess.run(words, capture_output=True, check=False).stdout
-    except FileNotFoundError:
-        return []
-    return [Path(os.fsdecode(name)) for name in said.split(b"\0")[:-1]]
+        return subprocess.run(words, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:  # no git here
+        return False
 
 
 def _check_value(value: str) -> None:

@@ -21,9 +21,9 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="In UPPER_SNAKE, like 
 def set_(context: typer.Context, name: Name, env: Env = "development", as_json: Json = False) -> None:
     """Keep a secret.
 
-    Its value is asked for at a terminal, and else it is what stdin has. It goes into .tako/secrets/ENV.age, which only the keys in ENV.keys open: commit both. The first set makes them, for
-    your own key: an SSH key without a passphrase, or an age identity that is made then. What tako dev and tako run
-    start has those of development.
+    Its value is asked for at a terminal, and else it is what stdin has. It goes into .tako/secrets/ENV.age, which the
+    keys in ENV.keys open: commit both. The first set makes them, for a key of your own: an SSH key without a
+    passphrase, or an age identity that is made then. What tako dev and tako run start has those of development.
 
     \b
     Examples:
@@ -81,8 +81,9 @@ def ls(env: Env = "development", as_json: Json = False) -> None:
         output.document({"env": env, "secrets": rows, "readers": readers})
     else:
         _show(vault, given, required, names)
+        if missing:
+            output.note(f"not set, though [secrets] requires it: {', '.join(missing)}")
     if missing:
-        output.note(f"not set, though [secrets] requires it: {', '.join(missing)}" * (not as_json))
         raise typer.Exit(1)
 
 
