@@ -17,6 +17,7 @@ import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import util
 from pathlib import Path
 
 from tako_cli.deploy import wheels
@@ -108,7 +109,7 @@ class Needs:
             self.extras |= {extra.strip() for extra in named[1].split(",")} if named else set()
             if not direct and not hashes:
                 self.lines.append(line)
-        elif (direct and direct[1] not in ("http", "https")) or re.match(r"-|\.|/|[a-z+]+:|[^\s;]*/", line):
+        elif direct[1] not in ("http", "https") if direct else re.match(r"-|\.|/|[a-z+]+:|[^\s;]*/", line):
             self.refused.append(line)
         else:
             (self.constraints if constraint else self.lines).append(line)
@@ -283,10 +284,14 @@ def _trusted(name: str, hashes: Sequence[str], wanted: Needs) -> list[str]:
 
 
 def _pip(words: Sequence[str], what: str) -> None:
+    options = ["--disable-pip-version-check", *words]
+    if util.find_spec("pip") is not None:  # out of its wheel it would be compiled each time
+        _said([sys.executable, "-m", "pip", *options], what)
+        return
     made = wheels.pip()
     with tempfile.TemporaryDirectory(prefix="tako-pip-") as folder:
         (Path(folder) / made.name).write_bytes(made.data)
-        _said([sys.executable, f"{folder}/{made.name}/pip", "--disable-pip-version-check", *words], what)
+        _said([sys.executable, f"{folder}/{made.name}/pip", *options], what)
 
 
 def _said(words: Sequence[str], what: str, cwd: Path | None = None) -> str:

@@ -144,7 +144,10 @@ def _manifest(config: Config, env: str, files: Tree, secrets: Mapping[str, str])
     home = project_home(config.name, config.root)
     environment = {**os.environ, **config.variables(env), **home.environment(), "TAKO_ENV": env}
     with _mirrored(files) as copy:
-        found = read(copy, config.workflows.dir, environment, secrets)
+        try:
+            found = read(copy, config.workflows.dir, environment, secrets)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(copy), str(config.root)), hint=error.hint) from None
     inside = f"{copy}/"
     if found.mistakes:
         lines = [f"{one.file.removeprefix(inside)}:{one.line}: {one.message}" for one in found.mistakes]
