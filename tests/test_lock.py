@@ -199,6 +199,25 @@ def test_a_pyproject_whose_dependencies_only_its_tool_knows_is_refused(tmp_path:
     assert "requirements.txt" in caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("file", "data", "says"),
+    [
+        ("requirements.txt", b"caf\xe9\n", r"requirements\.txt: it is not text in UTF-8"),
+        ("pyproject.toml", b"[project\n", "not valid TOML"),
+        ("pyproject.toml", b'[project]\ndependencies = "rich"\n', "not a list of texts"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, file: str, data: bytes, says: str) -> None:
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(ConfigError, match=says):
+        lock.needs(tmp_path)
+
+
+def test_a_machine_that_uv_has_no_platform_for_is_locked_by_pip(shop: Path, index: Path) -> None:
+    make_wheel(index, "apsw", "3.99.0", "py3-none-any")
+    assert locked(shop, Target("3.11", "riscv64", "2.41")) == OF_THE_RUNTIME
+
+
 @pytest.mark.usefixtures("tool", "index")
 def test_a_password_of_an_index_is_in_no_error(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (shop / "requirements.txt").write_text("--index-url http://ada:hunter22@127.0.0.1:9/simple\nno-such-package\n")

@@ -400,6 +400,22 @@ def test_at_a_terminal_it_is_asked_for_and_not_shown(project: Path) -> None:
     assert reveal(project, "development") == {"STRIPE_KEY": KEY}
 
 
+def test_a_key_of_several_lines_that_is_pasted_is_not_kept_by_its_first_one(project: Path) -> None:
+    words = [
+        "-c",
+        f"{' '.join(TAKO)} secrets set TLS_KEY 2> said",
+    ]  # where stderr is no terminal, it is not shown either
+    typing = pexpect.spawn("sh", words, cwd=project, env=environment(), timeout=60)
+    typing.waitnoecho()
+    typing.sendline("-----BEGIN PRIVATE KEY-----")
+    typing.expect(pexpect.EOF)
+    typing.close()
+    assert typing.exitstatus == 2
+    assert b"BEGIN" not in typing.before
+    assert "tako secrets set TLS_KEY < FILE" in (project / "said").read_text()
+    assert reveal(project, "development") == {}
+
+
 @pytest.mark.parametrize(
     "words", [["STRIPE_KEY", KEY], [f"STRIPE_KEY={KEY}"], ["STRIPE_KEY", KEY, "--env", "production"]]
 )

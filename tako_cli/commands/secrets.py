@@ -149,8 +149,14 @@ def _value(name: str) -> str:
     """From the terminal, without echo, or all of stdin. One line is kept without its end, several as they are."""
     from tako_runtime.errors import InvalidValue
 
-    if output.can_ask():
-        return output.ask_hidden(f"Value of {name}")
+    if sys.stdin.isatty():
+        value = output.ask_hidden(f"Value of {name}")
+        if value.startswith("-----BEGIN"):
+            raise InvalidValue(
+                "that has several lines, and a terminal takes one: nothing was kept",
+                hint=f"Have it read from its file: tako secrets set {name} < FILE",
+            )
+        return value
     try:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:

@@ -5,6 +5,7 @@ runtime needs. uv finds the versions where it is there, else pip does. An answer
 same requirements give the same versions at the next deploy, until somebody asks for new ones.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,8 @@ from tako_cli.deploy import wheels
 from tako_cli.deploy.wheels import Wheel, project_name
 from tako_runtime.errors import ConfigError, NotFound, TakoError
 
-#: The versions of glibc that uv has a platform for.
+#: The machines and versions of glibc that uv has a platform for.
+_UV_MACHINES = ("x86_64", "aarch64")
 _UV_GLIBC = (17, 28, *range(31, 41))
 
 #: Options of a requirements file that say where things are found.
@@ -88,10 +90,7 @@ class Needs:
             option, value = (_SHORT.get(parts[1], parts[1]), parts[2]) if parts else ("", "")
             if option in ("--requirement", "--constraint"):
                 file = folder / value
-                try:
-                    inner = file.read_text("utf-8")
-                except OSError as error:
-                    raise ConfigError(f"{self.source}: {line}: {error.strerror}") from error
+                inner = _text(file, f"{self.source}: {line}")
                 self.add(inner, file.parent, constraint=constraint or option == "--constraint")
             elif option in _PLACES:
                 local = option == "--find-links" and (folder / value).exists()
@@ -143,7 +142,7 @@ def needs(root: Path) -> Needs:
         found.add(_of_uv(root), root)
     elif (root / "requirements.txt").is_file():
         found.source = "requirements.txt"
-        found.add((root / "requirements.txt").read_text("utf-8"), root)
+        found.add(_text(root / "requirements.txt", found.source), root)
     elif (root / "pyproject.toml").is_file():
         found.source = "pyproject.toml"
         found.add("\n".join(_of_pyproject(root / "pyproject.toml")), root)
@@ -172,7 +171,7 @@ def lock(wanted: Needs, target: Target, kept: Path, *, vendor: bool, anew: bool 
         ours = f"tako{extras} @ {(place / runtime.name).as_uri()}"
         (place / "constraints.txt").write_text("\n".join(wanted.constraints) + "\n", "utf-8")
         (place / "in.txt").write_text("\n".join([*wanted.options, ours, *wanted.lines, ""]), "utf-8")
-        uv = find_uv()
+        uv = find_uv() if target.machine in _UV_MACHINES else None
         found = _by_uv(uv, place, target, vendor=vendor) if uv else _by_pip(place, target, vendor=vendor)
     found.pop("tako", None)
     lines = {line: _trusted(name, hashes, wanted) for name, (line, hashes) in sorted(found.items())}
@@ -193,7 +192,8 @@ def wheelhouse(locked: Locked, options: Sequence[str], target: Target, kept: Pat
             words = ["download", "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:", *target.for_pip]
             _pip([*words, "--dest", f"{scratch}/wheels", "-r", f"{scratch}/in.txt"], "the wheels cannot be got")
             (Path(scratch) / "wheels").mkdir(exist_ok=True)
-            (Path(scratch) / "wheels").rename(place)
+            with contextlib.suppress(FileExistsError, IsADirectoryError):
+                (Path(scratch) / "wheels").rename(place)
     return {path.name: path for path in sorted(place.glob("*.whl"))}
 
 
@@ -204,6 +204,14 @@ def find_uv() -> str | None:
 
 
 # --- where requirements are stated -----------------------------------------------------------------------------------
+
+
+def _text(file: Path, named: str) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigError(f"{named}: {why}") from None
 
 
 def _logical(text: str) -> Iterator[str]:
@@ -228,7 +236,7 @@ def _of_uv(root: Path) -> str:
 
 def _of_pyproject(file: Path) -> list[str]:
     try:
-        told = tomllib.loads(file.read_text("utf-8"))
+        told = tomllib.loads(_text(file, str(file)))
     except ValueError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
     project = told.get("project", {})
@@ -237,7 +245,10 @@ def _of_pyproject(file: Path) -> list[str]:
             f"{file}: only the project's own build tool can tell its dependencies",
             hint="Export them into requirements.txt, with hashes where the tool can.",
         )
-    return list(project.get("dependencies", []))
+    stated = project.get("dependencies", [])
+    if not isinstance(stated, list) or not all(isinstance(one, str) for one in stated):
+        raise ConfigError(f"{file}: [project] dependencies is not a list of texts")
+    return stated
 
 
 # --- who finds the versions ------------------------------------------------------------------------------------------
