@@ -13,7 +13,7 @@ from pathlib import Path
 import pexpect
 import pyrage
 import pytest
-from cli import TAKO, at_terminal, document, done, environment, make_project, plain, start, tako
+from cli import TAKO, at_terminal, developing, document, done, environment, make_project, plain, start, tako
 from conftest import until
 from serving import keep_secrets
 
@@ -499,6 +499,18 @@ def test_what_runs_here_has_the_secrets_of_development_and_over_them_ones_own(pr
     assert sources == {"STRIPE_KEY": "secrets.json", "OTHER_KEY": "secrets.json"}
 
 
+def test_where_tako_dev_runs_it_is_said_that_it_has_the_old_ones(project: Path) -> None:
+    done("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY)
+    with developing(project) as dev:
+        dev.wait_for("dev.ready")
+        ended = tako("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY)
+        assert "start it again" in ended.stderr
+        assert "start it again" not in tako("secrets", "set", "X", "--env", "production", cwd=project, stdin=KEY).stderr
+        dev.send(signal.SIGINT)
+        assert dev.ended() == 0
+    assert "start it again" not in tako("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY).stderr
+
+
 def test_who_cannot_open_those_of_development_is_told_before_anything_runs(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -531,6 +543,20 @@ def test_where_git_ignores_them_the_lines_for_gitignore_are_shown(project: Path)
     assert "git ignores .tako/secrets/development.age, .tako/secrets/development.keys" in ended.stderr
     (project / ".gitignore").write_text("\n".join(re.findall(r"^  (\S+)$", ended.stderr, re.MULTILINE)) + "\n")
     assert "git ignores" not in tako("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY).stderr
+
+
+def test_with_json_each_command_says_what_it_did_and_nothing_beside_it(project: Path) -> None:
+    subprocess.run(["git", "init", "-q", "."], cwd=project, check=True)
+    (project / ".gitignore").write_text(".tako/\n")
+    told = {"name": "STRIPE_KEY", "env": "development"}
+    assert document("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY) == {"secret": {**told, "replaced": False}}
+    assert document("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY) == {"secret": {**told, "replaced": True}}
+    other = str(pyrage.x25519.Identity.generate().to_public())
+    shared = document("secrets", "share", other, "bob", cwd=project)
+    assert shared == {"reader": {"key": other, "name": "bob", "env": "development", "new": True}}
+    assert document("secrets", "rm", "STRIPE_KEY", cwd=project) == {"secret": told}
+    answer = document("secrets", "rm", "STRIPE_KEY", cwd=project, code=4)
+    assert "no secret 'STRIPE_KEY'" in answer["error"]["message"]
 
 
 def test_a_key_is_shared_without_quotes_and_its_owner_is_named(project: Path, tmp_path: Path) -> None:

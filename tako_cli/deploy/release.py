@@ -119,7 +119,7 @@ def _checked(config: Config, files: Tree) -> Iterator[str]:
         raise Refused(f"{tree.shown(clash[0])}: that name is tako's own in a release", hint="Rename it.")
     folder = config.workflows.dir
     there = {path.relative_to(config.root).as_posix() for path in (config.root / folder).rglob("*.py")}
-    there = {path for path in there if "__pycache__" not in path}
+    there = {path for path in there if not any(part.startswith(("_", ".")) for part in path.split("/"))}
     if unsent := sorted(there - paths):
         what = f"git ignores it: {tree.some(map(tree.shown, unsent))}"
         if not there & paths:
