@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from importlib import metadata, util
 from pathlib import Path
 
 import pytest
@@ -160,8 +161,9 @@ class TestLocked:
         make_wheel(index, "widgets", "1", "cp311-cp311-manylinux_2_39_x86_64")
         (shop / "requirements.txt").write_text("widgets\n")
         (shop / "tako.toml").write_text('name = "shop"\n[deploy]\nvendor = true\n')
-        with pytest.raises(TakoError, match=r"(?s)cannot be locked:.*widgets"):
+        with pytest.raises(TakoError, match=r"(?s)cannot be locked:.*widgets") as caught:
             pack(shop, SERVER)
+        assert "Python 3.11, x86_64, glibc 2.36" in caught.value.hint
         assert locked(shop, Target("3.11", "x86_64", "2.39"))["widgets"] == "1"
 
 
@@ -307,6 +309,32 @@ def test_pip_runs_from_the_wheel_that_comes_along(tmp_path: Path) -> None:
     words = [sys.executable, "-I", f"{tmp_path / made.name}/pip", "--version"]
     shown = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout
     assert shown.startswith(f"pip {made.name.split('-')[1]} from {tmp_path}")
+
+
+@pytest.mark.parametrize("source", ["ensurepip", "uv"])
+def test_without_a_pip_of_its_own_the_one_of_ensurepip_or_uv_comes_along(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    installed = wheels.pip()
+    (index / installed.name).write_bytes(installed.data)
+    find_spec = util.find_spec
+
+    def none(name: str) -> metadata.Distribution:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(wheels.metadata, "distribution", none)
+    if source == "uv":
+        monkeypatch.setattr(wheels.util, "find_spec", lambda name: None if name == "ensurepip" else find_spec(name))
+        if wheels.find_uv() is None:
+            pytest.skip("there is no uv here")
+    made = wheels.pip.__wrapped__()
+    (tmp_path / made.name).write_bytes(made.data)
+    words = [sys.executable, "-I", f"{tmp_path / made.name}/pip", "--version"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True, timeout=60).stdout.startswith("pip ")
+    monkeypatch.setattr(wheels, "find_uv", lambda: None)
+    monkeypatch.setattr(wheels.util, "find_spec", lambda name: None)
+    with pytest.raises(TakoError, match="neither pip nor uv"):
+        wheels.pip.__wrapped__()
 
 
 def test_what_is_kept_of_a_lock_is_json_with_nothing_of_this_machine(shop: Path, index: Path) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,7 +21,7 @@ from importlib import util
 from pathlib import Path
 
 from tako_cli.deploy import wheels
-from tako_cli.deploy.wheels import Wheel, project_name
+from tako_cli.deploy.wheels import Wheel, find_uv, project_name
 from tako_runtime.errors import ConfigError, NotFound, TakoError
 
 #: The machines and versions of glibc that uv has a platform for.
@@ -172,7 +171,12 @@ def lock(wanted: Needs, target: Target, kept: Path, *, vendor: bool, anew: bool 
         (place / "constraints.txt").write_text("\n".join(wanted.constraints) + "\n", "utf-8")
         (place / "in.txt").write_text("\n".join([*wanted.options, ours, *wanted.lines, ""]), "utf-8")
         uv = find_uv() if target.machine in _UV_MACHINES else None
-        found = _by_uv(uv, place, target, vendor=vendor) if uv else _by_pip(place, target, vendor=vendor)
+        try:
+            found = _by_uv(uv, place, target, vendor=vendor) if uv else _by_pip(place, target, vendor=vendor)
+        except TakoError as error:
+            hint = f"What runs on Python {target.python}, {target.machine}, glibc {target.glibc} was looked for"
+            hint += ", as wheels alone, for vendor = true has no server build any." if vendor else "."
+            raise TakoError(str(error), hint=hint) from None
     found.pop("tako", None)
     lines = {line: _trusted(name, hashes, wanted) for name, (line, hashes) in sorted(found.items())}
     kept.mkdir(parents=True, exist_ok=True)
@@ -195,12 +199,6 @@ def wheelhouse(locked: Locked, options: Sequence[str], target: Target, kept: Pat
             with contextlib.suppress(FileExistsError, IsADirectoryError):
                 (Path(scratch) / "wheels").rename(place)
     return {path.name: path for path in sorted(place.glob("*.whl"))}
-
-
-def find_uv() -> str | None:
-    """uv on PATH, or beside the Python that tako runs in."""
-    beside = Path(sys.executable).with_name("uv")
-    return shutil.which("uv") or (str(beside) if beside.is_file() else None)
 
 
 # --- where requirements are stated -----------------------------------------------------------------------------------
