@@ -196,6 +196,31 @@ def test_a_line_that_is_taken_out_of_the_list_cannot_read_what_is_set_from_then_
         vault.reveal()
 
 
+def test_nobody_shuts_himself_out(vault: Vault, ada: Path) -> None:
+    ssh_key(ada)
+    vault.keep("STRIPE_KEY", KEY)
+    listed, sealed = vault.key_file.read_text(), vault.file.read_bytes()
+    other = str(pyrage.x25519.Identity.generate().to_public())
+    vault.key_file.write_text(f"{other} bob\n")
+    with pytest.raises(Refused, match=r"none of your keys would open .*production\.age any more"):
+        vault.share(keys.public_key(other))
+    assert (vault.file.read_bytes(), vault.key_file.read_text()) == (sealed, f"{other} bob\n")
+    vault.key_file.write_text(listed)
+    vault.keep("OTHER_KEY", KEY)
+
+
+def test_a_public_file_that_is_not_of_the_private_key_beside_it_loses_nothing(
+    vault: Vault, ada: Path, tmp_path: Path
+) -> None:
+    ssh_key(ada)
+    (tmp_path / "other").mkdir()
+    (ada / ".ssh" / "id_ed25519.pub").write_text(ssh_key(tmp_path / "other"))
+    with pytest.raises(Refused, match=r"none of your keys would open") as caught:
+        vault.keep("STRIPE_KEY", KEY)
+    assert ".pub" in caught.value.hint
+    assert not vault.file.exists()
+
+
 def test_a_key_that_somebody_has_slipped_into_the_list_is_not_encrypted_to(vault: Vault) -> None:
     vault.keep("STRIPE_KEY", KEY)
     slipped = pyrage.x25519.Identity.generate()
