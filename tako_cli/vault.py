@@ -160,7 +160,7 @@ class Vault:
         except pyrage.DecryptError:
             raise Refused(
                 f"none of your keys would open {self.file} any more: nothing was changed",
-                hint=f"See that {self.key_file.name} has your public key, and that a .pub beside an SSH key is its own.",
+                hint=f"See that {self.key_file.name} has your public key, and a .pub is that of the SSH key beside it.",
             ) from None
         return sealed
 
