@@ -23,7 +23,7 @@ from tako_runtime.child import TERMINAL
 from tako_runtime.errors import TakoError
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
-from tako_runtime.secrets import guarded, reserve, stored
+from tako_runtime.secrets import guarded, reserve
 from tako_runtime.server import Server, alone
 from tako_runtime.store.base import CountRuns
 from tako_runtime.store.commit import StoreThread
@@ -58,7 +58,7 @@ def develop(config: "Config", manifest: "Manifest", options: Options) -> int:
     store.check_storage(config)
     home = store.project_home(config.name, config.root)
     with alone(home.app_dir, "tako dev"):
-        secrets = stored(home.app_dir)
+        secrets = context.secrets(config, home)
         aside = store.set_aside(home) if options.fresh else None
         opened = store.open_store(home)
         try:

@@ -18,7 +18,6 @@ from tako_runtime.disk import filesystem
 from tako_runtime.errors import ConfigError, StoreError, TakoError
 from tako_runtime.feed import supervising
 from tako_runtime.manifest import read
-from tako_runtime.secrets import stored
 from tako_runtime.store import Home
 
 #: A socket's path may have so many bytes everywhere, and the longest name of one has about forty of them.
@@ -47,10 +46,12 @@ def project(path: Path) -> Iterator[Finding]:
     yield from sockets(home)
     values: Mapping[str, str] = {}
     try:
-        values = stored(home.app_dir)
+        values = context.secrets(config, home)
         yield secrets(config, home, values)
     except ConfigError as error:
-        yield broken("secrets", str(error), f"chmod 600 {home.app_dir / 'secrets.json'}, and see that it is yours")
+        own = home.app_dir / "secrets.json"
+        mend = f"chmod 600 {own}, and see that it is yours" if str(own) in str(error) else error.hint
+        yield broken("secrets", str(error), mend)
     yield from workflows(config, values)
     if config.app is not None:
         yield port(config.app.port, home)
@@ -132,7 +133,7 @@ def secrets(config: Config, home: Home, values: Mapping[str, str]) -> Finding:
     required = config.secrets.required
     if missing := [name for name in required if name not in values]:
         what = f"not set: {', '.join(missing)}"
-        return broken("secrets", what, f"Put it into {home.app_dir / 'secrets.json'}, mode 0600.")
+        return broken("secrets", what, f"tako secrets set {missing[0]}")
     return well("secrets", f"{len(values)} there, {len(required)} required")
 
 
