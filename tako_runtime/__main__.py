@@ -135,6 +135,7 @@ def _work(args: argparse.Namespace) -> int:
         idle_timeout=clock.duration(args.idle_timeout, "--idle-timeout") if args.idle_timeout else None,
         lease=clock.duration(args.lease, "--lease", least=100_000),
         max_value=store.limits().max_value,
+        pace=store.pace(),
     )
     lifeline = _Lifeline(os.dup(0))
     _nothing_on_stdin()

@@ -24,7 +24,7 @@ from tako_runtime.retention import prune
 from tako_runtime.run import AttemptRecord, Run, Status, StepRecord, first_id_at, new_id
 from tako_runtime.signals import AWAITED, signals
 from tako_runtime.status import look, status
-from tako_runtime.store import base, limits
+from tako_runtime.store import base, limits, pace
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.why import seen, why
 from tako_runtime.workflow import check_signal_name, new_run, refuse_unhealthy, signal_op
@@ -150,7 +150,7 @@ class Control:
         payload = codec.encode(value, f"the payload of {flow.name!r}", limit=limits().max_value)
         now = self._clock.now()
         new = new_run(
-            flow.name, flow.group, payload, now=now, due=now + delay, retries=flow.retries,
+            flow.name, flow.group, payload, now=now, due=now + pace().real(delay), retries=flow.retries,
             backoff_base=flow.backoff_base, backoff_max=flow.backoff_max, priority=priority, unique_key=unique_key,
             scheduled_at=scheduled_at,
         )  # fmt: skip

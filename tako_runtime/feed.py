@@ -15,8 +15,12 @@ import msgspec
 
 from tako_runtime import log
 from tako_runtime.bell import socket_folder
+from tako_runtime.clock import REAL_TIME, Pace
 
 Event = dict[str, Any]
+
+#: How a `tako dev` whose time passes faster calls itself: "tako dev --time-scale 3600".
+SCALED = " --time-scale "
 
 #: How many bytes a reader may be behind before it is dropped.
 MOST_BEHIND = 4 << 20
@@ -136,10 +140,16 @@ async def follow(app_dir: Path) -> Follower | None:
 
 
 class Supervising(msgspec.Struct, frozen=True):
-    """Who supervises an app on this machine: "tako dev" or "supervisor"."""
+    """Who supervises an app on this machine: "tako dev" or "supervisor"; the former may say at which time scale."""
 
     pid: int
     what: str
+
+    @property
+    def pace(self) -> Pace:
+        """How fast durable time passes under it."""
+        scale = self.what.partition(SCALED)[2]
+        return Pace(float(scale)) if scale else REAL_TIME
 
 
 def supervising(app_dir: Path) -> Supervising | None:

@@ -31,22 +31,22 @@ WORDS: dict[str, tuple[int, str]] = {
     "run.resumed": (INFO, "goes on in attempt {attempt} of {max_attempts}, steps done before: {done}"),
     "run.woken": (INFO, "woken by {by}, goes on in attempt {attempt} of {max_attempts}, steps done before: {done}"),
     "run.succeeded": (INFO, "succeeded in {took}"),
-    "run.retrying": (WARNING, "attempt {attempt} of {max_attempts} failed, again in {pause}: {error}"),
-    "run.sleeping": (INFO, "sleeps until {until}"),
-    "run.waiting": (INFO, "waits for {signals}, until {until}"),
+    "run.retrying": (WARNING, "attempt {attempt} of {max_attempts} failed, again in {pause}{scaled}: {error}"),
+    "run.sleeping": (INFO, "sleeps until {until}{scaled}"),
+    "run.waiting": (INFO, "waits for {signals}, until {until}{scaled}"),
     "run.queued": (INFO, "handed back at a step boundary, goes on under the next worker"),
     "run.cancelled": (INFO, "cancelled: {reason}"),
     "run.dead": (ERROR, "dead: {reason}"),
     "run.lost": (WARNING, "claim lost: somebody else has this run, nothing more is written here"),
-    "run.reclaimed": (WARNING, "{message}; {then}"),
+    "run.reclaimed": (WARNING, "{message}; {then}{scaled}"),
     "worker.broken": (ERROR, "worker {worker} cannot go on and gives itself up: {error}"),
     "step.done": (DEBUG, "step {step} done in {took}"),
     "step.cached": (DEBUG, "step {step} was done already"),
-    "step.retrying": (WARNING, "step {step} failed, try {n} of {tries}, again in {pause}: {error}"),
+    "step.retrying": (WARNING, "step {step} failed, try {n} of {tries}, again in {pause}{scaled}: {error}"),
     "step.failed": (WARNING, "step {step} failed: {error}"),
     "step.left": (WARNING, "step {step} is not waited for any longer; its thread cannot be stopped and is left behind"),
     "wait.done": (DEBUG, "got signal {signal}"),
-    "wait.timed_out": (INFO, "no signal {signal} by its deadline"),
+    "wait.timed_out": (INFO, "no signal {signal} by its deadline{scaled}"),
     "store.busy": (WARNING, "a write waits and is tried again: {error}"),
     "store.on_network": (
         ERROR,
@@ -82,7 +82,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "app.ended": (ERROR, "the app's process {pid} is gone ({how}), it is started again in {pause}"),
     "app.failed": (ERROR, "the app cannot be started, tried again in {pause}: {error}"),
     "app.stopped": (INFO, "the app has stopped: {how}"),
-    "cron.fired": (INFO, "fired for {scheduled_at}"),
+    "cron.fired": (INFO, "fired for {scheduled_at}{scaled}"),
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
     "file.broken": (ERROR, "{file}:{line}: {error}"),
@@ -255,7 +255,10 @@ class JsonLines:
 
 
 class _Lenient(dict[str, Any]):
-    """The facts; `took` is spelled from `ms` only where somebody reads it."""
+    """The facts. Two are made only where somebody reads them: `took` is spelled from `ms`, and `scaled` says what a
+    time stands for that `tako dev --time-scale` has brought nearer (`Pace.told`)."""
 
     def __missing__(self, key: str) -> str:
+        if key == "scaled":
+            return f" ({self['stands_for']} at time-scale {self['time_scale']:g})" if "time_scale" in self else ""
         return clock.spell(round(self["ms"] * 1_000)) if key == "took" and "ms" in self else "?"

@@ -4,6 +4,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from tako_runtime import clock, inflight
+from tako_runtime.clock import REAL_TIME, Pace
 from tako_runtime.log import emit
 from tako_runtime.run import Status, WorkerRecord
 from tako_runtime.state import WorkerLost, settle
@@ -11,7 +12,9 @@ from tako_runtime.store.base import Apply, GiveUpWorker, ListWorkers, RemoveWork
 from tako_runtime.store.commit import StoreThread
 
 
-async def reclaim(store: StoreThread, app_dir: Path, now: int, *, but: Collection[str] = ()) -> int:
+async def reclaim(
+    store: StoreThread, app_dir: Path, now: int, *, but: Collection[str] = (), pace: Pace = REAL_TIME
+) -> int:
     """Give back the runs of every worker whose lease has lapsed, or whose process on this machine is gone; the number
     of runs. `but` are workers that are not looked at. Safe to call from anywhere at any time: the claim number decides.
     """
@@ -20,18 +23,18 @@ async def reclaim(store: StoreThread, app_dir: Path, now: int, *, but: Collectio
         lost = worker.lease_until <= now or inflight.gone(app_dir, worker.id) is True
         # A lease that was renewed since we looked is that of a worker that has woken up: it is not given up.
         if lost and worker.id not in but and await store.do(GiveUpWorker(worker=worker.id, seen=worker.lease_until)):
-            count += await give_back(store, app_dir, worker, now)
+            count += await give_back(store, app_dir, worker, now, pace)
     return count
 
 
-async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now: int) -> int:
+async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now: int, pace: Pace = REAL_TIME) -> int:
     """Give back the runs of one worker that was given up, and take it off the list."""
     places = inflight.places(app_dir, worker.id)
     count = 0
     while not await store.do(RemoveWorker(worker=worker.id)):
         for run in await store.do(RunsOf(worker=worker.id)):
             at = places(run.seq).where
-            change = settle(run, WorkerLost(at), now)
+            change = settle(run, WorkerLost(at), now, pace)
             if not await store.do(Apply(change=change)):
                 continue
             count += 1
@@ -42,6 +45,7 @@ async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now
             emit(
                 "run.reclaimed", run=run.id, workflow=run.workflow, attempt=run.attempt, group=run.group,
                 message=message, then=then, ms=(now - (run.attempt_started_at or now)) / 1_000, **step,
+                **(pace.told((change.due_at or now) - now) if change.status == Status.PENDING else {}),
             )  # fmt: skip
     inflight.forget(app_dir, worker.id)
     return count

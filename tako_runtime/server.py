@@ -17,7 +17,7 @@ from typing import Any
 
 from tako_runtime import clock, disk, log
 from tako_runtime.app import App
-from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import Refused, TakoError
 from tako_runtime.feed import Feed
@@ -49,11 +49,13 @@ class Server:
         secrets: Mapping[str, str] | None = None,
         passed_on: socket.socket | None = None,
         clock: Clock | None = None,
+        pace: Pace = REAL_TIME,
     ) -> None:
         self.home = home
         self._store, self._config, self._server = store, config, server
         limits = Limits(config.workflows.max_value, config.workflows.signal_retention)
-        self._environment = {**(environment or os.environ), **home.environment(), **limits.environment()}
+        ours = {**home.environment(), **limits.environment(), **pace.environment()}
+        self._environment = {**(environment or os.environ), **ours}
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
@@ -69,6 +71,7 @@ class Server:
             store, home, config.root, config.workflows.dir, groups, heard,
             other=lambda name: _group(config, name, server), reread=self.declare, lease=config.workflows.lease,
             log_level="debug" if config.metrics.listen else log_level, environment=self._environment, secrets=secrets,
+            pace=pace,
         )  # fmt: skip
         self.app: App | None = None
         if config.app is not None:
@@ -76,7 +79,7 @@ class Server:
                 config, self._environment, lambda event: heard("app", event),
                 secrets=lambda: self.supervisor.secrets, passed_on=passed_on, clock=ticking,
             )  # fmt: skip
-        self.cron = Cron(store, ticking)
+        self.cron = Cron(store, ticking, pace=pace)
         self.retention = Retention(store, config, server, ticking)
 
     async def declare(self) -> Manifest:

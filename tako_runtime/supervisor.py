@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tako_runtime import clock
 from tako_runtime.child import Child, Event
-from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.errors import StoreBusy, StoreLocked, TakoError
 from tako_runtime.health import Health
 from tako_runtime.inflight import gone
@@ -113,6 +113,7 @@ class Supervisor:
         environment: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
         clock: Clock | None = None,
+        pace: Pace = REAL_TIME,
     ) -> None:
         self.secrets = secrets or {}  # what workers get that start from now on
         self.turns = 0  # how often the loop has gone round
@@ -121,6 +122,7 @@ class Supervisor:
         self._show, self._lease, self._log_level = show, lease, log_level
         self._start_limit, self._stall_limit = start_limit, stall_limit
         self._clock: Clock = clock or SystemClock()
+        self._pace = pace  # of the pauses of runs whose worker died
         self._environment = {**(environment or os.environ), **home.environment(), "PYTHONUNBUFFERED": "1"}
         self._children: dict[Child, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -372,7 +374,7 @@ class Supervisor:
         frozen = {key for key, since in self._lapsed.items() if at - since >= patience}
         await self._end_frozen({lapsed[key] for key in frozen})
         spared = {worker for worker, _ in lapsed.keys() - frozen}
-        await reclaim(self._store, self._home.app_dir, self._clock.now(), but=spared)
+        await reclaim(self._store, self._home.app_dir, self._clock.now(), but=spared, pace=self._pace)
 
     async def _end_frozen(self, pids: Collection[int | None]) -> None:
         """End those of ours that are among these and do not renew their leases (stopped, or hanging with the

@@ -198,11 +198,12 @@ class Workflow(Generic[P, R]):
         now = _clock.now()
         if run_at is not None and delay is not None:
             raise InvalidValue(f"enqueue of {self.name!r}: give run_at or delay, not both")
-        due = now
+        ahead = 0
         if run_at is not None:
-            due = max(now, clock.instant(run_at, "run_at"))
+            ahead = max(0, clock.instant(run_at, "run_at") - now)
         elif delay is not None:
-            due = now + clock.duration(delay, "delay")
+            ahead = clock.duration(delay, "delay")
+        due = now + (store.pace().real(ahead) if ahead else 0)
         if retries is not None:
             check_count(retries, "retries")
         base, longest = self.backoff.base_micros, self.backoff.max_micros

@@ -17,6 +17,10 @@ def dev(
     port: Annotated[
         int | None, typer.Option("--port", metavar="N", min=1, max=65535, help="Where the app listens, for once.")
     ] = None,
+    time_scale: Annotated[
+        float,
+        typer.Option("--time-scale", metavar="N", help="Sleeps, waits, retries and schedules pass N times faster."),
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="The log as one JSON object a line.")] = False,
 ) -> None:
     """Run this project here, with one log: its workflows, its schedules, its app.
@@ -30,6 +34,7 @@ def dev(
       tako dev
       tako dev --fresh
       tako dev --port 8001
+      tako dev --time-scale 3600
       tako dev --once --json
     """
     import os
@@ -37,8 +42,9 @@ def dev(
 
     from tako_cli import context
     from tako_cli.dev.session import develop
-    from tako_runtime import store
+    from tako_runtime import clock, store
 
+    pace = clock.Pace(time_scale)
     config = context.project()
     if port is not None and (no_app or once or config.app is None):
         why = "tako.toml has no [app]" if config.app is None else "it goes with neither --no-app nor --once"
@@ -48,4 +54,4 @@ def dev(
     elif port is not None and config.app is not None:
         config = replace(config, app=replace(config.app, port=port))
     os.environ.update(context.environment(config, store.project_home(config.name, config.root)))
-    raise typer.Exit(develop(config, context.manifest(config), once=once, fresh=fresh, as_json=as_json))
+    raise typer.Exit(develop(config, context.manifest(config), once=once, fresh=fresh, as_json=as_json, pace=pace))

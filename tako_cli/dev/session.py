@@ -14,6 +14,8 @@ from tako_cli import context, output, wording
 from tako_cli.dev.lines import Event, Lines
 from tako_cli.dev.once import Workable, work_off
 from tako_runtime import log, store
+from tako_runtime.clock import REAL_TIME, Pace
+from tako_runtime.feed import SCALED
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
 from tako_runtime.secrets import guarded, reserve, stored
@@ -32,18 +34,26 @@ if TYPE_CHECKING:
 _LISTED = 4
 
 
-def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool, fresh: bool = False) -> int:
+def develop(
+    config: "Config",
+    manifest: "Manifest",
+    *,
+    once: bool,
+    as_json: bool,
+    fresh: bool = False,
+    pace: Pace = REAL_TIME,
+) -> int:
     """Run the project here until told to stop, `fresh` with an empty store; the exit code."""
     reserve()
     store.check_storage(config)
     home = store.project_home(config.name, config.root)
-    with alone(home.app_dir, "tako dev"):
+    with alone(home.app_dir, "tako dev" if pace.scale == 1 else f"tako dev{SCALED}{pace}"):
         secrets = stored(home.app_dir)
         aside = store.set_aside(home) if fresh else None
         opened = store.open_store(home)
         try:
             with guarded(secrets):
-                session = Session(config, manifest, home, opened, as_json=as_json, secrets=secrets)
+                session = Session(config, manifest, home, opened, as_json=as_json, secrets=secrets, pace=pace)
                 session.aside = aside
                 return asyncio.run(session.run(once=once))
         finally:
@@ -62,6 +72,7 @@ class Session:
         *,
         as_json: bool,
         secrets: dict[str, str],
+        pace: Pace = REAL_TIME,
     ) -> None:
         self._config, self._manifest, self._home, self._store = config, manifest, home, opened
         self._lines = Lines(
@@ -72,8 +83,9 @@ class Session:
         )  # fmt: skip
         self._server = Server(
             opened, home, config, self._heard, log_level="debug", environment=context.environment(config, home),
-            secrets=secrets,
+            secrets=secrets, pace=pace,
         )  # fmt: skip
+        self._pace = pace
         self.aside: Aside | None = None  # the store that was put aside
         self._news = asyncio.Event()
         self._stops = 0
@@ -89,7 +101,7 @@ class Session:
             self._server.app.bind()  # or say who has its port, before anything starts
         given_back: list[Event] = []
         with log.sink(given_back.append):
-            await reclaim(self._store, self._home.app_dir, wording.now())
+            await reclaim(self._store, self._home.app_dir, wording.now(), pace=self._pace)
         await self._server.take(self._manifest)
         await self._welcome()
         for event in given_back:
@@ -175,6 +187,12 @@ class Session:
             "dev.ready", f"{self._config.name} is ready", app=self._config.name, store=str(self._config.root / path),
             pid=os.getpid(), workflows=[flow.name for flow in flows], left=left, url=url,
         )  # fmt: skip
+        if self._pace.scale != 1:
+            scaled = (
+                f"time passes {self._pace} times faster for sleeps, deadlines of waits, pauses before retries, delays "
+                "and schedules; code and its timeouts run as ever, and the times shown are the machine's"
+            )
+            self._lines.say("dev.scaled", scaled, "warning", time_scale=self._pace.scale)
         if self.aside is not None:
             gone, place = self.aside.runs, self.aside.path.relative_to(self._config.root)
             runs = "a store that cannot be read" if gone is None else f"{gone} run{'s' * (gone != 1)}"
