@@ -189,8 +189,8 @@ class Session:
         )  # fmt: skip
         if self._pace.scale != 1:
             scaled = (
-                f"time passes {self._pace} times faster for sleeps, deadlines of waits, pauses before retries, delays "
-                "and schedules; code and its timeouts run as ever, and the times shown are the machine's"
+                f"sleeps, waits, retries, delays and schedules pass {self._pace} times faster; code, its timeouts and "
+                "the times shown here are those of the clock"
             )
             self._lines.say("dev.scaled", scaled, "warning", time_scale=self._pace.scale)
         if self.aside is not None:
