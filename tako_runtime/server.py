@@ -17,6 +17,7 @@ from typing import Any
 
 from tako_runtime import clock, disk, log
 from tako_runtime.app import App
+from tako_runtime.child import Group
 from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import Refused, TakoError
@@ -28,7 +29,7 @@ from tako_runtime.retention import Retention
 from tako_runtime.secrets import SHORTEST, guarded, stored, too_short
 from tako_runtime.store import Home, Limits
 from tako_runtime.store.commit import StoreThread
-from tako_runtime.supervisor import Group, Supervisor
+from tako_runtime.supervisor import Supervisor
 from tako_runtime.ticker import Cron
 
 
@@ -48,14 +49,13 @@ class Server:
         environment: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
         passed_on: socket.socket | None = None,
+        together: bool = False,
         clock: Clock | None = None,
         pace: Pace = REAL_TIME,
     ) -> None:
         self.home = home
-        self._store, self._config, self._server = store, config, server
-        limits = Limits(config.workflows.max_value, config.workflows.signal_retention)
-        ours = {**home.environment(), **limits.environment(), **pace.environment()}
-        self._environment = {**(environment or os.environ), **ours}
+        self._store, self._config, self._server, self._pace = store, config, server, pace
+        self._environment = self._with_limits(environment or os.environ)
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
@@ -69,7 +69,8 @@ class Server:
 
         self.supervisor = Supervisor(
             store, home, config.root, config.workflows.dir, groups, heard,
-            other=lambda name: _group(config, name, server), reread=self.declare, lease=config.workflows.lease,
+            other=lambda name: _group(self._config, name, server), together=together,
+            declare=self.take, reread=None if together else self.declare, lease=config.workflows.lease,
             log_level="debug" if config.metrics.listen else log_level, environment=self._environment, secrets=secrets,
             pace=pace,
         )  # fmt: skip
@@ -101,6 +102,26 @@ class Server:
         if self.app is not None:
             self.app.try_now()
         await self.cron.declare(manifest)
+
+    def reload(self) -> None:
+        """The project's files have changed: what runs of it goes on with them as they are now."""
+        self.supervisor.reload()
+        if self.app is not None:
+            self.app.restart(self._environment)
+
+    def configure(self, config: Config, environment: Mapping[str, str]) -> None:
+        """Go by this tako.toml from now on, but for where the app, the metrics and the store are."""
+        self._config = config
+        self._environment = self._with_limits(environment)
+        self.supervisor.configure(
+            {name: _group(config, name, self._server) for name in config.group_names(self._server)}, self._environment
+        )
+        self.reload()
+
+    def _with_limits(self, environment: Mapping[str, str]) -> dict[str, str]:
+        flows = self._config.workflows
+        limits = Limits(flows.max_value, flows.signal_retention)
+        return {**environment, **self.home.environment(), **limits.environment(), **self._pace.environment()}
 
     def _group_names(self) -> set[str]:
         return {*self._config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}

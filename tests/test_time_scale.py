@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import os
 import re
 import signal as signals
 import time
@@ -14,16 +13,19 @@ from typing import Any
 import pytest
 from cli import Dev, at_terminal, developing, document, done, make_project, plain, run_of, start, tako
 from conftest import Caller, FakeClock, until
+from msgspec import structs
+from serving import project as served
+from serving import serving
 from workers import LaterClock, now, shown, status, work
 
-from tako_runtime import Backoff, Step, clock, config, cron, log, store, workflow
+from tako_runtime import Backoff, Step, clock, cron, log, store, workflow
 from tako_runtime.clock import DAY, HOUR, MINUTE, SECOND, Pace
+from tako_runtime.control import Control
 from tako_runtime.errors import ConfigError, InvalidValue
 from tako_runtime.failure import Failure
 from tako_runtime.feed import Supervising
 from tako_runtime.manifest import Declared, Manifest
 from tako_runtime.run import Run
-from tako_runtime.server import Server
 from tako_runtime.state import Raised, WorkerLost, settle
 from tako_runtime.store import Home, base, open_store, project_home
 from tako_runtime.store.commit import StoreThread
@@ -482,8 +484,17 @@ def test_a_person_sees_the_scale_at_the_start(columns: int, project: Path) -> No
 
 
 def test_a_server_hands_its_children_no_scale_from_outside(home: Home, tmp_path: Path) -> None:
-    make_project(tmp_path / "shop", FLOWS)
+    flows = """
+        from tako_runtime import store, workflow
+
+        @workflow("asks")
+        async def asks(step) -> str:
+            return str(store.pace())
+    """
+    root = served(tmp_path / "shop", flows)
     with closing(open_store(home)) as opened:
-        found = config.load(tmp_path / "shop" / "tako.toml")
-        server = Server(opened, home, found, lambda *_: None, environment={**os.environ, "TAKO_TIME_SCALE": "3600"})
-        assert server.supervisor._environment["TAKO_TIME_SCALE"] == "1"
+        flow = declared("0 9 * * *")
+        new = Control(opened).start(structs.replace(flow, name="asks", schedule=None), "null")
+        with serving(home, root, "--env", "development", env={"TAKO_TIME_SCALE": "3600"}):
+            until(lambda: status(opened, new.id)[0] == "succeeded")
+        assert shown(opened, new.id)["result"] == "1"
