@@ -38,7 +38,7 @@ from tako_runtime.state import (
     Waits,
     settle,
 )
-from tako_runtime.step import Step, Suspension, SyncStep
+from tako_runtime.step import NotBegun, Step, Suspension, SyncStep
 from tako_runtime.store.base import Apply, ExpireWait, GetRun, OpenWait, Operation, SaveStep, Steps
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import Workflow, is_text
@@ -373,14 +373,32 @@ class Attempt:
 
     async def in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Call `fn` in a thread, with this code's context; what it returns, or what comes of that where it can be
-        awaited."""
-        call = functools.partial(contextvars.copy_context().run, _contained, fn, *args)
+        awaited. Threads may be few: the body asks again, in its own, whether it may begin, and else raises
+        `NotBegun`."""
+        call = functools.partial(contextvars.copy_context().run, self._in_its_turn, fn, *args)
         try:
             value = await self._loop.run_in_executor(self._desk.bodies, call)
         except asyncio.CancelledError:
             emit("step.left")
             raise
         return await value if inspect.isawaitable(value) else value
+
+    def _in_its_turn(self, fn: Callable[..., Any], *args: Any) -> Any:
+        if self._called_off or self.now() >= self._desk.lease_until:
+            raise NotBegun
+        return _contained(fn, *args)
+
+    @property
+    def _called_off(self) -> bool:
+        """It was stopped from outside. What a handler has begun before its own last word is still done."""
+        return self._lost or isinstance(self._stop, Interrupted | Cancelled)
+
+    async def not_begun(self, key: StepKey) -> None:
+        """A step's body has not begun, and it must not: raises. Where only the lease is in doubt, it may be tried
+        again."""
+        if self._called_off:
+            self.branches.leave(key)  # as in `wait`
+            await self.refuse()
 
     async def see_through(self, key: StepKey, doing: Coroutine[Any, Any, R]) -> R:
         """Do a step whose body runs in a thread. A thread cannot be stopped: where its caller is cancelled (by a task

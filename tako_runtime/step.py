@@ -38,6 +38,10 @@ class Suspension(BaseException):
     """
 
 
+class NotBegun(BaseException):
+    """A body had to wait for a thread, and when it got one it might not begin any more."""
+
+
 class Step:
     """The checkpoints of one run, given to its handler.
 
@@ -176,6 +180,10 @@ class Step:
                 finally:
                     in_step.reset(token)
                 text, carried = codec.carry(value, wanted, f"step {key.name!r}", limit=attempt.max_value)
+            except NotBegun:
+                tries -= 1
+                await attempt.not_begun(key)
+                continue
             except Exception as error:  # noqa: BLE001 -- a step may raise anything; it is raised again below
                 described = failure.describe(error, f"the error of step {key.name!r}")
                 if tries <= retries and retry and not isinstance(error, NotCarried | StepMisuse):
