@@ -94,6 +94,7 @@ class Workflow(Generic[P, R]):
         self.retries, self.backoff = retries, backoff
         self.schedule, self.timezone, self.catchup, self.overlap = schedule, timezone, catchup, overlap
         self.timeout = None if timeout is None else clock.duration(timeout, f"timeout of {name!r}", least=1_000)
+        _check_handler(handler, name)
         self.blocking = not inspect.iscoroutinefunction(handler)
         self.takes_payload, self.payload_type = _payload_of(handler, name)
         _check_schedule(self)
@@ -344,9 +345,31 @@ def _payload_of(handler: Callable[..., Any], name: str) -> tuple[bool, Any]:
         )
     if len(parameters) == 1:
         return False, None
-    annotation = codec.annotations(handler).get(parameters[0].name, Any)
+    annotation = _annotation_of(handler, parameters[0], name)
     codec.decoder(annotation)  # an annotation that nothing can be read into is a mistake of now, not of the first run
     return True, annotation
+
+
+def _annotation_of(handler: Callable[..., Any], payload: inspect.Parameter, name: str) -> Any:
+    """One that names nothing is a mistake of now: read as anything, the payload would be whatever somebody sends."""
+    try:
+        return codec.annotation(handler, payload.name)
+    except (NameError, TypeError, AttributeError, SyntaxError) as error:
+        said = error.msg if isinstance(error, SyntaxError) else error
+        raise InvalidValue(
+            f"the annotation of {payload.name!r} in the handler of {name!r} cannot be resolved: "
+            f"{payload.annotation!r}: {said}",
+            hint="The type has to be there when the handler is declared: define or import it above, at the top level "
+            "of the module, not under `if TYPE_CHECKING`. To take whatever comes, annotate with Any.",
+        ) from None
+
+
+def _check_handler(handler: Callable[..., Any], name: str) -> None:
+    if inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):
+        raise InvalidValue(
+            f"the handler of {name!r} is a generator: it has a yield in it, and calling it would do nothing",
+            hint="A handler returns its result. Write what it did at each yield as a step.",
+        )
 
 
 def _check_schedule(flow: Workflow[..., Any]) -> None:
