@@ -101,6 +101,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "cron.fired": (INFO, "fired for {scheduled_at}{scaled}"),
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
+    "file.importing": (DEBUG, "imports {file}"),
     "file.broken": (ERROR, "{file}:{line}: {error}"),
     "metrics.listening": (INFO, "metrics are served on {listen}"),
     "metrics.failed": (ERROR, "metrics cannot be served on {listen}: {error}"),
@@ -115,7 +116,7 @@ WORDS: dict[str, tuple[int, str]] = {
 }
 
 #: What a supervisor must hear of its workers, whatever the level of the log is.
-HEARD = frozenset({"worker.started", "worker.declared", "worker.claimed", "file.broken"})
+HEARD = frozenset({"file.importing", "worker.started", "worker.declared", "worker.claimed", "file.broken"})
 
 #: Facts of the run and step that the code is in: they go with every event, and with what a handler prints.
 _context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tako_log", default=None)

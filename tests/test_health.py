@@ -70,8 +70,12 @@ def well(opened: StoreThread, run_id: str) -> None:
         ("x = 1\ndef f(:\n", "flows.py:2: cannot be imported: SyntaxError", "def f(:"),
         ("while True: pass\n", "flows.py:1: cannot be imported: its import takes more than", "while True: pass"),
         ("import sys\nsys.exit('no database')", "SystemExit: no database", "sys.exit('no database')"),
-        ("import os\nos._exit(0)", "ended before it claimed anything (exit code 0)", ""),
-        ("import os\nos.abort()", "(killed by SIGABRT): Fatal Python error: Aborted", "flows.py"),
+        ("import os\nos._exit(0)", "(exit code 0), while it imported workflows/flows.py", ""),
+        (
+            "import os\nos.abort()",
+            "(killed by SIGABRT), while it imported workflows/flows.py: Fatal Python error: Aborted",
+            "flows.py",
+        ),
     ],
     ids=["import error", "syntax error", "endless loop", "exit", "silent exit", "crash"],
 )

@@ -277,9 +277,23 @@ def test_reading_it_takes_no_module_of_the_project_into_ones_own_process(project
     assert Manifest(()).groups == {}
 
 
-def test_a_crash_of_the_interpreter_itself_is_an_error_with_its_last_words(project: Path) -> None:
-    write(project, "bad", "import os\nos.write(2, b'last words')\nos.abort()\n")
-    with pytest.raises(ConfigError, match="last words"):
+@pytest.mark.parametrize(("end", "how"), [("os._exit(1)", "exit code 1"), ("os.abort()", "killed by SIGABRT")])
+def test_files_that_end_the_process_are_named_with_its_last_words_and_hide_no_others(
+    end: str, how: str, project: Path
+) -> None:
+    ends = f"import os\nprint('on stdout')\nos.write(2, b'last words')\n{end}\n"
+    bad = [write(project, name, ends) for name in ("bad", "worse")]
+    write(project, "z", declaring("after"))
+    found = read(project, "workflows", {})
+    assert [flow.name for flow in found.workflows] == ["after", "fulfill-order", "report"]
+    assert [one.file for one in found.mistakes] == bad
+    assert all(one.message == f"cannot be imported: it ends the process that does ({how})" for one in found.mistakes)
+    assert all("last words" in one.traceback for one in found.mistakes)
+
+
+def test_what_is_wrong_beside_the_files_is_no_files_fault(project: Path) -> None:
+    (project / "tako.toml").write_text("name = 3\n")
+    with pytest.raises(ConfigError, match="name"):
         read(project, "workflows", {})
 
 
