@@ -102,11 +102,10 @@ def discover(
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    for file in sorted(place.rglob("*.py")):
+    unread: list[OSError] = []
+    for file in _modules(place, unread.append):
         parts = file.relative_to(root).with_suffix("").parts
         inner = parts[len(Path(folder).parts) :]
-        if any(part.startswith(("_", ".")) for part in inner):
-            continue
         if not all(part.isidentifier() for part in inner):
             why = "cannot be imported: a module's name, and that of its folders, has letters, digits and '_' only"
             yield Mistake(str(file).encode(errors="backslashreplace").decode(), 0, why, "")
@@ -119,6 +118,19 @@ def discover(
                 importlib.import_module(".".join(parts))
         except (Exception, SystemExit, _TooSlow) as error:  # noqa: BLE001 -- a module of the user's may raise anything
             yield _mistake(error, file, root)
+    for one in unread:
+        if Path(one.filename) == place:
+            raise ConfigError(f"{place} cannot be read: {one.strerror}", hint="Look at the folder's owner and mode.")
+        yield Mistake(str(one.filename), 0, f"cannot be read: {one.strerror}", "")
+
+
+def _modules(place: Path, unread: Callable[[OSError], None]) -> list[Path]:
+    """The files to be imported, in order."""
+    found = []
+    for folder, folders, names in os.walk(place, onerror=unread):
+        folders[:] = [name for name in folders if not name.startswith(("_", "."))]
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(("_", "."))]
+    return sorted(found)
 
 
 def declares(mistakes: list[Mistake], config: "Config | None") -> Manifest:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import unprivileged
 
 from tako_runtime.errors import ConfigError
-from tako_runtime.manifest import IMPORT_LIMIT, Manifest, read
+from tako_runtime.manifest import IMPORT_LIMIT, Manifest, discover, read
+from tako_runtime.store import Home
 from tako_runtime.workflow import registry
 
 GOOD = """
@@ -300,3 +302,23 @@ def test_what_is_wrong_beside_the_files_is_no_files_fault(project: Path) -> None
 def test_without_the_folder_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no folder 'workflows'"):
         read(tmp_path, "workflows", {})
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_is_not_an_empty_one(home: Home) -> None:
+    home.data_dir.chmod(0o755)
+    inner = home.data_dir / "workflows" / "inner"
+    inner.mkdir(parents=True)
+    write(home.data_dir, "good", declaring("good"))
+    inner.chmod(0o000)
+    with unprivileged():
+        [one] = discover(home.data_dir, "workflows", without=[str(home.data_dir / "workflows" / "good.py")])
+    assert (one.file, one.message) == (str(inner), "cannot be read: Permission denied")
+    inner.parent.chmod(0o000)
+    with (
+        unprivileged(),
+        pytest.raises(ConfigError, match=f"{inner.parent} cannot be read: Permission denied") as caught,
+    ):
+        list(discover(home.data_dir, "workflows"))
+    assert "mode" in caught.value.hint
+    inner.parent.chmod(0o755)
+    inner.chmod(0o755)
