@@ -20,6 +20,7 @@ import msgspec
 
 from tako_runtime.errors import Refused, StoreBusy, StoreError, StoreTooNew
 from tako_runtime.run import RUN_COLUMNS
+from tako_runtime.store import shape
 from tako_runtime.store.base import Operation, Topics
 from tako_runtime.store.operations import Bound, SqlStore, sort
 from tako_runtime.store.queries import load, migrations
@@ -97,6 +98,7 @@ class SqliteStore(SqlStore):
                 self._turnstile = Turnstile(path, PATIENCE)
             self._db = apsw.Connection(str(path), _OPEN)
             self._db.set_busy_timeout(BUSY_TIMEOUT)
+            shape.check(self._db, path)
             if not self._db.pragma("page_count"):  # only a new file can be told to give its free pages back
                 self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self._db.execute("PRAGMA journal_mode = WAL").fetchall()
