@@ -206,7 +206,7 @@ def read(root: Path, folder: str, environment: Mapping[str, str], secrets: Mappi
                 told = said or f"reading {root / folder} ended with {how(done.returncode)}"
                 raise ConfigError(told) from None
             message = f"cannot be imported: it ends the process that does ({how(done.returncode)})"
-            fatal.append(Mistake(file, 0, message, said))
+            fatal.append(Mistake(file, 0, ": ".join([message, *said.splitlines()[-1:]]), said))
 
 
 class _TooSlow(BaseException):

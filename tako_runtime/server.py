@@ -187,8 +187,12 @@ def _group(config: Config, name: str, server: str | None) -> Group:
 def alone(app_dir: Path, what: str) -> Iterator[None]:
     """Be the only one of an app that supervises, within. Raises `Refused`, naming the other one's process id. The lock
     ends with its process, however that ends."""
-    app_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = os.open(app_dir / "supervisor.pid", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = app_dir / "supervisor.pid"
+    try:
+        disk.make_private(app_dir)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise disk.unusable(error, path) from error
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
