@@ -110,6 +110,7 @@ def _serve(args: argparse.Namespace) -> int:
     from tako_runtime.server import Server, alone, serve
 
     found = config.load(Path.cwd() / "tako.toml")
+    found.check_environment(args.env, "production")
     listening = passed_on() if found.app is not None else None
     reserve()
     store.check_storage(found)

@@ -41,8 +41,11 @@ CAUSES = {
 
 
 class Why(NamedTuple):
+    """`signals` are those that it waits for, if that is the cause."""
+
     cause: str
     sentence: str
+    signals: tuple[str, ...] = ()
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,9 +132,10 @@ def _parked(seen: Seen) -> Why:
             return Why("sleeping", f"It sleeps until {_at(run.due_at)}.")
         case Reason.WAITING:
             waits = [f"{wait.signal} {_until(wait)}" for wait in seen.waits]
+            names = tuple(dict.fromkeys(wait.signal for wait in seen.waits))
             if len(waits) == 1:
-                return Why("waiting", f"It waits for signal {waits[0]}.")
-            return Why("waiting", f"It waits for the first of {len(waits)} signals: {'; '.join(waits)}.")
+                return Why("waiting", f"It waits for signal {waits[0]}.", names)
+            return Why("waiting", f"It waits for the first of {len(waits)} signals: {'; '.join(waits)}.", names)
         case Reason.RETRYING:
             return Why("retrying", f"It is retried at {_at(run.due_at)}, because {_failed(run)}.")
     return Why("delayed", f"It was enqueued for later: it is due at {_at(run.due_at)}.")

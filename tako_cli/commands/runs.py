@@ -407,6 +407,8 @@ def _say_started(run: "Run", is_new: bool, delay: str | None) -> None:
 
 def _what_to_do(why: dict[str, Any]) -> str:
     """What a person may do about it, if there is something."""
+    import shlex
+
     from tako_cli import context
     from tako_runtime import store
 
@@ -414,7 +416,8 @@ def _what_to_do(why: dict[str, Any]) -> str:
         case "dead" | "cancelled":
             return f"It goes on with: tako runs retry {why['run']}"
         case "waiting":
-            return "Send one with: tako runs signal NAME. What was sent and nobody took: tako signals ls"
+            name = shlex.quote(next(iter(why["signals"]), "NAME"))
+            return f"Send it with: tako runs signal {name}\nWhat was sent and nobody took: tako signals ls"
         case "no_supervisor" | "lost":
             return context.how_to_run(store.locate())
         case "unhealthy":
