@@ -159,7 +159,7 @@ class Control:
 
     def refuse_unhealthy(self, group: str) -> None:
         """Raises `GroupUnhealthy` where the workers of the group cannot work: for who develops."""
-        refuse_unhealthy(group, self._store.do_sync(base.ListHealth()))
+        refuse_unhealthy(group, self._store.do_sync(base.ListHealth()), lambda: self._app_dir)
 
     def retry(self, prefix: str, from_step: str | None = None) -> Json:
         """Let an ended run go on after its finished steps; `from_step` forgets that step and what came after it."""

@@ -10,6 +10,7 @@ import msgspec
 from tako_runtime import clock, inflight
 from tako_runtime.config import Lane
 from tako_runtime.feed import Supervising
+from tako_runtime.health import believed
 from tako_runtime.run import Reason, ScheduleRecord, Status, WorkerRecord
 from tako_runtime.store import base
 from tako_runtime.store.commit import StoreThread
@@ -45,7 +46,7 @@ def look(store: StoreThread, app_dir: Path, now: int) -> Look:
         workers=workers,
         up=frozenset(worker.id for worker in workers if inflight.is_up(worker, app_dir, now)),
         in_hand=store.do_sync(base.InHand()),
-        unhealthy=store.do_sync(base.ListHealth()),
+        unhealthy=believed(store.do_sync(base.ListHealth()), app_dir),
         schedules=store.do_sync(base.ListSchedules()),
         kept=store.do_sync(base.CountKept(now=now)),
     )

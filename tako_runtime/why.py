@@ -13,6 +13,7 @@ import msgspec
 from tako_runtime import clock, failure, inflight
 from tako_runtime.config import Config
 from tako_runtime.feed import supervising
+from tako_runtime.health import believed
 from tako_runtime.inflight import Place
 from tako_runtime.manifest import Manifest
 from tako_runtime.run import Reason, Run, Status, StepRecord, WorkerRecord
@@ -247,7 +248,7 @@ def seen(
         in_hand=sum(in_hand.get(worker.id, 0) for worker in workers),
         hands=config.group(run.group).concurrency * len(workers) if config else None,
         ahead=store.do_sync(RunsAhead(run=run, now=now)),
-        unhealthy=[one for one in store.do_sync(ListHealth()) if one.group == run.group],
+        unhealthy=[one for one in believed(store.do_sync(ListHealth()), app_dir) if one.group == run.group],
         declared=[flow.group for flow in manifest.workflows if flow.name == run.workflow] if manifest else None,
         mistakes=[f"{one.file}:{one.line}: {one.message}" for one in manifest.mistakes] if manifest else (),
     )
