@@ -18,7 +18,7 @@ from tako_runtime import clock, codec, failure, state
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import InvalidValue, NotFound, Refused
-from tako_runtime.feed import supervising
+from tako_runtime.feed import supervising, tell
 from tako_runtime.manifest import Declared, Manifest
 from tako_runtime.retention import prune
 from tako_runtime.run import AttemptRecord, Run, Status, StepRecord, first_id_at, new_id
@@ -111,10 +111,13 @@ class Control:
         return {"run": run.id, "workflow": run.workflow, "status": run.status, **found._asdict()}
 
     def status(self, config: Config | None = None) -> Json:
-        """How the app stands: `groups`, `workers`, `schedules`, `runs`. The configuration says which groups there are
-        to be."""
+        """How the app stands: its own `process`, `groups`, `workers`, `schedules`, `runs`. The configuration says which
+        groups there are to be."""
+        from tako_runtime.app import standing  # no other operation needs it
+
         wanted = {name: config.group(name) for name in config.group_names()} if config else {}
-        return status(look(self._store, self._app_dir, self._clock.now()), wanted, supervising(self._app_dir))
+        seen = look(self._store, self._app_dir, self._clock.now())
+        return status(seen, wanted, supervising(self._app_dir), standing(self._app_dir))
 
     def signals(self, limit: int = 50) -> Json:
         """Signals that runs are `waiting` for, by name, and signals that are `kept`, oldest first; at most `limit` of
@@ -175,7 +178,19 @@ class Control:
 
     def cancel(self, prefix: str, reason: str = "cancelled by an operator") -> Json:
         """Cancel a pending or parked run now, a running one at its next step boundary."""
-        return self._change(self.find(prefix), lambda run: state.cancel(run, failure.clean(reason), self._clock.now()))
+        found, changes = self.find(prefix), list[state.Change]()
+
+        def decide(run: Run) -> state.Change:
+            changes.append(state.cancel(run, failure.clean(reason), self._clock.now()))
+            return changes[-1]
+
+        shown = self._change(found, decide)
+        if (last := changes[-1]).status is Status.CANCELLED:  # no worker has done it, so none tells of it
+            tell(
+                self._app_dir, "run.cancelled", run=found.id, workflow=found.workflow, group=found.group,
+                attempt=found.attempt, reason=last.reason, ms=(last.now - (found.started_at or last.now)) / 1_000,
+            )  # fmt: skip
+        return shown
 
     def signal(self, name: str, payload: str = "null") -> int:
         """Send a signal with a payload given as JSON text; how many runs took it (0: it is kept)."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tako_runtime import clock, disk, log
-from tako_runtime.app import App
+from tako_runtime.app import App, Noted
 from tako_runtime.child import Group
 from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.config import Config
@@ -60,7 +60,7 @@ class Server:
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
         self.metrics = Metrics(config.metrics.listen, store, self._group_names, ticking)
-        self.feed = Feed(home.app_dir)
+        self.feed = Feed(home.app_dir, lambda event: heard("tako", event))
 
         def heard(source: str, event: dict[str, Any]) -> None:
             self.metrics.observe(event)
@@ -145,7 +145,7 @@ class Server:
         others = [loop.create_task(part.run()) for part in (self.cron, self.retention) if firing]
         parts = ending + others
         try:
-            with log.sink(self.metrics.observe), log.sink(self.feed.announce):
+            with log.sink(self.metrics.observe), log.sink(self.feed.announce), log.sink(Noted(self.home.app_dir)):
                 if (kind := disk.filesystem(self.home.app_dir)) in disk.NETWORK:
                     emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
                 async with self.feed, self.metrics:
