@@ -48,12 +48,9 @@ class Crew:
     async def start(self, group: Group, groups: Iterable[Group], *, replaces: bool = False) -> Child:
         """A worker process of a group, which is told what each of `groups` should be. One that `replaces` others ends
         where a file cannot be imported that could be before. Raises `OSError`."""
-        words = [
-            "worker",
-            *self._words,
-            *(w for each in groups for w in ("--group", f"{each.name}:{each.concurrency}")),
-        ]
-        if group is TOGETHER:
+        told = [word for each in groups for word in ("--group", f"{each.name}:{each.concurrency}")]
+        words = ["worker", *self._words, *told, "--concurrency", str(group.concurrency)]
+        if self._spare is not None:
             words += ["--together"]
         if not group.workers:
             words += ["--idle-timeout", f"{group.idle_timeout}us"]
@@ -64,6 +61,8 @@ class Crew:
         child.replaces = replaces
         self.children[child] = asyncio.get_running_loop().create_task(self._follow(child))
         emit("worker.spawned", pid=child.pid, group=group.name)
+        if self._closed:
+            child.kill()
         return child
 
     async def _launch(self, group: Group, words: list[str]) -> Child:
@@ -82,12 +81,14 @@ class Crew:
 
     # --- new code ---
 
-    def reload(self, groups: Iterable[Group]) -> bool:
+    def reload(self, group: Group, groups: Iterable[Group]) -> bool:
         """Have the project's files as they are now take over; whether there is anything that they take over from.
 
         The one of all groups goes on until its follower has imported them, and if they cannot be imported, after that.
         Others are told to stop, and followed where there is work."""
         self._reload_at = self._clock.now()
+        if self._closed:
+            return True
         if self._spare is None:
             for child in list(self.children):
                 if not child.leaving:
@@ -99,12 +100,12 @@ class Crew:
                 child.kill()
         if not any(child.workers and not child.leaving for child in self.children):
             return False
-        self._do(self._start_follower(list(groups)))
+        self._do(self._start_follower(group, list(groups)))
         return True
 
-    async def _start_follower(self, groups: list[Group]) -> None:
+    async def _start_follower(self, group: Group, groups: list[Group]) -> None:
         try:
-            await self.start(TOGETHER, groups, replaces=True)
+            await self.start(group, groups, replaces=True)
         except OSError as error:
             emit("code.kept", reason=f"its worker cannot be started: {error.strerror}")
 
@@ -148,7 +149,8 @@ class Crew:
         self._closed = True
         if self._spare is not None:
             self._spare.discard()
-        await asyncio.gather(*(self._end(child, followed) for child, followed in self.children.items()))
+        while self.children:
+            await asyncio.gather(*(self._end(child, followed) for child, followed in self.children.items()))
 
     def kill(self) -> None:
         """At once, with what they have started."""

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tako_runtime import clock
@@ -113,7 +113,8 @@ class Supervisor:
         self._store, self._home, self._root, self._folder = store, home, root, folder
         self._wanted, self._other, self._reread = dict(wanted), other, reread
         self._show, self._lease = show, lease
-        self._together, self._declare = together, declare
+        self._declare = declare
+        self._all = self._of_all() if together else None
         self._start_limit, self._stall_limit = start_limit, stall_limit
         self._clock: Clock = clock or SystemClock()
         self._pace = pace  # of the pauses of runs whose worker died
@@ -222,10 +223,10 @@ class Supervisor:
         trying = frozenset(child.group.name for child in staying if child.trial and not child.claimed)
         unhealthy = frozenset(self._health.reasons)
         named = {*self._wanted, *(self._manifest.groups if self._manifest else ()), *self._due, *unhealthy}
-        if self._together:
-            lane = frozenset({TOGETHER.name})
-            seen = Seen(frozenset(), live, self._health.paused_until, lane if unhealthy else frozenset(), trying)
-            wanted = {TOGETHER.name: TOGETHER}
+        if self._all is not None:
+            sick = frozenset({self._all.name} if unhealthy else ())
+            seen = Seen(frozenset(), live, self._health.paused_until, sick, trying)
+            wanted = {self._all.name: self._all}
         else:
             seen = Seen(self._due, live, self._health.paused_until, unhealthy, trying)
             wanted = {name: self._group(name) for name in named}
@@ -322,7 +323,7 @@ class Supervisor:
     # --- workers ---
 
     async def _start(self, group: Group) -> None:
-        groups = self._wanted.values() if group is TOGETHER else [group]
+        groups = self._wanted.values() if group is self._all else [group]
         try:
             child = await self._crew.start(group, groups)
         except OSError as error:
@@ -335,7 +336,7 @@ class Supervisor:
 
     def _groups_of(self, group: Group) -> set[str]:
         """The groups whose runs such a worker process takes."""
-        if group is not TOGETHER:
+        if self._all is None:
             return {group.name}
         return {*self._wanted, *(self._manifest.groups if self._manifest else ())} or {Group().name}
 
@@ -344,6 +345,8 @@ class Supervisor:
             case "worker.claimed":
                 self._health.proved(str(event.get("group")))
             case "worker.declared":
+                if child.dismissed:
+                    return
                 manifest = self._crew.declared(child, event)
                 for group in manifest.groups:  # what it could not work for is mended
                     self._health.healthy(group)
@@ -380,13 +383,19 @@ class Supervisor:
     def configure(self, wanted: Mapping[str, Group], environment: Mapping[str, str]) -> None:
         """What the groups are and what their workers find in their environment, from the next start on."""
         self._wanted, self._crew.environment = dict(wanted), self._with_own(environment)
+        if self._all is not None:
+            self._all = self._of_all()
+
+    def _of_all(self) -> Group:
+        """The one process of all groups, where a group that nobody has configured is like any other such."""
+        return replace(TOGETHER, concurrency=self._other("").concurrency)
 
     def _with_own(self, environment: Mapping[str, str]) -> dict[str, str]:
         return {**environment, **self._home.environment(), "PYTHONUNBUFFERED": "1"}
 
     def reload(self) -> None:
         """Go on with the project's files as they are now. What is in hand stops at its next step boundary."""
-        if not self._crew.reload(self._wanted.values()):
+        if not self._crew.reload(self._all or TOGETHER, self._wanted.values()):
             self._health.try_now()
         self._look_anew()
 

@@ -182,6 +182,9 @@ class Session:
         except TakoError as error:
             self._lines.say("config.broken", f"{error}: what was in it before holds", "error", hint=error.hint)
             return
+        before, now = _fixed(self._config), _fixed(config)
+        if later := [name for name in now if now[name] != before[name]]:
+            self._lines.say("config.later", f"{', '.join(later)} in tako.toml: from the next tako dev on", "warning")
         self._config = config
         self._server.configure(config, self._environment())
 
@@ -266,6 +269,14 @@ class Session:
         for (status, reason), count in (await self._store.do(CountRuns())).items():
             counted["running" if status == Status.RUNNING else reason] += count
         return dict(counted)
+
+
+def _fixed(config: "Config") -> dict[str, object]:
+    """What a running `tako dev` cannot change."""
+    return {
+        "name": config.name, "dir": config.workflows.dir, "[app]": config.app, "[storage]": config.storage,
+        "[metrics]": config.metrics,
+    }  # fmt: skip
 
 
 def _workflow(flow: "Declared", width: int) -> "Text":
