@@ -21,7 +21,7 @@ from tako_runtime.errors import InvalidValue, NotFound, Refused
 from tako_runtime.feed import supervising, tell
 from tako_runtime.manifest import Declared, Manifest
 from tako_runtime.retention import prune
-from tako_runtime.run import AttemptRecord, Run, Status, StepRecord, first_id_at, new_id
+from tako_runtime.run import SHORT_ID, AttemptRecord, Reason, Run, Status, StepRecord, first_id_at, new_id
 from tako_runtime.signals import AWAITED, signals
 from tako_runtime.status import look, status
 from tako_runtime.store import base, limits, pace
@@ -44,17 +44,21 @@ class Control:
     # --- looking ---
 
     def find(self, prefix: str) -> Run:
-        """The run whose id is or begins with `prefix`; `NotFound`, or `Refused` where several do."""
+        """The run whose id is, begins or else ends with `prefix`, if that is long enough to be meant as an end;
+        `NotFound`, or `Refused` where several do."""
         wanted = prefix.strip().lower()
         if not wanted or not all(c in "0123456789abcdef-" for c in wanted):
             raise NotFound(f"{prefix!r} is not a run's id", hint="List the runs with: tako runs ls")
         found = self._store.do_sync(base.FindRuns(prefix=wanted))
+        if len(wanted) < SHORT_ID:
+            found = [run for run in found if run.id.startswith(wanted)]
         exact = [run for run in found if run.id == wanted]
         if not found:
             raise NotFound(f"no run {prefix}", hint="List the runs with: tako runs ls")
         if len(found) > 1 and not exact:
             ids = ", ".join(run.id for run in found)
-            raise Refused(f"{prefix} is the beginning of several ids: {ids}", hint="Give more of it.")
+            part = "beginning" if found[0].id.startswith(wanted) else "end"
+            raise Refused(f"{prefix} is the {part} of several ids: {ids}", hint="Give more of it.")
         return (exact or found)[0]
 
     def list_runs(
@@ -191,6 +195,18 @@ class Control:
                 attempt=found.attempt, reason=last.reason, ms=(last.now - (found.started_at or last.now)) / 1_000,
             )  # fmt: skip
         return shown
+
+    def wake(self, prefix: str | None = None) -> Json:
+        """Let a sleeping run go on now, as if its sleep were over; without an id the one that wakes first. `NotFound`
+        where none sleeps."""
+        run = self.find(prefix) if prefix is not None else self._next_to_wake()
+        return self._change(run, lambda run: state.wake(run, self._clock.now()))
+
+    def _next_to_wake(self) -> Run:
+        found = self._store.do_sync(base.NextDue(reason=Reason.SLEEPING))
+        if found is None:
+            raise NotFound("no run sleeps", hint="A sleep of less than 30 s does not park its run.")
+        return found
 
     def signal(self, name: str, payload: str = "null") -> int:
         """Send a signal with a payload given as JSON text; how many runs took it (0: it is kept)."""

@@ -22,6 +22,7 @@ import msgspec
 
 from tako_runtime import clock, codec
 from tako_runtime.errors import ConfigError, InvalidValue, TakoError
+from tako_runtime.example import example
 from tako_runtime.process import how
 from tako_runtime.secrets import VARIABLE, Mask, envelope
 from tako_runtime.workflow import Workflow, declaring_once, registry
@@ -37,7 +38,8 @@ PATIENCE = 75
 
 
 class Declared(msgspec.Struct, frozen=True):
-    """One workflow as the manifest has it. Durations are microseconds."""
+    """One workflow as the manifest has it. Durations are microseconds; `example` is the JSON text of a payload that
+    fits its type, "" where none could be made."""
 
     name: str
     group: str
@@ -55,6 +57,7 @@ class Declared(msgspec.Struct, frozen=True):
     overlap: str = "allow"
     timeout: int | None = None
     blocking: bool = False
+    example: str = ""
 
 
 class Mistake(msgspec.Struct, frozen=True):
@@ -292,6 +295,7 @@ def _declared(flow: Workflow[..., Any]) -> Declared:
         overlap=flow.overlap,
         timeout=flow.timeout,
         blocking=flow.blocking,
+        example=example(annotation) if flow.takes_payload else "null",
     )
 
 

@@ -151,6 +151,7 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     open_waits: tuple[str, ...] = ()  # parks on these; where one is open no more, a signal came in between: due now
     drop_from: int | None = None  # an operator's retry: forget the steps from this position on
     fresh_steps: bool = False  # an operator's retry: every failed step runs again
+    ends_sleeps: int | None = None  # an operator's wake: the sleeps that would have ended by then are over
 
     @property
     def goes_on(self) -> bool:
@@ -239,6 +240,16 @@ def retry(run: Run, now: int, drop_from: int | None = None) -> Change:
         drop_from=drop_from,
         fresh_steps=True,
     )
+
+
+def wake(run: Run, now: int) -> Change:
+    """A sleeping run goes on now, as if the sleep that ends first were over; others beside it go on. Raises `Refused`
+    for a run that does not sleep."""
+    if run.status != Status.PENDING or run.reason != Reason.SLEEPING or run.due_at is None:
+        where = f"{run.status} ({run.reason})" if run.status == Status.PENDING else run.status
+        hint = "A signal wakes it, or its deadline." if run.reason == Reason.WAITING else ""
+        raise Refused(f"run {run.id} is {where}: it does not sleep", hint=hint)
+    return _parked(run, now, Reason.QUEUED, now, ends_sleeps=run.due_at)
 
 
 def steps_from(steps: Sequence[StepRecord], name: str) -> int | None:

@@ -34,6 +34,7 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     unhealthy: list[base.Unhealthy]
     schedules: list[ScheduleRecord]
     kept: int
+    paused: str | None
 
 
 def look(store: StoreThread, app_dir: Path, now: int) -> Look:
@@ -49,6 +50,7 @@ def look(store: StoreThread, app_dir: Path, now: int) -> Look:
         unhealthy=believed(store.do_sync(base.ListHealth()), app_dir),
         schedules=store.do_sync(base.ListSchedules()),
         kept=store.do_sync(base.CountKept(now=now)),
+        paused=store.do_sync(base.Paused(now=now)),
     )
 
 
@@ -58,6 +60,7 @@ def status(seen: Look, wanted: Mapping[str, Lane], supervisor: Supervising | Non
     return {
         "process": None if supervisor is None else process,
         "supervisor": None if supervisor is None else msgspec.to_builtins(supervisor),
+        "paused": seen.paused,
         "groups": [_group(name, seen, wanted.get(name)) for name in _groups(seen, wanted)],
         "workers": [_worker(worker, seen) for worker in seen.workers],
         "schedules": [_schedule(record) for record in seen.schedules],

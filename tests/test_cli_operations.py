@@ -242,7 +242,7 @@ def test_tail_without_a_supervisor_tells_what_the_store_has(worked: tuple[Path, 
     assert ended.returncode == 0
     assert "no supervisor runs here" in ended.stderr
     lines = [line for line in ended.stdout.splitlines() if not line.startswith(" ")]
-    assert [re.sub(r"^\S+ default \S+ fail  ", "", line)[:24] for line in lines] == [
+    assert [re.sub(r"^\S+ worker \S+ fail  ", "", line)[:24] for line in lines] == [
         "enqueued", "attempt 1 of 2 started", "step prepare done in " + lines[2].split()[-1][:3],
         "attempt 1 of 2 failed, a", "attempt 2 of 2 started", "step break failed: Value", "dead: ValueError: no suc",
     ]  # fmt: skip

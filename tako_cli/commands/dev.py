@@ -24,6 +24,12 @@ def dev(
         float,
         typer.Option("--time-scale", metavar="N", help="Sleeps, waits, retries and schedules pass N times faster."),
     ] = 1,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Plain lines: no colour, no footer, no keys; as into a file.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Tracebacks whole, with the frames of libraries too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The log as one JSON object a line.")] = False,
 ) -> None:
     """Run this project here, with one log: its workflows, its schedules, its app.
@@ -33,7 +39,7 @@ def dev(
     terminal. With --once nothing is watched, and the app is not started.
 
     Ctrl-C lets runs reach their next step boundary and stops; a second one stops at once. Nothing is lost either way:
-    the next tako dev goes on.
+    the next tako dev goes on. At a terminal, ? shows the keys.
 
     \b
     Examples:
@@ -46,7 +52,7 @@ def dev(
     import os
     from dataclasses import replace
 
-    from tako_cli import context
+    from tako_cli import context, output
     from tako_cli.dev.session import Options, develop
     from tako_runtime import clock, store
     from tako_runtime.config import Config
@@ -64,5 +70,9 @@ def dev(
         raise typer.BadParameter(f"there is no app to start: {why}", param_hint="'--port'")
     shell = dict(os.environ)
     os.environ.update(context.environment(config, store.project_home(config.name, config.root)))
-    options = Options(read, shell, once=once, fresh=fresh, process=process, as_json=as_json, pace=pace)
+    if plain:
+        output.be_plain()
+    options = Options(
+        read, shell, once=once, fresh=fresh, process=process, plain=plain, verbose=verbose, as_json=as_json, pace=pace
+    )
     raise typer.Exit(develop(config, context.manifest(config), options))

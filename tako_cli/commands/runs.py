@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="List, show, explain, follow, start, retry, cancel and prune runs.")
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="A run's id, or the beginning of it.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="A run's id, or the beginning or the end of it.")]
 Payload = Annotated[
     str, typer.Option("--payload", "-p", metavar="JSON", help="JSON; @FILE reads a file, - reads standard input.")
 ]
@@ -78,7 +78,7 @@ def show(run: Id, as_json: Json = False) -> None:
 
     \b
     Example:
-      tako runs show 0199a3b2-1c4d
+      tako runs show 9c3fa911
     """
     from tako_cli import context
 
@@ -102,7 +102,7 @@ def why(run: Id, as_json: Json = False) -> None:
 
     \b
     Example:
-      tako runs why 0199a3b2-1c4d
+      tako runs why 9c3fa911
     """
     from tako_cli import context
 
@@ -121,7 +121,9 @@ def why(run: Id, as_json: Json = False) -> None:
 
 @app.command("tail")
 def tail(
-    run: Annotated[str | None, typer.Argument(metavar="[ID]", help="A run's id, or the beginning of it.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="A run's id, or the beginning or the end of it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Each event as one JSON object a line.")] = False,
 ) -> None:
     """Follow a run until it ends, or all runs until Ctrl-C.
@@ -131,7 +133,7 @@ def tail(
 
     \b
     Examples:
-      tako runs tail 0199a3b2-1c4d
+      tako runs tail 9c3fa911
       tako runs tail --json | grep run.dead
     """
     import asyncio
@@ -193,7 +195,9 @@ def start(
 
 @app.command("retry")
 def retry(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids, or the beginnings of them.")] = None,
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="ID...", help="Ids, or the beginnings or ends of them.")
+    ] = None,
     from_step: Annotated[
         str | None, typer.Option("--from", metavar="STEP", help="Forget this step and what came after it.")
     ] = None,
@@ -209,8 +213,8 @@ def retry(
 
     \b
     Examples:
-      tako runs retry 0199a3b2-1c4d
-      tako runs retry 0199a3b2-1c4d --from charge
+      tako runs retry 9c3fa911
+      tako runs retry 9c3fa911 --from charge
       tako runs retry --status dead --workflow fulfill-order --since 1d
     """
     from tako_cli import context
@@ -260,7 +264,7 @@ def signal(
 
 @app.command("cancel")
 def cancel(
-    runs: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or the beginnings of them.")],
+    runs: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or the beginnings or ends of them.")],
     reason: Annotated[
         str, typer.Option("--reason", metavar="TEXT", help="Why; it is kept with the run.")
     ] = "cancelled by an operator",
@@ -272,7 +276,7 @@ def cancel(
 
     \b
     Example:
-      tako runs cancel 0199a3b2-1c4d --reason "ordered twice"
+      tako runs cancel 9c3fa911 --reason "ordered twice"
     """
     from tako_cli import context
 

@@ -146,10 +146,10 @@ class SqliteStore(SqlStore):
         topics: Topics = set()
         sorts = sort(batch)
         try:
-            if not any(kind.writes for kind in sorts):
-                return self._run(batch, sorts, topics), topics
-            self._sync(any(kind.writes and kind.acknowledged for kind in sorts))
-            self._db.execute("BEGIN IMMEDIATE")
+            writes = any(kind.writes for kind in sorts)
+            if writes:
+                self._sync(any(kind.writes and kind.acknowledged for kind in sorts))
+            self._db.execute("BEGIN IMMEDIATE" if writes else "BEGIN")  # what only looks sees one state of things, too
             try:
                 answers = self._run(batch, sorts, topics)
                 self._db.execute("COMMIT")
