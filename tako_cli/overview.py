@@ -17,7 +17,7 @@ _LAST_LINES = 12
 
 def status(found: Json, now: int, here: Path) -> "list[Text]":
     """The app as it stands, from the outside in."""
-    parts = _facts(found, Path(found["store"]), here)
+    parts = _facts(found, Path(found["store"]), here, now)
     parts += [_gap(), *_groups(found["groups"], now)]
     parts += [part for group in found["groups"] for part in _unhealthy(group, now)]
     if found["workers"]:
@@ -27,12 +27,14 @@ def status(found: Json, now: int, here: Path) -> "list[Text]":
     return parts
 
 
-def _facts(found: Json, store: Path, here: Path) -> "list[Text]":
+def _facts(found: Json, store: Path, here: Path, now: int) -> "list[Text]":
     who, dead, kept = found["supervisor"], found["runs"]["dead"], found["signals_kept"]
+    own = found["process"]
     facts = [
         ("app", found["app"]),
         ("store", str(store.relative_to(here) if store.is_relative_to(here) else store)),
         ("runs by", f"{who['what']}, process {who['pid']}" if who else "nobody"),
+        ("process", f"{own['message']} ({wording.age(own['since'], now)} ago)" if own else ""),
         ("paused", f"by {found['paused']}: nothing is claimed" if found["paused"] else ""),
         ("runs", ", ".join(f"{n} {word}" for word, n in found["runs"].items() if n and word != "dead") or "none alive"),
         ("dead", f"{dead} in the last day: tako runs ls --status dead" if dead else ""),

@@ -18,13 +18,13 @@ from tako_runtime import clock, codec, failure, state
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import InvalidValue, NotFound, Refused
-from tako_runtime.feed import supervising
+from tako_runtime.feed import supervising, tell
 from tako_runtime.manifest import Declared, Manifest
 from tako_runtime.retention import prune
 from tako_runtime.run import SHORT_ID, AttemptRecord, Reason, Run, Status, StepRecord, first_id_at, new_id
 from tako_runtime.signals import AWAITED, signals
 from tako_runtime.status import look, status
-from tako_runtime.store import base, limits
+from tako_runtime.store import base, limits, pace
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.why import seen, why
 from tako_runtime.workflow import check_signal_name, new_run, refuse_unhealthy, signal_op
@@ -115,10 +115,13 @@ class Control:
         return {"run": run.id, "workflow": run.workflow, "status": run.status, **found._asdict()}
 
     def status(self, config: Config | None = None) -> Json:
-        """How the app stands: `groups`, `workers`, `schedules`, `runs`. The configuration says which groups there are
-        to be."""
+        """How the app stands: its own `process`, `groups`, `workers`, `schedules`, `runs`. The configuration says which
+        groups there are to be."""
+        from tako_runtime.app import standing  # no other operation needs it
+
         wanted = {name: config.group(name) for name in config.group_names()} if config else {}
-        return status(look(self._store, self._app_dir, self._clock.now()), wanted, supervising(self._app_dir))
+        seen = look(self._store, self._app_dir, self._clock.now())
+        return status(seen, wanted, supervising(self._app_dir), standing(self._app_dir))
 
     def signals(self, limit: int = 50) -> Json:
         """Signals that runs are `waiting` for, by name, and signals that are `kept`, oldest first; at most `limit` of
@@ -154,7 +157,7 @@ class Control:
         payload = codec.encode(value, f"the payload of {flow.name!r}", limit=limits().max_value)
         now = self._clock.now()
         new = new_run(
-            flow.name, flow.group, payload, now=now, due=now + delay, retries=flow.retries,
+            flow.name, flow.group, payload, now=now, due=now + pace().real(delay), retries=flow.retries,
             backoff_base=flow.backoff_base, backoff_max=flow.backoff_max, priority=priority, unique_key=unique_key,
             scheduled_at=scheduled_at,
         )  # fmt: skip
@@ -163,7 +166,7 @@ class Control:
 
     def refuse_unhealthy(self, group: str) -> None:
         """Raises `GroupUnhealthy` where the workers of the group cannot work: for who develops."""
-        refuse_unhealthy(group, self._store.do_sync(base.ListHealth()))
+        refuse_unhealthy(group, self._store.do_sync(base.ListHealth()), lambda: self._app_dir)
 
     def retry(self, prefix: str, from_step: str | None = None) -> Json:
         """Let an ended run go on after its finished steps; `from_step` forgets that step and what came after it."""
@@ -179,7 +182,19 @@ class Control:
 
     def cancel(self, prefix: str, reason: str = "cancelled by an operator") -> Json:
         """Cancel a pending or parked run now, a running one at its next step boundary."""
-        return self._change(self.find(prefix), lambda run: state.cancel(run, failure.clean(reason), self._clock.now()))
+        found, changes = self.find(prefix), list[state.Change]()
+
+        def decide(run: Run) -> state.Change:
+            changes.append(state.cancel(run, failure.clean(reason), self._clock.now()))
+            return changes[-1]
+
+        shown = self._change(found, decide)
+        if (last := changes[-1]).status is Status.CANCELLED:  # no worker has done it, so none tells of it
+            tell(
+                self._app_dir, "run.cancelled", run=found.id, workflow=found.workflow, group=found.group,
+                attempt=found.attempt, reason=last.reason, ms=(last.now - (found.started_at or last.now)) / 1_000,
+            )  # fmt: skip
+        return shown
 
     def wake(self, prefix: str | None = None) -> Json:
         """Let a sleeping run go on now, as if its sleep were over; without an id the one that wakes first. `NotFound`

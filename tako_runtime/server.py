@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tako_runtime import clock, disk, log
-from tako_runtime.app import App
+from tako_runtime.app import App, Noted
 from tako_runtime.child import Group
-from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import Refused, TakoError
 from tako_runtime.feed import Feed
@@ -51,15 +51,16 @@ class Server:
         passed_on: socket.socket | None = None,
         together: bool = False,
         clock: Clock | None = None,
+        pace: Pace = REAL_TIME,
     ) -> None:
         self.home = home
-        self._store, self._config, self._server = store, config, server
+        self._store, self._config, self._server, self._pace = store, config, server, pace
         self._environment = self._with_limits(environment or os.environ)
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
         self.metrics = Metrics(config.metrics.listen, store, self._group_names, ticking)
-        self.feed = Feed(home.app_dir)
+        self.feed = Feed(home.app_dir, lambda event: heard("tako", event))
 
         def heard(source: str, event: dict[str, Any]) -> None:
             self.metrics.observe(event)
@@ -71,6 +72,7 @@ class Server:
             other=lambda name: _group(self._config, name, server), together=together,
             declare=self.take, reread=None if together else self.declare, lease=config.workflows.lease,
             log_level="debug" if config.metrics.listen else log_level, environment=self._environment, secrets=secrets,
+            pace=pace,
         )  # fmt: skip
         self.app: App | None = None
         if config.app is not None:
@@ -78,7 +80,7 @@ class Server:
                 config, self._environment, lambda event: heard("app", event),
                 secrets=lambda: self.supervisor.secrets, passed_on=passed_on, clock=ticking,
             )  # fmt: skip
-        self.cron = Cron(store, ticking)
+        self.cron = Cron(store, ticking, pace=pace)
         self.retention = Retention(store, config, server, ticking)
 
     async def declare(self) -> Manifest:
@@ -119,7 +121,7 @@ class Server:
     def _with_limits(self, environment: Mapping[str, str]) -> dict[str, str]:
         flows = self._config.workflows
         limits = Limits(flows.max_value, flows.signal_retention)
-        return {**environment, **self.home.environment(), **limits.environment()}
+        return {**environment, **self.home.environment(), **limits.environment(), **self._pace.environment()}
 
     def _group_names(self) -> set[str]:
         return {*self._config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
@@ -143,7 +145,7 @@ class Server:
         others = [loop.create_task(part.run()) for part in (self.cron, self.retention) if firing]
         parts = ending + others
         try:
-            with log.sink(self.metrics.observe), log.sink(self.feed.announce):
+            with log.sink(self.metrics.observe), log.sink(self.feed.announce), log.sink(Noted(self.home.app_dir)):
                 if (kind := disk.filesystem(self.home.app_dir)) in disk.NETWORK:
                     emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
                 async with self.feed, self.metrics:
@@ -185,8 +187,12 @@ def _group(config: Config, name: str, server: str | None) -> Group:
 def alone(app_dir: Path, what: str) -> Iterator[None]:
     """Be the only one of an app that supervises, within. Raises `Refused`, naming the other one's process id. The lock
     ends with its process, however that ends."""
-    app_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = os.open(app_dir / "supervisor.pid", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    path = app_dir / "supervisor.pid"
+    try:
+        disk.make_private(app_dir)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise disk.unusable(error, path) from error
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,6 +13,7 @@ import msgspec
 from tako_runtime import clock, failure, inflight
 from tako_runtime.config import Config
 from tako_runtime.feed import supervising
+from tako_runtime.health import believed
 from tako_runtime.inflight import Place
 from tako_runtime.manifest import Manifest
 from tako_runtime.run import Reason, Run, Status, StepRecord, WorkerRecord
@@ -52,8 +53,11 @@ CAUSES = {
 
 
 class Why(NamedTuple):
+    """`signals` are those that it waits for, if that is the cause."""
+
     cause: str
     sentence: str
+    signals: tuple[str, ...] = ()
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
@@ -142,9 +146,10 @@ def _parked(seen: Seen) -> Why:
             return Why("sleeping", f"It sleeps until {_at(run.due_at)}.")
         case Reason.WAITING:
             waits = [f"{wait.signal} {_until(wait)}" for wait in seen.waits]
+            names = tuple(dict.fromkeys(wait.signal for wait in seen.waits))
             if len(waits) == 1:
-                return Why("waiting", f"It waits for signal {waits[0]}.")
-            return Why("waiting", f"It waits for the first of {len(waits)} signals: {'; '.join(waits)}.")
+                return Why("waiting", f"It waits for signal {waits[0]}.", names)
+            return Why("waiting", f"It waits for the first of {len(waits)} signals: {'; '.join(waits)}.", names)
         case Reason.RETRYING:
             return Why("retrying", f"It is retried at {_at(run.due_at)}, because {_failed(run)}.")
     return Why("delayed", f"It was enqueued for later: it is due at {_at(run.due_at)}.")
@@ -258,7 +263,7 @@ def seen(
         in_hand=sum(in_hand.get(worker.id, 0) for worker in workers),
         hands=config.group(run.group).concurrency * len(workers) if config else None,
         ahead=store.do_sync(RunsAhead(run=run, now=now)),
-        unhealthy=[one for one in store.do_sync(ListHealth()) if one.group == run.group],
+        unhealthy=[one for one in believed(store.do_sync(ListHealth()), app_dir) if one.group == run.group],
         declared=[flow.group for flow in manifest.workflows if flow.name == run.workflow] if manifest else None,
         mistakes=[f"{one.file}:{one.line}: {one.message}" for one in manifest.mistakes] if manifest else (),
         paused=store.do_sync(Paused(now=now)),

@@ -171,6 +171,39 @@ def test_a_file_that_a_newer_tako_wrote_is_refused_and_left_as_it_is(path: Path)
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 3, -1])
+def test_a_file_whose_version_was_altered_is_refused_and_left_as_it_is(wrong: int, path: Path) -> None:
+    SqliteStore(path).close()
+    connection = apsw.Connection(str(path))
+    connection.execute(f"PRAGMA user_version = {wrong}")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=f"says that it has version {wrong}, and .*altered by hand") as caught:
+        SqliteStore(path)
+    assert "--fresh" in caught.value.hint
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [0, queries.migrations()[-1][0]])
+def test_a_file_of_another_program_is_refused_and_left_as_it_is(number: int, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = apsw.Connection(str(path))
+    connection.execute(f"CREATE TABLE notes (text); PRAGMA user_version = {number}")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="another program"):
+        SqliteStore(path)
+    assert path.read_bytes() == before
+
+
+def test_a_store_to_which_somebody_has_added_an_index_of_their_own_is_one(path: Path) -> None:
+    SqliteStore(path).close()
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE INDEX theirs ON runs (release)")
+    connection.close()
+    SqliteStore(path).close()
+
+
 def test_an_older_file_is_migrated_and_keeps_its_runs(
     caller: Caller, opened: StoreThread, home: Home, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,10 @@ def dev(
     process: Annotated[
         bool, typer.Option("--process", help="Workers as in production: each group's own, started when there is work.")
     ] = False,
+    time_scale: Annotated[
+        float,
+        typer.Option("--time-scale", metavar="N", help="Sleeps, waits, retries and schedules pass N times faster."),
+    ] = 1,
     plain: Annotated[
         bool, typer.Option("--plain", help="Plain lines: no colour, no footer, no keys; as into a file.")
     ] = False,
@@ -42,6 +46,7 @@ def dev(
       tako dev
       tako dev --fresh
       tako dev --port 8001
+      tako dev --time-scale 3600
       tako dev --once --json
     """
     import os
@@ -49,7 +54,7 @@ def dev(
 
     from tako_cli import context, output
     from tako_cli.dev.session import Options, develop
-    from tako_runtime import store
+    from tako_runtime import clock, store
     from tako_runtime.config import Config
 
     def read() -> Config:
@@ -58,6 +63,7 @@ def dev(
             return replace(config, app=None)
         return replace(config, app=replace(config.app, port=port or config.app.port))
 
+    pace = clock.Pace(time_scale)
     config = read()
     if port is not None and config.app is None:
         why = "it goes with neither --no-app nor --once" if no_app or once else "tako.toml has no [app]"
@@ -67,6 +73,6 @@ def dev(
     if plain:
         output.be_plain()
     options = Options(
-        read, shell, once=once, fresh=fresh, process=process, plain=plain, verbose=verbose, as_json=as_json
+        read, shell, once=once, fresh=fresh, process=process, plain=plain, verbose=verbose, as_json=as_json, pace=pace
     )
     raise typer.Exit(develop(config, context.manifest(config), options))

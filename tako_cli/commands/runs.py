@@ -10,6 +10,7 @@ from tako_cli.commands import Json, Yes
 
 if TYPE_CHECKING:
     from tako_runtime.control import Control
+    from tako_runtime.run import Run
 
 app = typer.Typer(no_args_is_help=True, help="List, show, explain, follow, start, retry, cancel and prune runs.")
 
@@ -182,7 +183,7 @@ def start(
         run = control.start(flow, text, delay=micros, unique_key=key, priority=priority)
         is_new = run.created_at >= before
         if not as_json:
-            _say_started(run.id, flow.name, is_new, delay)
+            _say_started(run, is_new, delay)
         shown = control.wait(run) if wait else run_json(run)
     if as_json:
         output.document({"run": shown, "started": is_new})
@@ -394,17 +395,24 @@ def _change(ids: list[str], change: Any, done: str, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _say_started(run: str, workflow: str, is_new: bool, delay: str | None) -> None:
+def _say_started(run: "Run", is_new: bool, delay: str | None) -> None:
     from tako_cli import context
+    from tako_runtime import clock, store
 
-    output.text(f"{run}  {workflow}  {'started' if is_new else 'is alive with this key: no second one was started'}")
+    said = "started" if is_new else "is alive with this key: no second one was started"
+    output.text(f"{run.id}  {run.workflow}  {said}")
     if is_new and delay is not None:
+        pace = store.pace()
+        if pace.scale != 1:
+            delay = f"{clock.spell((run.due_at or 0) - run.created_at)} ({delay} at time-scale {pace})"
         output.note(f"it is due in {delay}")
     context.note_if_nothing_runs("it goes on when you start tako dev")
 
 
 def _what_to_do(why: dict[str, Any]) -> str:
     """What a person may do about it, if there is something."""
+    import shlex
+
     from tako_cli import context
     from tako_runtime import store
 
@@ -412,7 +420,8 @@ def _what_to_do(why: dict[str, Any]) -> str:
         case "dead" | "cancelled":
             return f"It goes on with: tako runs retry {why['run']}"
         case "waiting":
-            return "Send one with: tako runs signal NAME. What was sent and nobody took: tako signals ls"
+            name = shlex.quote(next(iter(why["signals"]), "NAME"))
+            return f"Send it with: tako runs signal {name}\nWhat was sent and nobody took: tako signals ls"
         case "no_supervisor" | "lost":
             return context.how_to_run(store.locate())
         case "unhealthy":

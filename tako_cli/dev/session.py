@@ -24,10 +24,12 @@ from tako_cli.dev.watch import Watch
 from tako_cli.dev.welcome import Found, spelled, welcome
 from tako_runtime import log, store
 from tako_runtime.child import TERMINAL
+from tako_runtime.clock import REAL_TIME, Pace
 from tako_runtime.errors import TakoError
+from tako_runtime.feed import SCALED
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
-from tako_runtime.secrets import guarded, reserve, stored
+from tako_runtime.secrets import guarded, reserve
 from tako_runtime.server import Server, alone
 from tako_runtime.store.base import CountRuns
 from tako_runtime.store.commit import StoreThread
@@ -51,6 +53,7 @@ class Options:
     plain: bool = False
     verbose: bool = False
     as_json: bool = False
+    pace: Pace = REAL_TIME
 
 
 def develop(config: "Config", manifest: "Manifest", options: Options) -> int:
@@ -58,8 +61,8 @@ def develop(config: "Config", manifest: "Manifest", options: Options) -> int:
     reserve()
     store.check_storage(config)
     home = store.project_home(config.name, config.root)
-    with alone(home.app_dir, "tako dev"):
-        secrets = stored(home.app_dir)
+    with alone(home.app_dir, "tako dev" if options.pace.scale == 1 else f"tako dev{SCALED}{options.pace}"):
+        secrets = context.secrets(config, home)
         aside = store.set_aside(home) if options.fresh else None
         opened = store.open_store(home)
         try:
@@ -97,7 +100,7 @@ class Session:
         environment = self._environment()
         self._server = Server(
             opened, home, config, self._heard, log_level="debug", environment=environment,
-            secrets=secrets, together=not (options.process or options.once),
+            secrets=secrets, together=not (options.process or options.once), pace=options.pace,
         )  # fmt: skip
         self._watch: Watch | None = None
         self._broken: set[str] = set()
@@ -122,7 +125,7 @@ class Session:
             self._server.app.bind()  # or say who has its port, before anything starts
         given_back: list[Event] = []
         with log.sink(given_back.append):
-            await reclaim(self._store, self._home.app_dir, wording.now())
+            await reclaim(self._store, self._home.app_dir, wording.now(), pace=self._options.pace)
         await self._server.take(self._manifest)
         await self._welcome()
         for event in given_back:
@@ -255,6 +258,12 @@ class Session:
             workflows=[flow.name for flow in found.workflows], left=left, url=found.url, secrets=found.secrets,
             missing=found.missing,
         )  # fmt: skip
+        if (pace := self._options.pace).scale != 1:
+            scaled = (
+                f"sleeps, waits, retries, delays and schedules pass {pace} times faster; code, its timeouts and the "
+                "times shown here are those of the clock"
+            )
+            self._lines.say("dev.scaled", scaled, "warning", time_scale=pace.scale)
         if self.aside is not None:
             gone, place = self.aside.runs, self.aside.path.relative_to(self._config.root)
             runs = "a store that cannot be read" if gone is None else f"{gone} run{'s' * (gone != 1)}"
