@@ -401,9 +401,11 @@ def test_while_it_is_lent_the_terminal_is_as_it_was_and_no_key_is_taken(project:
     assert terminal.lines[-1] == "then y"
 
 
-def test_a_breakpoint_has_the_terminal_and_then_the_footer_and_the_keys_are_back(project: Path) -> None:
+@pytest.mark.parametrize("place", ["    breakpoint()\n{line}", "{line}\n    breakpoint()"], ids=["first", "last"])
+def test_a_breakpoint_has_the_terminal_and_then_the_footer_and_the_keys_are_back(project: Path, place: str) -> None:
     flows = project / "workflows" / "flows.py"
-    flows.write_text(flows.read_text().replace("    print(f", "    breakpoint()\n    print(f"))
+    line = '    print(f"charged {total}")'
+    flows.write_text(flows.read_text().replace(line, place.format(line=line)))
     with at_terminal("dev", cwd=project) as dev:
         dev.wait_for_foot("for keys")
         dev.press("s3")
@@ -412,6 +414,7 @@ def test_a_breakpoint_has_the_terminal_and_then_the_footer_and_the_keys_are_back
         dev.wait_for_foot(r"\(Pdb\)")
         assert not in_raw_mode(dev)
         assert sum("for keys" in line for line in dev.lines) == 0
+        assert sum("0 running" in line or "1 running" in line for line in dev.lines) == 0
         dev.press("p total * 2\n")
         dev.wait_for("^19.0")
         dev.press("c\n")

@@ -12,15 +12,15 @@ def test_what_was_looked_at_only_while_something_was_broken_is_not_gone_once_it_
         file.write_text("")
     changed: list[list[Path]] = []
     watch = Watch(tmp_path, files[2], files[0].parent, changed.append)
-    watch.know([str(files[0])], [str(files[0])])
+    watch.know([files[0]], [files[0]])
     watch._look()
     files[0].write_text("good = True\n")
     watch._look()
     assert changed == [[files[0]]]
-    watch.know([str(files[0])], [])
+    watch.know([files[0]], [])
     watch._look()
     assert changed == [[files[0]]]
     files[0].unlink()
-    watch.know([str(files[0])], [])
+    watch.know([files[0]], [])
     watch._look()
     assert changed[1:] == [[files[0]]], "a file that is removed is a change all the same"
