@@ -288,7 +288,7 @@ def test_a_question_is_drawn_anew_for_the_width_that_there_is(project: Path) -> 
         dev.resize(60)
         dev.wait_for("^   9{56}\n   9{34}$")
         dev.press("\r")
-        dev.wait_for("started with 9")
+        dev.wait_for("PayloadRefused")
         dev.press("q")
         assert dev.ended() == 0
 
