@@ -95,7 +95,7 @@ def _manifest(args: argparse.Namespace) -> int:
 
         told = {"told": tell} if args.telling else {}
         mistakes = list(discover(Path.cwd(), args.dir, limit, without=args.without, **told))
-        found = declares(mistakes, config)
+        found = declares(Path.cwd(), mistakes, config)
         said = masked_json(msgspec.json.encode(found), "the manifest") + b"\n"
     with os.fdopen(out, "wb") as pipe:  # a big one does not fit into it at once
         pipe.write(said)
@@ -190,9 +190,9 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
     ):
         return NOTHING_TO_RUN
     if args.together:
-        files, modules = imported(root, own)
-        found = msgspec.to_builtins(declares(mistakes, _config()))
-        log.emit("worker.declared", manifest=found, files=files, modules=modules)
+        theirs = {name for _, name in imported(root)} | own | {"__main__"}
+        modules = [name for name in sys.modules if name not in theirs]
+        log.emit("worker.declared", manifest=msgspec.to_builtins(declares(root, mistakes, _config())), modules=modules)
     settings = [
         Settings(
             group=group,

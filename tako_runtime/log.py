@@ -81,7 +81,7 @@ WORDS: dict[str, tuple[int, str]] = {
         "breakpoint() at {file}:{line} is passed over: there is no terminal",
     ),
     "debugger.closed": (DEBUG, "goes on"),
-    "code.loaded": (DEBUG, "files of the project at work: {files}"),
+    "code.declared": (DEBUG, "workflows of the project: {workflows}, made of {files} files"),
     "code.reloaded": (INFO, "the new code is at work after {took}"),
     "code.kept": (WARNING, "the code as it was before goes on: {reason}"),
     "group.paused": (WARNING, "group {group} is tried again in {pause}; failures in a row: {failures}"),

@@ -59,6 +59,8 @@ class Server:
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
+        self._together = together
+        self._reloading: asyncio.Future[None] | None = None
         self.metrics = Metrics(config.metrics.listen, store, self._group_names, ticking)
         self.feed = Feed(home.app_dir, lambda event: heard("tako", event))
 
@@ -86,13 +88,17 @@ class Server:
     async def declare(self) -> Manifest:
         """Read what the workflows declare, and make the schedules those. Raises `ConfigError` where they cannot be read
         at all; a file that cannot be imported is a mistake in the manifest, and the schedules stay as they were."""
+        found = await self._read()
+        await self.take(found)
+        return found
+
+    async def _read(self) -> Manifest:
         folder = self._config.workflows.dir
         found = await asyncio.to_thread(read, self._config.root, folder, self._environment, self.supervisor.secrets)
         for mistake in found.mistakes:
             emit(
                 "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
             )
-        await self.take(found)
         return found
 
     async def take(self, manifest: Manifest) -> None:
@@ -102,12 +108,30 @@ class Server:
         if self.app is not None:
             self.app.try_now()
         await self.cron.declare(manifest)
+        emit("code.declared", workflows=len(manifest.workflows), files=len(manifest.files))
 
     def reload(self) -> None:
-        """The project's files have changed: what runs of it goes on with them as they are now."""
-        self.supervisor.reload()
+        """The project's files have changed: what runs of it goes on with them as they are now. A file that cannot be
+        imported and could be before leaves it as it is."""
+        if self._together:
+            self.supervisor.reload()
+        else:
+            self._reloading = asyncio.ensure_future(self._reload())
         if self.app is not None:
             self.app.restart(self._environment)
+
+    async def _reload(self) -> None:
+        known = {mistake.file for mistake in self.manifest.mistakes}
+        try:
+            found = await self._read()
+        except TakoError as error:
+            emit("server.unread", error=str(error))
+            return
+        if news := [mistake for mistake in found.mistakes if mistake.file not in known]:
+            emit("code.kept", reason=f"{news[0].file}:{news[0].line}: {news[0].message}")
+            return
+        await self.take(found)
+        self.supervisor.reload()
 
     def configure(self, config: Config, environment: Mapping[str, str]) -> None:
         """Go by this tako.toml from now on, but for where the app, the metrics and the store are."""

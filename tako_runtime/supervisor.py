@@ -173,11 +173,6 @@ class Supervisor:
         self._crew.secrets = values
 
     @property
-    def files(self) -> frozenset[str]:
-        """The project's own files that are at work, where one process takes the runs of all groups."""
-        return self._crew.files
-
-    @property
     def pids(self) -> list[int]:
         return [child.pid for child in self._crew.children]
 
