@@ -32,7 +32,8 @@ class Watch:
         """What the code at work has imported, and which files cannot be."""
         before = self._folders()
         self._imported, self._broken = frozenset(imported), frozenset(broken)
-        self._seen = {**self._fingerprint(), **self._seen}  # what is new here is as it is, not changed
+        now = self._fingerprint()  # what is new here is as it is, not changed; what is no concern any more is not gone
+        self._seen = now | {path: was for path, was in self._seen.items() if path in now or not path.exists()}
         if self._folders() != before:
             self._moved.set()
 
