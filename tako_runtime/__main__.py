@@ -19,15 +19,13 @@ import msgspec
 from tako_runtime import clock, log, store
 from tako_runtime.child import NOTHING_TO_RUN
 from tako_runtime.errors import TakoError
+from tako_runtime.guard import ORPHAN_GRACE
 from tako_runtime.manifest import IMPORT_LIMIT, discover, manifest
 from tako_runtime.output import captured
 from tako_runtime.script import run_script
-from tako_runtime.secrets import guarded, masked_json, receive, stored
+from tako_runtime.secrets import guarded, masked_json, receive, reserve, stored
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
-
-#: A worker whose supervisor is gone has this many seconds to reach a step boundary; then it takes all it started along.
-ORPHAN_GRACE = 4.0
 
 LEVELS = {"debug": log.DEBUG, "info": log.INFO, "warning": log.WARNING}
 
@@ -42,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     worker.add_argument("--idle-timeout", help="leave after this long without work; without it, never")
     worker.add_argument("--lease", default="15s", help="how long the worker is believed alive after its last word")
     worker.add_argument("--log-level", choices=LEVELS, default="info")
-    serve = commands.add_parser("serve", help="one app on this server: workers, cron, old runs")
+    serve = commands.add_parser("serve", help="one app on this server: its own process, workers, cron")
     serve.add_argument("--server", help="the name under [servers] whose settings hold here")
-    serve.add_argument("--env", default="production", help="whose variables the workers get")
+    serve.add_argument("--env", default="production", help="whose variables they get")
     serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
@@ -84,9 +82,12 @@ def _manifest(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     from tako_runtime import config
+    from tako_runtime.port import passed_on
     from tako_runtime.server import Server, alone, serve
 
     found = config.load(Path.cwd() / "tako.toml")
+    listening = passed_on() if found.app is not None else None
+    reserve()
     store.check_storage(found)
     home = store.locate()
     out = log.JsonLines(1, LEVELS[args.log_level])
@@ -99,7 +100,7 @@ def _serve(args: argparse.Namespace) -> int:
             await serve(
                 Server(
                     opened, home, found, out.pass_on, server=args.server, log_level=args.log_level,
-                    environment=environment, secrets=secrets,
+                    environment=environment, secrets=secrets, passed_on=listening,
                 )
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""One app on one machine, day and night: supervisor, cron and old runs; signals and readiness.
+"""One app on one machine, day and night: supervisor, its own process, cron and old runs; signals and readiness.
 
 `python -m tako_runtime serve` is this and nothing else, and `tako dev` is this at a terminal. It never imports user
 code: what the workflows declare it learns from the manifest, which a short-lived process reads.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tako_runtime import clock, log
+from tako_runtime.app import App
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import Refused, TakoError
@@ -46,6 +47,7 @@ class Server:
         log_level: str = "info",
         environment: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
+        passed_on: socket.socket | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.home = home
@@ -68,6 +70,12 @@ class Server:
             other=lambda name: _group(config, name, server), reread=self.declare, lease=config.workflows.lease,
             log_level="debug" if config.metrics.listen else log_level, environment=self._environment, secrets=secrets,
         )  # fmt: skip
+        self.app: App | None = None
+        if config.app is not None:
+            self.app = App(
+                config, self._environment, lambda event: heard("app", event),
+                secrets=lambda: self.supervisor.secrets, passed_on=passed_on, clock=ticking,
+            )  # fmt: skip
         self.cron = Cron(store, ticking)
         self.retention = Retention(store, config, server, ticking)
 
@@ -87,6 +95,8 @@ class Server:
         """Go by what this manifest declares from now on."""
         self.manifest = manifest
         self.supervisor.declare(manifest)
+        if self.app is not None:
+            self.app.try_now()
         await self.cron.declare(manifest)
 
     def _group_names(self) -> set[str]:
@@ -101,24 +111,24 @@ class Server:
             emit("secret.short", names=", ".join(short), least=SHORTEST)
 
     async def run(self, *, firing: bool = True) -> None:
-        """Until `stop()`; then drain the workers, and leave none behind. Without `firing` no schedule fires and no old
-        run goes: nothing is begun, and what is there is worked off.
+        """Until `stop()`; then end the app, drain the workers, and leave nothing behind. Without `firing` no schedule
+        fires and no old run goes: nothing is begun, and what is there is worked off.
 
         If one of the parts cannot go on, all end, and what it failed of is raised: an app whose cron has silently died
         would be worse than one that is down."""
         loop = asyncio.get_running_loop()
-        parts = [loop.create_task(self.supervisor.run())]
-        if firing:
-            parts += [loop.create_task(self.cron.run()), loop.create_task(self.retention.run())]
+        ending = [loop.create_task(part.run()) for part in (self.supervisor, self.app) if part is not None]
+        others = [loop.create_task(part.run()) for part in (self.cron, self.retention) if firing]
+        parts = ending + others
         try:
             with log.sink(self.metrics.observe), log.sink(self.feed.announce):
                 async with self.feed, self.metrics:
                     await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
                     self.stop()
-                    await asyncio.wait(parts[:1])
+                    await asyncio.wait(ending)
         finally:
             self.stop()
-            for part in parts[2:]:
+            for part in others[1:]:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
         for part in parts:
@@ -129,6 +139,14 @@ class Server:
         """Fire nothing more, claim nothing more, drain. Call it in the event loop."""
         self.cron.stop()
         self.supervisor.stop()
+        if self.app is not None:
+            self.app.stop()
+
+    def kill(self) -> None:
+        """End every process at once, with what it has started."""
+        self.supervisor.kill()
+        if self.app is not None:
+            self.app.kill()
 
 
 def _group(config: Config, name: str, server: str | None) -> Group:

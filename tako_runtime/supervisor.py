@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tako_runtime import clock
-from tako_runtime.child import Child, Event, how
+from tako_runtime.child import Child, Event
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.errors import StoreBusy, StoreLocked, TakoError
 from tako_runtime.health import Health
 from tako_runtime.inflight import gone
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, fingerprint
+from tako_runtime.process import how
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import new_id
 from tako_runtime.secrets import VARIABLE, handing_over

@@ -1,6 +1,7 @@
 """One `tako dev`, from its first line to its last child's end.
 
-lock -> store -> give back what a crash left -> supervise until Ctrl-C (or, with --once, until nothing is left)
+lock -> store -> the app's port -> give back what a crash left
+     -> supervise until Ctrl-C (or, with --once, until nothing is left)
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from tako_cli.dev.once import Workable, work_off
 from tako_runtime import log, store
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
-from tako_runtime.secrets import guarded, stored
+from tako_runtime.secrets import guarded, reserve, stored
 from tako_runtime.server import Server, alone
 from tako_runtime.store.base import CountRuns
 from tako_runtime.store.commit import StoreThread
@@ -33,6 +34,7 @@ _LISTED = 4
 
 def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool, fresh: bool = False) -> int:
     """Run the project here until told to stop, `fresh` with an empty store; the exit code."""
+    reserve()
     store.check_storage(config)
     home = store.project_home(config.name, config.root)
     with alone(home.app_dir, "tako dev"):
@@ -63,7 +65,9 @@ class Session:
     ) -> None:
         self._config, self._manifest, self._home, self._store = config, manifest, home, opened
         self._lines = Lines(
-            config.root, sorted({*config.group_names(), *(flow.group for flow in manifest.workflows)}),
+            config.root,
+            [*(["app"] if config.app else []),
+             *sorted({*config.group_names(), *(flow.group for flow in manifest.workflows)})],
             [flow.name for flow in manifest.workflows], as_json=as_json, lost=self._stop,
         )  # fmt: skip
         self._server = Server(
@@ -81,6 +85,8 @@ class Session:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._interrupted)
+        if self._server.app is not None:
+            self._server.app.bind()  # or say who has its port, before anything starts
         given_back: list[Event] = []
         with log.sink(given_back.append):
             await reclaim(self._store, self._home.app_dir, wording.now())
@@ -128,7 +134,7 @@ class Session:
             self._lines.say("dev.stopping", "stopping: runs go on to their next step boundary. Again: stop at once")
             self._stop()
             return
-        self._server.supervisor.kill()
+        self._server.kill()
 
     def _stop(self) -> None:
         self._server.stop()
@@ -146,7 +152,10 @@ class Session:
         left = await self._left()
         flows = self._manifest.workflows
         path = (self._home.app_dir / "runs.db").relative_to(self._config.root)
+        url = self._server.app.url if self._server.app is not None else None
         lines = [output.styled("tako dev  ", "dim").append(self._config.name, "bold")]
+        if url is not None:
+            lines[0].append(f"  {url}", "cyan")
         name_width = max((len(flow.name) for flow in flows[:_LISTED]), default=0)
         lines += [_workflow(flow, name_width) for flow in flows[:_LISTED]]
         if len(flows) > _LISTED:
@@ -164,7 +173,7 @@ class Session:
             self._lines.say("file.broken", message, "error", file=one.file, line=one.line, error=one.message)
         self._lines.say(
             "dev.ready", f"{self._config.name} is ready", app=self._config.name, store=str(self._config.root / path),
-            pid=os.getpid(), workflows=[flow.name for flow in flows], left=left,
+            pid=os.getpid(), workflows=[flow.name for flow in flows], left=left, url=url,
         )  # fmt: skip
         if self.aside is not None:
             gone, place = self.aside.runs, self.aside.path.relative_to(self._config.root)
