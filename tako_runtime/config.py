@@ -126,6 +126,7 @@ class Deploy:
         str | None, Setting(values.data_dir, None, "where a server keeps its data; unset: its usual place")
     ]
     keep_releases: Annotated[int, Setting(values.whole(1, 100), 5, "releases that stay on a server")]
+    max_size: Annotated[int, Setting(values.release_size, "200MiB", "the project's files, at most")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
