@@ -24,6 +24,8 @@ from tako_runtime.manifest import IMPORT_LIMIT, discover, manifest
 from tako_runtime.output import captured
 from tako_runtime.script import run_script
 from tako_runtime.secrets import guarded, masked_json, receive, reserve, stored
+from tako_runtime.store.base import DataVersion
+from tako_runtime.store.commit import StoreThread
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
 
@@ -40,9 +42,11 @@ def main(argv: list[str] | None = None) -> int:
     worker.add_argument("--idle-timeout", help="leave after this long without work; without it, never")
     worker.add_argument("--lease", default="15s", help="how long the worker is believed alive after its last word")
     worker.add_argument("--log-level", choices=LEVELS, default="info")
+    worker.add_argument("--trial", action="store_true", help="claim nothing: say that all is there, and stay")
     serve = commands.add_parser("serve", help="one app on this server: its own process, workers, cron")
     serve.add_argument("--server", help="the name under [servers] whose settings hold here")
     serve.add_argument("--env", default="production", help="whose variables they get")
+    serve.add_argument("--on-trial", type=Path, metavar="FILE", help="prove it first where FILE names TAKO_RELEASE")
     serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
@@ -81,9 +85,10 @@ def _manifest(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from tako_runtime import config
+    from tako_runtime import config, rollover
+    from tako_runtime.alone import Lock
     from tako_runtime.port import passed_on
-    from tako_runtime.server import Server, alone, serve
+    from tako_runtime.server import Server, serve
 
     found = config.load(Path.cwd() / "tako.toml")
     listening = passed_on() if found.app is not None else None
@@ -91,21 +96,28 @@ def _serve(args: argparse.Namespace) -> int:
     store.check_storage(found)
     home = store.locate()
     out = log.JsonLines(1, LEVELS[args.log_level])
-    with log.sink(out), alone(home.app_dir, "supervisor"):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it can hand over, it is not asked to
+    lock = Lock(home.app_dir, "supervisor")
+    trial = rollover.trial(home.app_dir, args.on_trial)
+    with log.sink(out), lock:
+        if trial is None:
+            lock.take()
         secrets = stored(home.app_dir)
         opened = store.open_store(home)
         environment = {**found.variables(args.env), **os.environ, "TAKO_ENV": args.env}
 
         async def run() -> None:
-            await serve(
-                Server(
-                    opened, home, found, out.pass_on, server=args.server, log_level=args.log_level,
-                    environment=environment, secrets=secrets, passed_on=listening,
-                )
+            server = Server(
+                opened, home, found, out.pass_on, server=args.server, log_level=args.log_level,
+                environment=environment, secrets=secrets, passed_on=listening,
             )  # fmt: skip
+            await serve(server, lock, trial)
 
         try:
             asyncio.run(run())
+        except rollover.NotTaken as error:
+            sys.stderr.write(f"{error}\n" + "".join(f"{line}\n" for line in error.last_lines))
+            return rollover.NOT_TAKEN
         finally:
             opened.close()
             out.flush()
@@ -149,6 +161,8 @@ def _work(args: argparse.Namespace) -> int:
     if mistakes and not any(flow.group == settings.group for flow in registry.values()):
         return NOTHING_TO_RUN
     opened, app_dir = store.current(), store.locate().app_dir
+    if args.trial:
+        return _stay(opened, lifeline, settings.group)
     gc.collect()
     gc.freeze()  # what is imported stays: no collection has to walk over it again
     gc.set_threshold(20_000, 20, 20)  # a batch of a hundred runs makes some thousand values that live for a commit
@@ -159,6 +173,19 @@ def _work(args: argparse.Namespace) -> int:
         if reason != "lost lease":  # with a lost one, start over with a new identity
             break
     opened.close()
+    return 0
+
+
+def _stay(opened: StoreThread, lifeline: "_Lifeline", group: str) -> int:
+    """Be a worker that is ready and claims nothing, until SIGTERM or the supervisor's end."""
+    opened.do_sync(DataVersion())
+    flows = ", ".join(sorted(flow.name for flow in registry.values() if flow.group == group))
+    log.emit("worker.fit", group=group, workflows=flows or "none")
+    over = threading.Event()
+    lifeline.tell(over.set)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    over.wait()
     return 0
 
 

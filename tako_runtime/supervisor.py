@@ -135,7 +135,8 @@ class Supervisor:
         self._lapsed: dict[tuple[str, int], float] = {}  # workers of this machine, their leases, and since when
         self._wake = asyncio.Event()
         self._dirty = True
-        self.stopping = False
+        self._overdue: set[str] = set()  # workers that were to stop, and whose attempts did not within the grace
+        self.stopping = self._succeeded = False
 
     def declare(self, manifest: Manifest) -> None:
         """What the workflows declare. Until it is known, a worker is started for whatever is due."""
@@ -154,11 +155,14 @@ class Supervisor:
         finally:
             listener.close()
             await self._end_children()
-            await self._health.forget()
+            if not self._succeeded:
+                await self._health.forget()
 
-    def stop(self) -> None:
-        """Drain and leave. Call it in the event loop."""
+    def stop(self, *, succeeded: bool = False) -> None:
+        """Drain and leave. Where another one has `succeeded` us, what is known of the groups is its to say. Call it in
+        the event loop."""
         self.stopping = True
+        self._succeeded = self._succeeded or succeeded
         self._wake.set()
 
     @property
@@ -295,19 +299,23 @@ class Supervisor:
 
     # --- workers ---
 
-    async def _start(self, group: Group) -> None:
+    async def spawn(self, group: Group, *more: str) -> Child:
+        """Start a worker of that group; `more` are further words for it. Raises `OSError` where that cannot be."""
         words = [
             sys.executable, "-m", "tako_runtime", "worker", "--group", group.name, "--dir", self._folder,
             "--concurrency", str(group.concurrency), "--lease", f"{self._lease}us",
-            "--import-limit", f"{self._start_limit / 2}s", "--log-level", self._log_level,
+            "--import-limit", f"{self._start_limit / 2}s", "--log-level", self._log_level, *more,
         ]  # fmt: skip
         if not group.workers:
             words += ["--idle-timeout", f"{group.idle_timeout}us"]
+        async with handing_over(self.secrets) as pipe:
+            return Child(group, words, self._root, {**self._environment, VARIABLE: str(pipe)}, self._clock, pipe)
+
+    async def _start(self, group: Group) -> None:
         try:
-            async with handing_over(self.secrets) as pipe:
-                child = Child(group, words, self._root, {**self._environment, VARIABLE: str(pipe)}, self._clock, pipe)
+            child = await self.spawn(group)
         except OSError as error:
-            reason = f"its worker cannot be started: {error.strerror}: {error.filename or words[0]}"
+            reason = f"its worker cannot be started: {error.strerror}: {error.filename or sys.executable}"
             self._health.unhealthy(group.name, reason, "")
             self._health.paused(group.name)
             return
@@ -372,7 +380,7 @@ class Supervisor:
         frozen = {key for key, since in self._lapsed.items() if at - since >= patience}
         await self._end_frozen({lapsed[key] for key in frozen})
         spared = {worker for worker, _ in lapsed.keys() - frozen}
-        await reclaim(self._store, self._home.app_dir, self._clock.now(), but=spared)
+        await reclaim(self._store, self._home.app_dir, self._clock.now(), but=spared, overdue=self._overdue)
 
     async def _end_frozen(self, pids: Collection[int | None]) -> None:
         """End those of ours that are among these and do not renew their leases (stopped, or hanging with the
@@ -401,6 +409,8 @@ class Supervisor:
     async def _end(self, child: Child, followed: "asyncio.Task[None]") -> None:
         child.terminate()
         await asyncio.wait([followed], timeout=child.group.grace / clock.SECOND)
+        if not followed.done() and self.stopping and not child.verdict:
+            self._overdue.add(child.worker)
         child.kill()
         await asyncio.wait([followed])
 

@@ -130,7 +130,9 @@ class Machine:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
         self._keeper.wait()
-        until(lambda: not any(_pids(p) for root in _cgroup_roots() for p in (root / self._unique).rglob("cgroup.procs")))
+        until(
+            lambda: not any(_pids(p) for root in _cgroup_roots() for p in (root / self._unique).rglob("cgroup.procs"))
+        )
 
     def cut(self) -> None:
         """Pull the cable."""
@@ -212,8 +214,7 @@ def machines(*names: str, suite: str = "bookworm") -> Iterator[list[Machine]]:
         make_key(folder / "key")
         running: list[Machine] = []
         try:
-            for name in names:
-                running.append(Machine(name, folder, base, _free_number()))
+            running.extend(Machine(name, folder, base, _free_number()) for name in names)
             yield running
         finally:
             for one in running:
