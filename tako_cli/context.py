@@ -61,14 +61,29 @@ def environment(config: "Config", home: "Home") -> dict[str, str]:
     return {**config.variables(DEV), **os.environ, **home.environment(), "TAKO_ENV": DEV}
 
 
+def secrets(config: "Config", home: "Home") -> dict[str, str]:
+    """What a process of the project's own is given here: the team's secrets of development, and over them this user's
+    own from the file beside the store."""
+    from tako_cli.vault import reveal
+
+    shared = reveal(config.root, DEV) if is_development(home) else {}
+    return {**shared, **own_secrets(home)}
+
+
+def own_secrets(home: "Home") -> dict[str, str]:
+    """Those of the file beside the store."""
+    from tako_runtime.secrets import stored
+
+    return stored(home.app_dir)
+
+
 def manifest(config: "Config") -> "Manifest":
     """What the workflows declare, read in a process of its own, so that user code cannot take this one down."""
     from tako_runtime.manifest import read
-    from tako_runtime.secrets import stored
     from tako_runtime.store import project_home
 
     home = project_home(config.name, config.root)
-    return read(config.root, config.workflows.dir, environment(config, home), stored(home.app_dir))
+    return read(config.root, config.workflows.dir, environment(config, home), secrets(config, home))
 
 
 def tell(mistakes: "Sequence[Mistake]") -> None:

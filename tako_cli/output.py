@@ -135,6 +135,13 @@ def confirm(question: str) -> bool:
     return typer.confirm(clean(question), err=True)
 
 
+def ask_hidden(question: str) -> str:
+    """An answer from the person at the terminal, which it does not show."""
+    import typer
+
+    return str(typer.prompt(clean(question), hide_input=True, err=True, default="", show_default=False))
+
+
 # --- rich ------------------------------------------------------------------------------------------------------------
 
 

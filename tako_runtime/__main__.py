@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import faulthandler
 import gc
+import json
 import os
 import signal
 import stat
@@ -20,7 +21,7 @@ from tako_runtime import clock, log, store
 from tako_runtime.child import NOTHING_TO_RUN
 from tako_runtime.errors import TakoError
 from tako_runtime.guard import ORPHAN_GRACE
-from tako_runtime.manifest import IMPORT_LIMIT, discover, manifest
+from tako_runtime.manifest import IMPORT_LIMIT, Manifest, discover, manifest
 from tako_runtime.output import captured
 from tako_runtime.script import run_script
 from tako_runtime.secrets import guarded, masked_json, receive, reserve, stored
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
+    commands.add_parser("fit", help="which live runs would not fit the release in the working folder, as JSON")
+    commands.add_parser("switch", help="switch a server to a release, as the JSON on stdin says")
     script = commands.add_parser("run", help="a script, as python would, with secrets")
     script.add_argument("script")
     script.add_argument("words", nargs=argparse.REMAINDER, help="what follows is the script's own")
@@ -59,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "run":
         run_script(args.script, args.words)
     try:
-        return {"worker": _worker, "serve": _serve, "manifest": _manifest}[args.command](args)
+        return COMMANDS[args.command](args)
     except TakoError as error:
         sys.stderr.write(f"{error}\n{error.hint}\n".rstrip("\n") + "\n")
         return 1
@@ -121,6 +124,38 @@ def _serve(args: argparse.Namespace) -> int:
         finally:
             opened.close()
             out.flush()
+    return 0
+
+
+def _fit(_: argparse.Namespace) -> int:
+    from tako_runtime.control import Control
+    from tako_runtime.fit import unfit
+
+    declared = msgspec.json.decode(Path(".release/manifest.json").read_bytes(), type=Manifest)
+    home = store.locate()
+    opened = store.open_store(home)
+    found = unfit(Control(opened, app_dir=home.app_dir), declared, Path.cwd())
+    opened.close()
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+def _switch(_: argparse.Namespace) -> int:
+    """What it does, as a JSON object a line. Nobody need listen: it goes on all the same."""
+    from tako_runtime.switch import NotSwitched, Spec, switch
+
+    def say(**said: object) -> None:
+        with contextlib.suppress(OSError):
+            os.write(1, json.dumps(said).encode() + b"\n")
+
+    for number in (signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        spec = msgspec.json.decode(sys.stdin.buffer.read(), type=Spec)
+        say(taken=True, **switch(spec, lambda stage: say(stage=stage)))
+    except NotSwitched as error:
+        say(taken=False, error=str(error), last_lines=error.last_lines)
+        return 1
     return 0
 
 
@@ -241,6 +276,11 @@ def _end_now() -> None:
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "worker": _worker, "serve": _serve, "manifest": _manifest, "fit": _fit, "switch": _switch,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -184,14 +184,19 @@ class Config:
         """The environments that the file has, be it only with variables; and "development", which needs nothing."""
         return tuple(dict.fromkeys([*self.envs, *_tables_in(self.stated, ("vars",)), "development"]))
 
+    def check_environment(self, env: str) -> None:
+        """`ConfigError`, with the nearest one, for an environment that the file does not have."""
+        if env not in (known := self.environments()):
+            near = difflib.get_close_matches(env, known, 1, 0.5)
+            hint = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(known)}."
+            raise ConfigError(f"{self.path}: there is no environment {values.shown(env)}", hint=hint)
+
     def explain(self, env: str | None = None, server: str | None = None) -> list[tuple[str, object, str]]:
         """Each effective value: its dotted key, the value as the file would have it, and where it comes from:
         "built-in", or "tako.toml:12 [workflows.email]". `env` says whose variables, `server` whose groups.
         `ConfigError` for one that is not in the file, and for a server that is not one of the environment's."""
-        if env is not None and env not in (known := self.environments()):
-            near = difflib.get_close_matches(env, known, 1, 0.5)
-            hint = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(known)}."
-            raise ConfigError(f"{self.path}: there is no environment {values.shown(env)}", hint=hint)
+        if env is not None:
+            self.check_environment(env)
         theirs = self.envs[env].servers if env is not None and env in self.envs else tuple(self.servers)
         if server in self.servers and server not in theirs:
             hint = f"It has {', '.join(theirs)}."

@@ -58,8 +58,8 @@ class Secrets:
         if (value := self._value(name)) is None:
             raise SecretMissing(
                 f"the secret {name} is not set",
-                hint=f"This process was given: {', '.join(self._names) or 'no secrets at all'}. They come from the "
-                "file secrets.json beside the store.",
+                hint=f"This process was given: {', '.join(self._names) or 'no secrets at all'}. tako secrets set sets "
+                "one; on a server they come from the file secrets.json beside the store.",
             )
         return value
 

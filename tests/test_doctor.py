@@ -119,7 +119,7 @@ def test_a_person_sees_each_thing_with_its_mend_and_a_last_word(columns: int, qu
     assert code == 1
     [at] = [at for at, line in enumerate(lines) if line.startswith("broken")]
     assert lines[at].split() == ["broken", "secrets", "not", "set:", "STRIPE_KEY"]
-    assert lines[at + 1].startswith("         mend: Put it into")
+    assert lines[at + 1].startswith("         mend: tako secrets set STRIPE_KEY")
     assert "1 broken" in lines[-1]
 
 

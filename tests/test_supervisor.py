@@ -334,7 +334,7 @@ def test_stopping_drains_the_workers_and_leaves_no_process_behind(opened: StoreT
     assert bodies(log) == ["a"]
 
 
-def test_after_the_grace_what_does_not_stop_is_killed_and_its_run_given_back(
+def test_after_the_grace_what_does_not_stop_is_killed_and_its_run_given_back_with_no_attempt_used(
     opened: StoreThread, home: Home, log: Path
 ) -> None:
     gate = home.data_dir / "gate"
@@ -344,7 +344,8 @@ def test_after_the_grace_what_does_not_stop_is_killed_and_its_run_given_back(
         until(lambda: bodies(log) == ["a"])
         assert supervisor.stop() == 0
         assert all(gone(pid) for pid in supervisor.spawned)
-    assert status(opened, run_id) == ("pending", "retrying")
+    assert status(opened, run_id) == ("pending", "queued")
+    assert [one for one in shown(opened, run_id)["attempts"] if one["outcome"] == "lost"] == []
     assert workers(opened) == {}
 
 

@@ -109,10 +109,6 @@ def differs(tree: Tree) -> bool:
     return False
 
 
-def ignored_by_git(root: Path, folder: str) -> bool:
-    return _is_repository(root) and _asked(root, "check-ignore", "-q", "--", folder).returncode == 0
-
-
 def shown(path: str) -> str:
     """A path as a person can read it, on one line."""
     return path if path.isprintable() else ascii(path)[1:-1]

@@ -4,9 +4,9 @@
     python3 -c "$(cat unpack.py)" RELEASES ID SHA256 - [FACTS] < archive.tar.gz
 
 It makes `RELEASES/ID`, whole or not at all: everything goes into a temporary folder beside it, is synced, and is
-renamed at the end. Of a connection that is cut, or a disk that is full, nothing stays but such a folder (`.ID.*`), which
-the next one removes. FACTS is a JSON object that joins `RELEASE.json`. A release that is there already with the same
-bytes is left as it is.
+renamed at the end. Of a connection that is cut, or a disk that is full, nothing stays but such a folder (`.ID.*`),
+which the next one removes. FACTS is a JSON object that joins `RELEASE.json`. A release that is there already with the
+same bytes is left as it is.
 
 Refused are `..`, absolute paths, names twice, devices, hard links, and symbolic links that lead out of the release, by
 themselves or through others.

@@ -16,7 +16,7 @@ from tako_cli.dev.once import Workable, work_off
 from tako_runtime import log, store
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
-from tako_runtime.secrets import guarded, reserve, stored
+from tako_runtime.secrets import guarded, reserve
 from tako_runtime.server import Server, alone
 from tako_runtime.store.base import CountRuns
 from tako_runtime.store.commit import StoreThread
@@ -38,7 +38,7 @@ def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool
     store.check_storage(config)
     home = store.project_home(config.name, config.root)
     with alone(home.app_dir, "tako dev"):
-        secrets = stored(home.app_dir)
+        secrets = context.secrets(config, home)
         aside = store.set_aside(home) if fresh else None
         opened = store.open_store(home)
         try:

@@ -17,7 +17,6 @@ from tako_runtime.config import Config, load
 from tako_runtime.errors import ConfigError, StoreError, TakoError
 from tako_runtime.feed import supervising
 from tako_runtime.manifest import read
-from tako_runtime.secrets import stored
 from tako_runtime.store import Home
 
 #: A socket's path may have so many bytes everywhere, and the longest name of one has about forty of them.
@@ -46,10 +45,10 @@ def project(path: Path) -> Iterator[Finding]:
     yield from sockets(home)
     values: Mapping[str, str] = {}
     try:
-        values = stored(home.app_dir)
+        values = context.secrets(config, home)
         yield secrets(config, home, values)
     except ConfigError as error:
-        yield broken("secrets", str(error), f"chmod 600 {home.app_dir / 'secrets.json'}, and see that it is yours")
+        yield broken("secrets", str(error), error.hint or "tako secrets ls says it too.")
     yield from workflows(config, values)
     if config.app is not None:
         yield port(config.app.port, home)
@@ -131,7 +130,7 @@ def secrets(config: Config, home: Home, values: Mapping[str, str]) -> Finding:
     required = config.secrets.required
     if missing := [name for name in required if name not in values]:
         what = f"not set: {', '.join(missing)}"
-        return broken("secrets", what, f"Put it into {home.app_dir / 'secrets.json'}, mode 0600.")
+        return broken("secrets", what, f"tako secrets set {missing[0]}")
     return well("secrets", f"{len(values)} there, {len(required)} required")
 
 
