@@ -48,6 +48,11 @@ WORDS: dict[str, tuple[int, str]] = {
     "wait.done": (DEBUG, "got signal {signal}"),
     "wait.timed_out": (INFO, "no signal {signal} by its deadline"),
     "store.busy": (WARNING, "a write waits and is tried again: {error}"),
+    "store.on_network": (
+        ERROR,
+        "the store in {folder} is on a network disk ({kind}), where SQLite's locks do not hold: move it to a disk of "
+        "this machine",
+    ),
     "store.pruned": (INFO, "what is past its retention is gone: ended runs {runs}, kept signals {signals}"),
     "worker.started": (INFO, "worker {worker} of group {group} started, {concurrency} runs at once: {workflows}"),
     "worker.draining": (INFO, "worker {worker} drains, runs in hand: {runs}"),

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tako_runtime import clock, log
+from tako_runtime import clock, disk, log
 from tako_runtime.alone import Lock
 from tako_runtime.app import App
 from tako_runtime.clock import Clock, SystemClock
@@ -134,6 +134,8 @@ class Server:
         leaving: asyncio.Task[Any] = loop.create_task(self._leaving.wait())
         try:
             with log.sink(self.metrics.observe), log.sink(self.feed.announce):
+                if (kind := disk.filesystem(self.home.app_dir)) in disk.NETWORK:
+                    emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
                 async with self.feed, self.metrics:
                     await asyncio.wait([*parts, leaving], return_when=asyncio.FIRST_COMPLETED)
                     if self._successor is None:
