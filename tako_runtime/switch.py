@@ -59,7 +59,7 @@ class NotSwitched(TakoError):
 def switch(spec: Spec, say: Say) -> dict[str, Any]:
     """Carry it out. Raises `NotSwitched`. Gives what was before, and the releases that still drain."""
     with _alone(spec.base / "switch.lock", say):
-        before = _current(spec)
+        before = _linked(spec, "current")
         files = dict(spec.files) or _kept(spec)
         say("writes the units")
         _place(spec, files)
@@ -68,7 +68,7 @@ def switch(spec: Spec, say: Say) -> dict[str, Any]:
                 say("runs already")
             else:
                 _try(spec, say)
-            _make_current(spec)
+            _make_current(spec, before)
         except NotSwitched:
             _restore(spec, before, say)
             raise
@@ -128,12 +128,16 @@ def _restore(spec: Spec, before: str | None, say: Say) -> None:
         _systemctl(spec, "start", _unit(spec, before), check=False)
 
 
-def _make_current(spec: Spec) -> None:
+def _make_current(spec: Spec, before: str | None) -> None:
     """In one rename, synced: a power cut leaves the one or the other."""
-    fresh = spec.base / ".current"
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(f"releases/{spec.release}")
-    fresh.rename(spec.base / "current")
+    links = (
+        {"current": spec.release} if before in (None, spec.release) else {"current": spec.release, "previous": before}
+    )
+    for link, release in links.items():
+        fresh = spec.base / f".{link}"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(f"releases/{release}")
+        fresh.rename(spec.base / link)
     folder = os.open(spec.base, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
@@ -254,7 +258,12 @@ def _prune(spec: Spec, say: Say) -> list[str]:
     """All but the current one, those that still drain, and the newest; with their units."""
     there = sorted((spec.base / "releases").iterdir(), key=lambda path: path.lstat().st_mtime, reverse=True)
     named = [path.name for path in there if path.is_dir() and not path.name.startswith(".")]
-    staying = {spec.release, *_draining(spec), *[name for name in named if name != spec.release][: spec.keep - 1]}
+    staying = {
+        spec.release,
+        _linked(spec, "previous"),
+        *_draining(spec),
+        *[name for name in named if name != spec.release][: spec.keep - 1],
+    }
     gone = [name for name in named if name not in staying]
     for name in gone:
         say(f"removes the release {name}")
@@ -266,9 +275,9 @@ def _prune(spec: Spec, say: Say) -> list[str]:
     return gone
 
 
-def _current(spec: Spec) -> str | None:
+def _linked(spec: Spec, link: str) -> str | None:
     try:
-        return (spec.base / "current").readlink().name
+        return (spec.base / link).readlink().name
     except OSError:
         return None
 
