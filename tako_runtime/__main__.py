@@ -151,7 +151,7 @@ def _switch(_: argparse.Namespace) -> int:
     for number in (signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, signal.SIG_IGN)
     try:
-        spec = msgspec.json.decode(sys.stdin.buffer.read(), type=Spec)
+        spec = msgspec.json.decode(sys.stdin.buffer.read(), type=Spec, dec_hook=lambda kind, text: kind(text))
         say(taken=True, **switch(spec, lambda stage: say(stage=stage)))
     except NotSwitched as error:
         say(taken=False, error=str(error), last_lines=error.last_lines)
