@@ -133,9 +133,13 @@ def _fit(_: argparse.Namespace) -> int:
 
     declared = msgspec.json.decode(Path(".release/manifest.json").read_bytes(), type=Manifest)
     home = store.locate()
-    opened = store.open_store(home)
-    found = unfit(Control(opened, app_dir=home.app_dir), declared, Path.cwd())
-    opened.close()
+    there, ours = store.versions(home)
+    if there != ours:  # opening it would change it, under the release that runs
+        found = {"orphaned": {}, "strange": [], "unread": 0, "looked_at": 0, "schema": [there, ours]}
+    else:
+        opened = store.open_store(home)
+        found = unfit(Control(opened, app_dir=home.app_dir), declared, Path.cwd())
+        opened.close()
     sys.stdout.write(json.dumps(found) + "\n")
     return 0
 

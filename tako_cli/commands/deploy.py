@@ -232,6 +232,11 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
     def go_on(unfit: "Mapping[str, Mapping[str, Any]]") -> bool:
         strange = []
         for server, found in unfit.items():
+            if "schema" in found:
+                note(
+                    f"{server}: the store becomes one of version {found['schema'][1]} (it is {found['schema'][0]}): no "
+                    "release with an older tako can open it then, and its runs cannot be looked at before"
+                )
             if found["orphaned"]:
                 named = ", ".join(f"{flow}: {count}" for flow, count in found["orphaned"].items())
                 count = sum(found["orphaned"].values())

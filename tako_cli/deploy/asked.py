@@ -11,7 +11,6 @@ import os
 import platform
 import pwd
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -40,12 +39,18 @@ def lock_of(path: str) -> "dict[str, object] | None":
 
 
 def schema_of(path: str) -> "int | None":
-    """The version of a SQLite file, from its head: that needs neither a lock nor a library as new as the file."""
+    """The version of the app's store. None where there is no store, or none that can be read."""
     try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-        return int(struct.unpack(">I", head[60:64])[0]) if len(head) == 64 else None
-    except OSError:
+        import sqlite3
+
+        if not os.path.exists(path):
+            return None
+        file = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)
+        try:
+            return int(file.execute("PRAGMA user_version").fetchone()[0])
+        finally:
+            file.close()
+    except (ImportError, sqlite3.Error):
         return None
 
 
