@@ -169,7 +169,7 @@ class Remote:
         """Log in, unless the connection is there already. Raises `Unreachable`, saying why and what to do."""
         code, said = self._ssh.connect()
         if code != 0:
-            raise self._ssh.explained(self.name, said)
+            raise self._ssh.explained(self.name, said, begun=False)
 
     def close(self) -> None:
         """End the shared connection now; it would stay for a minute."""
@@ -248,8 +248,8 @@ class _Ssh:
         words = self.words([], extra=["-O", order])
         return subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, check=False).returncode == 0
 
-    def explained(self, server: str, said: str) -> Unreachable:
-        """What a failed connection means, and what to do about it."""
+    def explained(self, server: str, said: str, *, begun: bool = True) -> Unreachable:
+        """What a failed connection means, and what to do about it. `begun` says that a command may have."""
         lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("debug")]
         last = lines[-1] if lines else ""
         by_hand = f"Try it by hand: {shlex.join([*self._program, self._host])}"
@@ -269,7 +269,7 @@ class _Ssh:
             )
         if "Permission denied" in said:
             return Unreachable(f"{server}: {self._host} lets nobody in: {last}", hint=by_hand)
-        if not lines or re.search(r"not responding|Broken pipe|reset by|closed by|Connection closed", said):
+        if begun and (not lines or re.search(r"not responding|Broken pipe|reset by|closed by|Connection closed", said)):
             return LinkLost(  # those who share the connection end without a word when it does
                 f"{server}: the connection to {self._host} broke{last and ': '}{last}",
                 hint="What was under way there may have been done or not. Once the network is back, do it again.",

@@ -195,24 +195,26 @@ def _sentence(line: str) -> str:
 
 def _place(spec: Spec, files: Mapping[str, str]) -> None:
     """The units where systemd finds them, and beside the release, for a way back. A socket that has come to listen
-    elsewhere is opened anew."""
+    elsewhere is opened anew; else it stays open as it is, for it cannot be opened while an app still has it."""
     kept = spec.base / "releases" / spec.release / ".release" / "units"
-    kept.mkdir(parents=True, exist_ok=True)
-    spec.units_dir.mkdir(parents=True, exist_ok=True)
-    changed = set()
-    for name, text in files.items():
-        for place in (kept / name, spec.units_dir / name):
-            if not place.is_file() or place.read_text() != text:
-                fresh = place.with_name(f".{name}.new")
-                fresh.write_text(text)
-                fresh.rename(place)
-                changed.add(name)
-    _systemctl(spec, "daemon-reload")
     socket = f"{spec.unit}.socket"
+    there = spec.units_dir / socket
+    moved = socket in files and there.is_file() and _listens(there.read_text()) != _listens(files[socket])
+    for folder in (kept, spec.units_dir):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            fresh = folder / f".{name}.new"
+            fresh.write_text(text)
+            fresh.rename(folder / name)
+    _systemctl(spec, "daemon-reload")
+    if moved:
+        _systemctl(spec, "stop", f"{spec.unit}.service", socket)
     if socket in files:
-        if socket in changed and _systemctl(spec, "is-active", socket, check=False).stdout.strip() == "active":
-            _systemctl(spec, "stop", f"{spec.unit}.service", socket)
         _systemctl(spec, "enable", "--now", socket)
+
+
+def _listens(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("Listen")]
 
 
 def _kept(spec: Spec) -> dict[str, str]:

@@ -80,8 +80,10 @@ APP = """
 
 #: So many requests a second, each on a connection of its own, until its input ends; then how they went, as JSON.
 HAMMER = """
-    import asyncio, collections, json, sys
+    import asyncio, collections, json, resource, sys
 
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     answers, failures = collections.Counter(), []
 
     async def ask(port):

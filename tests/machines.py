@@ -53,20 +53,24 @@ done
 class Machine:
     """One server. `program` is what TAKO_SSH is to be; `root@NAME` and `deploy@NAME` are its hosts."""
 
-    def __init__(self, name: str, folder: Path, base: Path, number: int) -> None:
-        self.name, self.folder, self._number = name, folder, number
-        self._unique = f"tako-{os.getpid()}-{number}"
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self.folder = name, folder
+        number = _own_number()
+        self._unique = self._link = f"tako-t{number}"
         self.address, self._gateway = f"10.231.{number}.2", f"10.231.{number}.1"
         self.root = folder / name
         self.console = folder / f"{name}.log"
         self._keeper: subprocess.Popen[bytes] | None = None
+        self._disk = folder / f"{name}.disk"
+
+    def make(self, base: Path) -> None:
+        """Its disk, who may log in, and its first boot."""
+        name, folder, disk = self.name, self.folder, self._disk
         self.root.mkdir()
-        disk = folder / f"{name}.disk"
         disk.mkdir()
         _do("mount", "-t", "tmpfs", "-o", f"size={DISK}", self._unique, str(disk))
         (disk / "upper").mkdir()
         (disk / "work").mkdir()
-        self._disk = disk
         layers = f"lowerdir={base},upperdir={disk}/upper,workdir={disk}/work"
         _do("mount", "-t", "overlay", self._unique, "-o", layers, str(self.root))
         (self.root / "etc/hostname").write_text(f"{name}\n")
@@ -136,15 +140,15 @@ class Machine:
 
     def cut(self) -> None:
         """Pull the cable."""
-        _do("ip", "link", "set", f"tk{self._unique[5:]}", "down")
+        _do("ip", "link", "set", self._link, "down")
 
     def mend(self) -> None:
-        _do("ip", "link", "set", f"tk{self._unique[5:]}", "up")
+        _do("ip", "link", "set", self._link, "up")
 
     def fill_disk(self, leave: int = 0) -> None:
         """Nothing more can be written, but for so many bytes."""
-        seen = os.statvfs(self._disk)
         with (self._disk / "filling").open("wb") as file:
+            seen = os.statvfs(self._disk)
             os.posix_fallocate(file.fileno(), 0, max(seen.f_bavail * seen.f_frsize - leave, 1))
 
     def empty_disk(self) -> None:
@@ -157,7 +161,7 @@ class Machine:
         _do("umount", "-l", str(self.root), check=False)
         _do("umount", "-l", str(self._disk), check=False)
         _do("ip", "netns", "del", self._unique, check=False)
-        _do("ip", "link", "del", f"tk{self._unique[5:]}", check=False)
+        _do("ip", "link", "del", self._link, check=False)
         for root in _cgroup_roots():
             for path in sorted((root / self._unique).rglob("*"), reverse=True):
                 if path.is_dir():
@@ -186,11 +190,10 @@ class Machine:
     # --- how ---
 
     def _connect(self) -> None:
-        outer = f"tk{self._unique[5:]}"
         _do("ip", "netns", "add", self._unique)
-        _do("ip", "link", "add", outer, "type", "veth", "peer", "name", "eth0", "netns", self._unique)
-        _do("ip", "addr", "add", f"{self._gateway}/24", "dev", outer)
-        _do("ip", "link", "set", outer, "up")
+        _do("ip", "link", "set", f"{self._link}p", "netns", self._unique, "name", "eth0")
+        _do("ip", "addr", "add", f"{self._gateway}/24", "dev", self._link)
+        _do("ip", "link", "set", self._link, "up")
         for words in (["link", "set", "lo", "up"], ["addr", "add", f"{self.address}/24", "dev", "eth0"],
                       ["link", "set", "eth0", "up"]):  # fmt: skip
             _do("ip", "-n", self._unique, *words)
@@ -214,7 +217,9 @@ def machines(*names: str, suite: str = "bookworm") -> Iterator[list[Machine]]:
         make_key(folder / "key")
         running: list[Machine] = []
         try:
-            running.extend(Machine(name, folder, base, _free_number()) for name in names)
+            for name in names:
+                running.append(Machine(name, folder))  # before it is made: what fails half-way goes too
+                running[-1].make(base)
             yield running
         finally:
             for one in running:
@@ -250,10 +255,13 @@ def image(suite: str) -> Path:
     return base
 
 
-def _free_number() -> int:
-    """Of a network that nobody has."""
-    taken = subprocess.run(["ip", "-o", "addr"], capture_output=True, text=True, check=True).stdout
-    return next(n for n in range(1, 250) if f"10.231.{n}.1/" not in taken)
+def _own_number() -> int:
+    """Of a network that nobody else has, nor gets: its link is made at once."""
+    for number in range(1, 250):
+        words = ["ip", "link", "add", f"tako-t{number}", "type", "veth", "peer", "name", f"tako-t{number}p"]
+        if subprocess.run(words, capture_output=True, check=False).returncode == 0:
+            return number
+    pytest.fail("there are 250 servers already")
 
 
 def _cgroup_roots() -> list[Path]:

@@ -35,7 +35,6 @@ ReadWritePaths={data} {shared}
 _RELEASE = """\
 [Unit]
 Description={app} ({env}), release {release}
-Documentation=man:systemd.service(5)
 After=network.target
 StartLimitIntervalSec=0
 
@@ -63,6 +62,13 @@ SystemCallArchitectures=native
 {sandbox}
 [Install]
 WantedBy={target}
+"""
+
+#: A socket is blocking or not for everybody who has it: were it made blocking at the start of a release, the app of the
+#: one before, which has it too, would wait for its next connection and answer nobody meanwhile.
+_TAKES = """\
+Sockets={unit}.socket
+NonBlocking=yes
 """
 
 _SOCKET = """\
@@ -104,7 +110,7 @@ def units(config: Config, server: str, place: Place, release: str) -> Mapping[st
             python=_path(f"{place.release(release)}/.venv/bin/python"), trial=_path(place.trial),
             folder=_escaped(place.release(release)),
             environment="\n".join(f"Environment={_quoted(f'{name}={value}')}" for name, value in environment.items()),
-            sockets=f"Sockets={place.unit}.socket\n" if takes_socket else "", not_taken=NOT_TAKEN,
+            sockets=_TAKES.format(unit=place.unit) if takes_socket else "", not_taken=NOT_TAKEN,
             stop=grace // clock.SECOND + 30, sandbox="" if place.user else sandbox.lstrip(),
             target="default.target" if place.user else "multi-user.target",
         )
