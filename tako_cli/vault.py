@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 
@@ -134,7 +134,7 @@ class Vault:
             self._check(readers, before | ({joining.key} if joining else set()))
             change(inside.secrets)
             plain = msgspec.json.encode(_Inside(dict(sorted(inside.secrets.items())), [one.key for one in readers]))
-            sealed = _encrypted(plain, readers)
+            sealed = self._sealed(plain, readers)
             # In this order: a key that is only in the list can be shared with again, one only inside would be dropped.
             _replace(self.key_file, (_HEAD.format(env=self.env) + "".join(f"{one.line}\n" for one in readers)).encode())
             _replace(self.file, sealed)
@@ -149,6 +149,20 @@ class Vault:
                 hint=f"If that is meant: tako secrets share '{unknown[0].line}' --env {self.env}\n"
                 "If not, remove the line.",
             )
+
+    def _sealed(self, plain: bytes, readers: list[PublicKey]) -> bytes:
+        """Encrypted to the readers, of whom this user must be one: else the values could be lost in this very write."""
+        import pyrage
+
+        sealed = bytes(pyrage.encrypt(plain, [one.recipient() for one in readers], armored=True))
+        try:
+            pyrage.decrypt(sealed, [own.identity for own in keys.own_keys()[0]])
+        except pyrage.DecryptError:
+            raise Refused(
+                f"none of your keys would open {self.file} any more: nothing was changed",
+                hint=f"See that {self.key_file.name} has your public key, and a .pub is that of the SSH key beside it.",
+            ) from None
+        return sealed
 
     def _open(self) -> _Inside:
         import pyrage
@@ -227,13 +241,6 @@ def _check_value(value: str) -> None:
         what = f"it has {size:,} bytes, and {LONGEST:,} are the most" if size > LONGEST else "it is not text in UTF-8"
         hint = "Encode binary data in base64, and keep big files elsewhere."
         raise InvalidValue(f"the value cannot be kept: {what}", hint=hint)
-
-
-def _encrypted(plain: bytes, readers: list[PublicKey]) -> bytes:
-    import pyrage
-
-    recipients: list[Any] = [one.recipient() for one in readers]
-    return bytes(pyrage.encrypt(plain, recipients, armored=True))
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -71,16 +71,18 @@ class App:
                 "the service manager passes a socket on, and [app] command does not take it",
                 hint="Put {fd} where the command names the descriptor to listen on, or leave the socket unit out.",
             )
-        self._environment = {
-            **environment, "PORT": str(self._port()), "PYTHONUNBUFFERED": "1",
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]),
-        }  # fmt: skip
+        self._environment = self._own(environment)
         self._process: Process | None = None
         self._failures = 0
         self._why = ""  # it does not answer, or has ended
         self._well_since: float | None = None
-        self._stopping = asyncio.Event()
-        self._wake = asyncio.Event()
+        self._stopping, self._renew, self._wake = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    def _own(self, environment: Mapping[str, str]) -> dict[str, str]:
+        return {
+            **environment, "PORT": str(self._port()), "PYTHONUNBUFFERED": "1",
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]),
+        }  # fmt: skip
 
     @property
     def url(self) -> str:
@@ -121,7 +123,7 @@ class App:
         try:
             while not self._stopping.is_set():
                 await self._live()
-                if not self._stopping.is_set():
+                if not (self._stopping.is_set() or self._renew.is_set()):
                     await self._sleep(self._pause() / clock.SECOND)
         finally:
             self.kill()
@@ -138,6 +140,12 @@ class App:
         self._failures = 0
         self._wake.set()
 
+    def restart(self, environment: Mapping[str, str]) -> None:
+        """Its code or its variables are others now: end it as at a stop, and start it again."""
+        self._environment = self._own(environment)
+        self._renew.set()
+        self.try_now()
+
     def kill(self) -> None:
         """End it at once, with all that it has started."""
         if self._process is not None:
@@ -149,6 +157,7 @@ class App:
         """From its start to its end."""
         loop = asyncio.get_running_loop()
         self._well_since = None
+        self._renew.clear()
         try:
             process = self._process = await self._start()
         except (TakoError, OSError) as error:
@@ -162,9 +171,9 @@ class App:
             self._well_since = loop.time()
         following = loop.create_task(process.follow_lines(lambda line: self._heard(process, line)))
         looking = loop.create_task(self._look(self._config.health, loop.time())) if self._config.health else None
-        stopping = loop.create_task(self._stopping.wait())
-        await asyncio.wait([following, stopping], return_when=asyncio.FIRST_COMPLETED)
-        for task in (looking, stopping):
+        stopping, renewing = loop.create_task(self._stopping.wait()), loop.create_task(self._renew.wait())
+        await asyncio.wait([following, stopping, renewing], return_when=asyncio.FIRST_COMPLETED)
+        for task in (looking, stopping, renewing):
             if task is not None:
                 task.cancel()
         if not following.done():
@@ -175,6 +184,8 @@ class App:
         self._process = None
         if self._stopping.is_set():
             emit("app.stopped", pid=process.pid, how=how(code))
+            return
+        if self._renew.is_set():
             return
         well = self._well_since is not None and loop.time() - self._well_since >= LONGEST_PAUSE / clock.SECOND
         self._failures = 1 if well else self._failures + 1

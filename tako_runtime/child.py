@@ -1,8 +1,9 @@
 """A worker process of the supervisor's: what it says, how it stands, and why it could not work."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
@@ -12,11 +13,11 @@ from tako_runtime.log import WORDS
 from tako_runtime.process import LINES, Process, how, last
 from tako_runtime.secrets import masked_json
 
-if TYPE_CHECKING:
-    from tako_runtime.supervisor import Group
-
 #: A worker ends with this where files could not be imported and no workflow of its group is left.
 NOTHING_TO_RUN = 3
+
+#: The terminal that a worker's debugger may use, as a path.
+TERMINAL = "TAKO_TERMINAL"
 
 #: How the interpreter begins to tell of its own crash, or where it hangs: then the first lines are those that matter.
 _CRASH = ("Fatal Python error", "Current thread", "Stack (most recent call first)")
@@ -24,22 +25,49 @@ _CRASH = ("Fatal Python error", "Current thread", "Stack (most recent call first
 Event = dict[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What a group of workers should be. Durations are microseconds."""
+
+    name: str = "default"
+    workers: int = 0
+    concurrency: int = 10
+    idle_timeout: int = 5 * clock.MINUTE
+    grace: int = 30 * clock.SECOND
+
+
+#: The one process that takes the runs of all groups, where that is asked for.
+TOGETHER = Group("worker", workers=1, grace=5 * clock.SECOND)
+
+
+@dataclass
+class Up:
+    """A worker that is up, and the runs (`seq`, claim) that it had in hand at the last look."""
+
+    worker: str
+    slots: int
+    in_hand: frozenset[tuple[int, int]] = frozenset()
+
+
 class Child(Process):
     """One worker process, which inherits the descriptor `secrets`. Raises `OSError` where it cannot be started."""
 
     def __init__(
-        self, group: "Group", words: list[str], cwd: Path, environment: Mapping[str, str], clock: Clock, secrets: int
+        self, group: Group, words: list[str], cwd: Path, environment: Mapping[str, str], clock: Clock, secrets: int
     ) -> None:
         super().__init__(words, cwd, environment, [secrets])
         self.group = group
-        self.worker = ""  # its id, once it has said that it is up
+        self.workers: dict[str, Up] = {}  # by group, once it has said that it is up
         self.claimed = False
+        self.replaces = False  # an older one, as soon as it has imported all files
+        self.dismissed = False  # while it did so, the files have changed again
+        self.drained = False  # it was told to stop: what it has in hand then is no attempt used up
+        self.debugging = False  # somebody is at its `breakpoint()`, and takes their time
         self.trial = False  # its group could not work when it was started
         self.leaving = False  # another takes its place already
         self.verdict = ""  # why the supervisor has ended it
         self.looks = 0  # in a row, at which it was not up yet, or stood still
         self.idle = 0  # looks at which it was up and nothing was due
-        self.in_hand: frozenset[tuple[int, int]] = frozenset()
         self._broken: Event | None = None
         self._clock, self._cwd = clock, cwd
 
@@ -69,7 +97,10 @@ class Child(Process):
             return printed(text, self._clock)
         match event["event"]:
             case "worker.started":
-                self.worker, self.looks = str(event.get("worker")), 0
+                self.workers[str(event.get("group"))] = Up(str(event.get("worker")), int(event.get("concurrency") or 0))
+                self.looks = 0
+            case "debugger.opened" | "debugger.closed":
+                self.debugging = event["event"] == "debugger.opened"
             case "worker.claimed":
                 self.claimed = True
             case "file.broken":

@@ -37,8 +37,14 @@ WORDS: dict[str, tuple[int, str]] = {
     "run.queued": (INFO, "handed back at a step boundary, goes on under the next worker"),
     "run.cancelled": (INFO, "cancelled: {reason}"),
     "run.dead": (ERROR, "dead: {reason}"),
+    "run.diverged": (WARNING, "did before what its code does not ask for now: {steps}. Was that renamed or removed?"),
     "run.lost": (WARNING, "claim lost: somebody else has this run, nothing more is written here"),
     "run.reclaimed": (WARNING, "{message}; {then}"),
+    "run.cut_off": (
+        WARNING,
+        "did not stop {where} when its worker had to; no attempt is used up, and what was cut off runs again under the "
+        "next worker",
+    ),
     "worker.broken": (ERROR, "worker {worker} cannot go on and gives itself up: {error}"),
     "step.done": (DEBUG, "step {step} done in {took}"),
     "step.cached": (DEBUG, "step {step} was done already"),
@@ -61,6 +67,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
     "worker.frozen": (ERROR, "worker {worker} (process {pid}) has not renewed its lease: it is ended and replaced"),
     "worker.fit": (INFO, "a worker of group {group} could begin: {workflows}"),
+    "worker.declared": (DEBUG, "the worker process has imported the project's files"),
     "worker.claimed": (DEBUG, "worker {worker} has claimed its first run"),
     "worker.stalled": (
         ERROR,
@@ -69,6 +76,15 @@ WORDS: dict[str, tuple[int, str]] = {
     ),
     "worker.late": (ERROR, "the worker process {pid} of group {group} is not up after {seconds} s: it is ended"),
     "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
+    "debugger.opened": (INFO, "stands at {file}:{line}"),
+    "debugger.ignored": (
+        WARNING,
+        "breakpoint() at {file}:{line} is passed over: there is no terminal",
+    ),
+    "debugger.closed": (DEBUG, "goes on"),
+    "code.loaded": (DEBUG, "files of the project at work: {files}"),
+    "code.reloaded": (INFO, "the new code is at work after {took}"),
+    "code.kept": (WARNING, "the code as it was before goes on: {reason}"),
     "group.paused": (WARNING, "group {group} is tried again in {pause}; failures in a row: {failures}"),
     "group.unhealthy": (ERROR, "group {group} cannot work: {reason}"),
     "group.healthy": (INFO, "group {group} works again"),
@@ -104,7 +120,7 @@ WORDS: dict[str, tuple[int, str]] = {
 }
 
 #: What a supervisor must hear of its workers, whatever the level of the log is.
-HEARD = frozenset({"worker.started", "worker.claimed", "worker.fit", "file.broken"})
+HEARD = frozenset({"worker.started", "worker.declared", "worker.claimed", "worker.fit", "file.broken"})
 
 #: Facts of the run and step that the code is in: they go with every event, and with what a handler prints.
 _context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tako_log", default=None)

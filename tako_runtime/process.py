@@ -38,7 +38,7 @@ class Process:
         self._process = subprocess.Popen(
             words,
             cwd=cwd,
-            env={name: value for name, value in environment.items() if name not in _NOT_INHERITED},
+            env=inherited(environment),
             pass_fds=tuple(given),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -70,6 +70,24 @@ class Process:
         if self._rest:
             hear(self._rest)
         return code
+
+    def tell(self, line: bytes) -> None:
+        """A line on its standard input, short enough for a pipe that is empty."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is gone, and whoever follows it hears that
+            os.write(self._process.stdin.fileno(), line + b"\n")
+
+    def alive(self) -> bool:
+        """Ask only while nobody follows it."""
+        return self._process.poll() is None
+
+    def discard(self) -> None:
+        """End it, while nobody follows it."""
+        self.kill()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
+        self._process.wait()
 
     def terminate(self) -> None:
         self._signal(os.kill, signal.SIGTERM)
@@ -111,6 +129,11 @@ class Process:
         for line in lines:
             hear(line)
         return True
+
+
+def inherited(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a child has of it."""
+    return {name: value for name, value in environment.items() if name not in _NOT_INHERITED}
 
 
 def how(code: int) -> str:

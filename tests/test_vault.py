@@ -13,7 +13,7 @@ from pathlib import Path
 import pexpect
 import pyrage
 import pytest
-from cli import TAKO, at_terminal, document, done, environment, make_project, plain, start, tako
+from cli import TAKO, at_terminal, developing, document, done, environment, make_project, plain, start, tako
 from conftest import until
 from serving import keep_secrets
 
@@ -194,6 +194,31 @@ def test_a_line_that_is_taken_out_of_the_list_cannot_read_what_is_set_from_then_
     someone(tmp_path, monkeypatch, "bob")
     with pytest.raises(ConfigError, match="none of your keys"):
         vault.reveal()
+
+
+def test_nobody_shuts_himself_out(vault: Vault, ada: Path) -> None:
+    ssh_key(ada)
+    vault.keep("STRIPE_KEY", KEY)
+    listed, sealed = vault.key_file.read_text(), vault.file.read_bytes()
+    other = str(pyrage.x25519.Identity.generate().to_public())
+    vault.key_file.write_text(f"{other} bob\n")
+    with pytest.raises(Refused, match=r"none of your keys would open .*production\.age any more"):
+        vault.share(keys.public_key(other))
+    assert (vault.file.read_bytes(), vault.key_file.read_text()) == (sealed, f"{other} bob\n")
+    vault.key_file.write_text(listed)
+    vault.keep("OTHER_KEY", KEY)
+
+
+def test_a_public_file_that_is_not_of_the_private_key_beside_it_loses_nothing(
+    vault: Vault, ada: Path, tmp_path: Path
+) -> None:
+    ssh_key(ada)
+    (tmp_path / "other").mkdir()
+    (ada / ".ssh" / "id_ed25519.pub").write_text(ssh_key(tmp_path / "other"))
+    with pytest.raises(Refused, match=r"none of your keys would open") as caught:
+        vault.keep("STRIPE_KEY", KEY)
+    assert ".pub" in caught.value.hint
+    assert not vault.file.exists()
 
 
 def test_a_key_that_somebody_has_slipped_into_the_list_is_not_encrypted_to(vault: Vault) -> None:
@@ -400,6 +425,22 @@ def test_at_a_terminal_it_is_asked_for_and_not_shown(project: Path) -> None:
     assert reveal(project, "development") == {"STRIPE_KEY": KEY}
 
 
+def test_a_key_of_several_lines_that_is_pasted_is_not_kept_by_its_first_one(project: Path) -> None:
+    words = [
+        "-c",
+        f"{' '.join(TAKO)} secrets set TLS_KEY 2> said",
+    ]  # where stderr is no terminal, it is not shown either
+    typing = pexpect.spawn("sh", words, cwd=project, env=environment(), timeout=60)
+    typing.waitnoecho()
+    typing.sendline("-----BEGIN PRIVATE KEY-----")
+    typing.expect(pexpect.EOF)
+    typing.close()
+    assert typing.exitstatus == 2
+    assert b"BEGIN" not in typing.before
+    assert "tako secrets set TLS_KEY < FILE" in (project / "said").read_text()
+    assert reveal(project, "development") == {}
+
+
 @pytest.mark.parametrize(
     "words", [["STRIPE_KEY", KEY], [f"STRIPE_KEY={KEY}"], ["STRIPE_KEY", KEY, "--env", "production"]]
 )
@@ -483,6 +524,18 @@ def test_what_runs_here_has_the_secrets_of_development_and_over_them_ones_own(pr
     assert sources == {"STRIPE_KEY": "secrets.json", "OTHER_KEY": "secrets.json"}
 
 
+def test_where_tako_dev_runs_it_is_said_that_it_has_the_old_ones(project: Path) -> None:
+    done("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY)
+    with developing(project) as dev:
+        dev.wait_for("dev.ready")
+        ended = tako("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY)
+        assert "start it again" in ended.stderr
+        assert "start it again" not in tako("secrets", "set", "X", "--env", "production", cwd=project, stdin=KEY).stderr
+        dev.send(signal.SIGINT)
+        assert dev.ended() == 0
+    assert "start it again" not in tako("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY).stderr
+
+
 def test_who_cannot_open_those_of_development_is_told_before_anything_runs(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,6 +568,20 @@ def test_where_git_ignores_them_the_lines_for_gitignore_are_shown(project: Path)
     assert "git ignores .tako/secrets/development.age, .tako/secrets/development.keys" in ended.stderr
     (project / ".gitignore").write_text("\n".join(re.findall(r"^  (\S+)$", ended.stderr, re.MULTILINE)) + "\n")
     assert "git ignores" not in tako("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY).stderr
+
+
+def test_with_json_each_command_says_what_it_did_and_nothing_beside_it(project: Path) -> None:
+    subprocess.run(["git", "init", "-q", "."], cwd=project, check=True)
+    (project / ".gitignore").write_text(".tako/\n")
+    told = {"name": "STRIPE_KEY", "env": "development"}
+    assert document("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY) == {"secret": {**told, "replaced": False}}
+    assert document("secrets", "set", "STRIPE_KEY", cwd=project, stdin=KEY) == {"secret": {**told, "replaced": True}}
+    other = str(pyrage.x25519.Identity.generate().to_public())
+    shared = document("secrets", "share", other, "bob", cwd=project)
+    assert shared == {"reader": {"key": other, "name": "bob", "env": "development", "new": True}}
+    assert document("secrets", "rm", "STRIPE_KEY", cwd=project) == {"secret": told}
+    answer = document("secrets", "rm", "STRIPE_KEY", cwd=project, code=4)
+    assert "no secret 'STRIPE_KEY'" in answer["error"]["message"]
 
 
 def test_a_key_is_shared_without_quotes_and_its_owner_is_named(project: Path, tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def set_(context: typer.Context, name: Name, env: Env = "development", as_json: 
     replaced = vault.keep(name, _value(name))
     if as_json:
         output.document({"secret": {"name": name, "env": env, "replaced": replaced}})
-    else:
-        output.text(f"{'Replaced' if replaced else 'Set'} {name} in {env}.")
+        return
+    output.text(f"{'Replaced' if replaced else 'Set'} {name} in {env}.")
     if not had_identity and identity_file().exists():
         output.note(f"your key is new, in {identity_file()}: keep a copy, for without it nobody could open them")
     _tell(vault)
@@ -106,6 +106,7 @@ def rm(name: Name, env: Env = "development", as_json: Json = False) -> None:
         output.document({"secret": {"name": name, "env": env}})
     else:
         output.text(f"Removed {name} from {env}.")
+        _tell(vault)
 
 
 @app.command("share")
@@ -131,9 +132,9 @@ def share(
     fresh = vault.share(one)
     if as_json:
         output.document({"reader": {"key": one.key, "name": one.name, "env": env, "new": fresh}})
-    else:
-        output.text(f"{one.short} {'can now' if fresh else 'could already'} open the secrets of {env}.")
-    _tell(vault)
+        return
+    output.text(f"{one.short} {'can now' if fresh else 'could already'} open the secrets of {env}.")
+    _tell(vault, changed=False)
 
 
 def _vault(env: str) -> "Vault":
@@ -149,8 +150,14 @@ def _value(name: str) -> str:
     """From the terminal, without echo, or all of stdin. One line is kept without its end, several as they are."""
     from tako_runtime.errors import InvalidValue
 
-    if output.can_ask():
-        return output.ask_hidden(f"Value of {name}")
+    if sys.stdin.isatty():
+        value = output.ask_hidden(f"Value of {name}")
+        if value.startswith("-----BEGIN"):
+            raise InvalidValue(
+                "that has several lines, and a terminal takes one: nothing was kept",
+                hint=f"Have it read from its file: tako secrets set {name} < FILE",
+            )
+        return value
     try:
         text = sys.stdin.buffer.read().decode()
     except UnicodeDecodeError:
@@ -160,10 +167,16 @@ def _value(name: str) -> str:
     return text.rstrip("\r\n") if len(text.splitlines()) == 1 else text
 
 
-def _tell(vault: "Vault") -> None:
+def _tell(vault: "Vault", *, changed: bool = True) -> None:
     """What a person has to do now, or will wonder about."""
+    from tako_cli import context
     from tako_cli.vault import kept_out_of_git
+    from tako_runtime import store
+    from tako_runtime.feed import supervising
 
+    home = store.project_home(context.project().name, vault.root)
+    if changed and vault.env == context.DEV and supervising(home.app_dir) is not None:
+        output.note("what runs here has the old ones: stop tako dev, and start it again")
     if ignored := kept_out_of_git(vault):
         names = ", ".join(str(path.relative_to(vault.root)) for path in ignored)
         output.note(

@@ -5,25 +5,27 @@ runtime needs. uv finds the versions where it is there, else pip does. An answer
 same requirements give the same versions at the next deploy, until somebody asks for new ones.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import util
 from pathlib import Path
 
 from tako_cli.deploy import wheels
-from tako_cli.deploy.wheels import Wheel, project_name
+from tako_cli.deploy.wheels import Wheel, find_uv, project_name
 from tako_runtime.errors import ConfigError, NotFound, TakoError
 
-#: The versions of glibc that uv has a platform for.
+#: The machines and versions of glibc that uv has a platform for.
+_UV_MACHINES = ("x86_64", "aarch64")
 _UV_GLIBC = (17, 28, *range(31, 41))
 
 #: Options of a requirements file that say where things are found.
@@ -87,10 +89,7 @@ class Needs:
             option, value = (_SHORT.get(parts[1], parts[1]), parts[2]) if parts else ("", "")
             if option in ("--requirement", "--constraint"):
                 file = folder / value
-                try:
-                    inner = file.read_text("utf-8")
-                except OSError as error:
-                    raise ConfigError(f"{self.source}: {line}: {error.strerror}") from error
+                inner = _text(file, f"{self.source}: {line}")
                 self.add(inner, file.parent, constraint=constraint or option == "--constraint")
             elif option in _PLACES:
                 local = option == "--find-links" and (folder / value).exists()
@@ -108,7 +107,7 @@ class Needs:
             self.extras |= {extra.strip() for extra in named[1].split(",")} if named else set()
             if not direct and not hashes:
                 self.lines.append(line)
-        elif (direct and direct[1] not in ("http", "https")) or re.match(r"-|\.|/|[a-z+]+:|[^\s;]*/", line):
+        elif direct[1] not in ("http", "https") if direct else re.match(r"-|\.|/|[a-z+]+:|[^\s;]*/", line):
             self.refused.append(line)
         else:
             (self.constraints if constraint else self.lines).append(line)
@@ -142,7 +141,7 @@ def needs(root: Path) -> Needs:
         found.add(_of_uv(root), root)
     elif (root / "requirements.txt").is_file():
         found.source = "requirements.txt"
-        found.add((root / "requirements.txt").read_text("utf-8"), root)
+        found.add(_text(root / "requirements.txt", found.source), root)
     elif (root / "pyproject.toml").is_file():
         found.source = "pyproject.toml"
         found.add("\n".join(_of_pyproject(root / "pyproject.toml")), root)
@@ -171,8 +170,13 @@ def lock(wanted: Needs, target: Target, kept: Path, *, vendor: bool, anew: bool 
         ours = f"tako{extras} @ {(place / runtime.name).as_uri()}"
         (place / "constraints.txt").write_text("\n".join(wanted.constraints) + "\n", "utf-8")
         (place / "in.txt").write_text("\n".join([*wanted.options, ours, *wanted.lines, ""]), "utf-8")
-        uv = find_uv()
-        found = _by_uv(uv, place, target, vendor=vendor) if uv else _by_pip(place, target, vendor=vendor)
+        uv = find_uv() if target.machine in _UV_MACHINES else None
+        try:
+            found = _by_uv(uv, place, target, vendor=vendor) if uv else _by_pip(place, target, vendor=vendor)
+        except TakoError as error:
+            hint = f"What runs on Python {target.python}, {target.machine}, glibc {target.glibc} was looked for"
+            hint += ", as wheels alone, for vendor = true has no server build any." if vendor else "."
+            raise TakoError(str(error), hint=hint) from None
     found.pop("tako", None)
     lines = {line: _trusted(name, hashes, wanted) for name, (line, hashes) in sorted(found.items())}
     kept.mkdir(parents=True, exist_ok=True)
@@ -192,17 +196,20 @@ def wheelhouse(locked: Locked, options: Sequence[str], target: Target, kept: Pat
             words = ["download", "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:", *target.for_pip]
             _pip([*words, "--dest", f"{scratch}/wheels", "-r", f"{scratch}/in.txt"], "the wheels cannot be got")
             (Path(scratch) / "wheels").mkdir(exist_ok=True)
-            (Path(scratch) / "wheels").rename(place)
+            with contextlib.suppress(FileExistsError, IsADirectoryError):
+                (Path(scratch) / "wheels").rename(place)
     return {path.name: path for path in sorted(place.glob("*.whl"))}
 
 
-def find_uv() -> str | None:
-    """uv on PATH, or beside the Python that tako runs in."""
-    beside = Path(sys.executable).with_name("uv")
-    return shutil.which("uv") or (str(beside) if beside.is_file() else None)
-
-
 # --- where requirements are stated -----------------------------------------------------------------------------------
+
+
+def _text(file: Path, named: str) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
+        raise ConfigError(f"{named}: {why}") from None
 
 
 def _logical(text: str) -> Iterator[str]:
@@ -227,7 +234,7 @@ def _of_uv(root: Path) -> str:
 
 def _of_pyproject(file: Path) -> list[str]:
     try:
-        told = tomllib.loads(file.read_text("utf-8"))
+        told = tomllib.loads(_text(file, str(file)))
     except ValueError as error:
         raise ConfigError(f"{file}: not valid TOML: {error}") from error
     project = told.get("project", {})
@@ -236,7 +243,10 @@ def _of_pyproject(file: Path) -> list[str]:
             f"{file}: only the project's own build tool can tell its dependencies",
             hint="Export them into requirements.txt, with hashes where the tool can.",
         )
-    return list(project.get("dependencies", []))
+    stated = project.get("dependencies", [])
+    if not isinstance(stated, list) or not all(isinstance(one, str) for one in stated):
+        raise ConfigError(f"{file}: [project] dependencies is not a list of texts")
+    return stated
 
 
 # --- who finds the versions ------------------------------------------------------------------------------------------
@@ -283,10 +293,14 @@ def _trusted(name: str, hashes: Sequence[str], wanted: Needs) -> list[str]:
 
 
 def _pip(words: Sequence[str], what: str) -> None:
+    options = ["--disable-pip-version-check", *words]
+    if util.find_spec("pip") is not None:  # out of its wheel it would be compiled each time
+        _said([sys.executable, "-m", "pip", *options], what)
+        return
     made = wheels.pip()
     with tempfile.TemporaryDirectory(prefix="tako-pip-") as folder:
         (Path(folder) / made.name).write_bytes(made.data)
-        _said([sys.executable, f"{folder}/{made.name}/pip", "--disable-pip-version-check", *words], what)
+        _said([sys.executable, f"{folder}/{made.name}/pip", *options], what)
 
 
 def _said(words: Sequence[str], what: str, cwd: Path | None = None) -> str:

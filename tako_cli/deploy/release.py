@@ -119,7 +119,7 @@ def _checked(config: Config, files: Tree) -> Iterator[str]:
         raise Refused(f"{tree.shown(clash[0])}: that name is tako's own in a release", hint="Rename it.")
     folder = config.workflows.dir
     there = {path.relative_to(config.root).as_posix() for path in (config.root / folder).rglob("*.py")}
-    there = {path for path in there if "__pycache__" not in path}
+    there = {path for path in there if not any(part.startswith(("_", ".")) for part in path.split("/"))}
     if unsent := sorted(there - paths):
         what = f"git ignores it: {tree.some(map(tree.shown, unsent))}"
         if not there & paths:
@@ -144,7 +144,10 @@ def _manifest(config: Config, env: str, files: Tree, secrets: Mapping[str, str])
     home = project_home(config.name, config.root)
     environment = {**os.environ, **config.variables(env), **home.environment(), "TAKO_ENV": env}
     with _mirrored(files) as copy:
-        found = read(copy, config.workflows.dir, environment, secrets)
+        try:
+            found = read(copy, config.workflows.dir, environment, secrets)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(str(copy), str(config.root)), hint=error.hint) from None
     inside = f"{copy}/"
     if found.mistakes:
         lines = [f"{one.file.removeprefix(inside)}:{one.line}: {one.message}" for one in found.mistakes]

@@ -9,8 +9,10 @@ import base64
 import hashlib
 import io
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -71,21 +73,24 @@ def pip() -> Wheel:
     if bundled is not None and bundled.origin is not None:
         for path in sorted(Path(bundled.origin).parent.glob("_bundled/pip-*.whl")):
             return Wheel(path.name, path.read_bytes())
-    import tempfile
-
+    if (uv := find_uv()) is None:
+        raise TakoError(
+            "there is neither pip nor uv here, so no dependency can be locked",
+            hint=f"Give this Python a pip ({sys.executable} -m ensurepip), or install uv.",
+        )
     with tempfile.TemporaryDirectory(prefix="tako-pip-") as folder:
-        words = ["uv", "pip", "install", "--quiet", "--target", folder, "pip"]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise TakoError(
-                "there is neither pip nor uv here, so no dependency can be locked",
-                hint=f"Give this Python a pip ({sys.executable} -m ensurepip), or install uv.",
-            ) from None
+        words = [uv, "pip", "install", "--quiet", "--target", folder, "pip"]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             raise TakoError(f"uv cannot get pip: {done.stderr.strip()}")
         [found] = metadata.distributions(name="pip", path=[folder])
         return _repacked(found)
+
+
+def find_uv() -> str | None:
+    """uv on PATH, or beside the Python that tako runs in."""
+    beside = Path(sys.executable).with_name("uv")
+    return shutil.which("uv") or (str(beside) if beside.is_file() else None)
 
 
 def _sources(folder: Path) -> Iterable[Path]:

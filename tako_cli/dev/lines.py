@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 #: Of use to a program that follows the log; a person has it from the lines around it.
-_FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "dev.ready"}
+_FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "code.loaded", "dev.ready"}
 
 _STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red"}
 _SOURCES = ("cyan", "magenta", "blue", "green")
@@ -50,6 +50,7 @@ class Lines:
         self._tracebacks: set[str] = set()  # the last lines of those that were shown
         self._recent: deque[str] = deque(maxlen=_JUST_NOW)  # what was shown last
         self._silent = False
+        self._held: list[tuple[str, Event]] | None = None
 
     def say(self, event: str, message: str, level: str = "info", **facts: Any) -> None:
         """Something of `tako dev` itself."""
@@ -59,8 +60,20 @@ class Lines:
         """A sink of `log`: what is announced in this process."""
         self.show("tako", log.told(event))
 
+    def hold(self) -> None:
+        """Show nothing until `go_on()`: somebody else uses the terminal."""
+        self._held = [] if self._held is None else self._held
+
+    def go_on(self) -> None:
+        held, self._held = self._held or [], None
+        for source, event in held:
+            self.show(source, event)
+
     def show(self, source: str, event: Event) -> None:
         """One event, of a worker's group or of `tako` itself."""
+        if self._held is not None:
+            self._held.append((source, event))
+            return
         if self._silent or self._said_before(event):
             return
         try:
@@ -77,6 +90,10 @@ class Lines:
         """What a person sees first; a program has it all in the event `dev.ready`."""
         if not self._as_json:
             output.show(*lines)
+
+    def mended(self) -> None:
+        """New code is at work: what is wrong from now on is news."""
+        self._broken.clear()
 
     def _said_before(self, event: Event) -> bool:
         """Each worker finds the same broken file when it starts."""

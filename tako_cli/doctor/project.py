@@ -49,7 +49,9 @@ def project(path: Path) -> Iterator[Finding]:
         values = context.secrets(config, home)
         yield secrets(config, home, values)
     except ConfigError as error:
-        yield broken("secrets", str(error), error.hint or "tako secrets ls says it too.")
+        own = home.app_dir / "secrets.json"
+        mend = f"chmod 600 {own}, and see that it is yours" if str(own) in str(error) else error.hint
+        yield broken("secrets", str(error), mend)
     yield from workflows(config, values)
     if config.app is not None:
         yield port(config.app.port, home)
