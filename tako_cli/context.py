@@ -137,6 +137,15 @@ def note_if_nothing_runs(then: str) -> None:
         output.note(f"nothing runs here now: {then}")
 
 
+def note_if_scaled(home: "Home") -> None:
+    """Say so where schedules fire sooner than by the clock, whose times are shown."""
+    from tako_runtime.feed import supervising
+
+    who = supervising(home.app_dir)
+    if who is not None and who.pace.scale != 1:
+        output.note(f"{who.what} runs here: schedules fire sooner than at these times, {who.pace} times as fast")
+
+
 def how_to_run(home: "Home") -> str:
     """What to do where no supervisor runs."""
     return "Start one with: tako dev" if is_development(home) else "Start the app's service on this server."

@@ -22,7 +22,7 @@ from tako_runtime import clock, log, store
 from tako_runtime.child import NOTHING_TO_RUN
 from tako_runtime.errors import TakoError
 from tako_runtime.guard import ORPHAN_GRACE
-from tako_runtime.manifest import IMPORT_LIMIT, Manifest, declares, discover, imported, manifest
+from tako_runtime.manifest import IMPORT_LIMIT, Manifest, declares, discover, imported
 from tako_runtime.output import captured
 from tako_runtime.script import run_script
 from tako_runtime.secrets import guarded, masked_json, receive, reserve, stored
@@ -60,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
+    manifest.add_argument("--telling", action="store_true", help="first, a line for each file that is to be imported")
+    manifest.add_argument("--without", action="append", default=[], metavar="FILE", help="leave it out")
     commands.add_parser("fit", help="which live runs would not fit the release in the working folder, as JSON")
     commands.add_parser("switch", help="switch a server to a release, as the JSON on stdin says")
     script = commands.add_parser("run", help="a script, as python would, with secrets")
@@ -92,7 +94,14 @@ def _manifest(args: argparse.Namespace) -> int:
     with guarded(receive()):
         _nothing_on_stdin()
         limit = clock.duration(args.import_limit, "--import-limit") / clock.SECOND
-        found = manifest(Path.cwd(), args.dir, _config(), limit)
+        config = _config()
+
+        def tell(file: str) -> None:
+            os.write(out, os.fsencode(file) + b"\n")
+
+        told = {"told": tell} if args.telling else {}
+        mistakes = list(discover(Path.cwd(), args.dir, limit, without=args.without, **told))
+        found = declares(mistakes, config)
         said = masked_json(msgspec.json.encode(found), "the manifest") + b"\n"
     with os.fdopen(out, "wb") as pipe:  # a big one does not fit into it at once
         pipe.write(said)
@@ -108,6 +117,7 @@ def _serve(args: argparse.Namespace) -> int:
     from tako_runtime.server import Server, serve
 
     found = config.load(Path.cwd() / "tako.toml")
+    found.check_environment(args.env, "production")
     listening = passed_on() if found.app is not None else None
     reserve()
     store.check_storage(found)
@@ -217,7 +227,7 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
     _at_breakpoints(lifeline)
     root, limit = Path.cwd(), clock.duration(args.import_limit, "--import-limit") / clock.SECOND
     mistakes = []
-    for mistake in discover(root, args.dir, limit):
+    for mistake in discover(root, args.dir, limit, told=lambda file: log.emit("file.importing", file=file)):
         mistakes.append(mistake)
         log.emit(
             "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
@@ -240,6 +250,7 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
             idle_timeout=clock.duration(args.idle_timeout, "--idle-timeout") if args.idle_timeout else None,
             lease=clock.duration(args.lease, "--lease", least=100_000),
             max_value=store.limits().max_value,
+            pace=store.pace(),
         )
         for group in sorted(groups)
     ]

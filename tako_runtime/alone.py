@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from types import TracebackType
 
+from tako_runtime import disk
 from tako_runtime.errors import Refused
 
 
@@ -12,10 +13,14 @@ class Lock:
     """The right to supervise an app; `with lock:` ends it. `what` is who we are: "supervisor" or "tako dev"."""
 
     def __init__(self, app_dir: Path, what: str) -> None:
-        app_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._what = what
         self._held = False
-        self._file = os.open(app_dir / "supervisor.pid", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        path = app_dir / "supervisor.pid"
+        try:
+            disk.make_private(app_dir)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise disk.unusable(error, path) from error
 
     def __enter__(self) -> "Lock":
         return self

@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tako_runtime import clock, guard, port
 from tako_runtime.child import printed
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import ConfigError, Refused, TakoError
-from tako_runtime.log import emit
+from tako_runtime.log import INFO, emit, words
 from tako_runtime.process import Process, how, last
 from tako_runtime.secrets import VARIABLE, masked, masked_json, offered
 
@@ -40,7 +42,48 @@ _PROOF = 0.05
 #: An app that has not answered for so long after its start is told of, in seconds.
 LATE = 30.0
 
+#: States without a process.
+_OVER = frozenset({"ended", "failed", "stopped"})
+
 Event = dict[str, Any]
+
+
+class Noted:
+    """How the app stands, in a file beside the store, for commands that ask: the last that was said of it. A sink of
+    `log`; it is true as long as its supervisor lives."""
+
+    least = INFO
+
+    def __init__(self, app_dir: Path) -> None:
+        self._file = app_dir / "app.json"
+        self._known: dict[str, Any] = {}
+        self._file.unlink(missing_ok=True)  # what the one before has left
+
+    def __call__(self, line: Event) -> None:
+        if not line["event"].startswith("app."):
+            return
+        state = line["event"].removeprefix("app.")
+        if state in _OVER:
+            self._known.clear()
+        self._known |= {name: line[name] for name in ("pid", "url") if name in line and state not in _OVER}
+        said = {"state": state, "since": clock.iso(line["at"]), "message": words(line), "pid": None, "url": None}
+        fresh = self._file.with_suffix(".new")
+        with contextlib.suppress(OSError):  # a full disk: the log has it
+            with open(fresh, "wb", opener=_private) as file:
+                file.write(msgspec.json.encode(said | self._known))
+            fresh.replace(self._file)
+
+
+def standing(app_dir: Path) -> dict[str, Any] | None:
+    """How the app stands (`state`, `since`, `message`, `pid`, `url`); None where nothing was said of one."""
+    try:
+        return msgspec.json.decode((app_dir / "app.json").read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 class App:
@@ -92,8 +135,8 @@ class App:
 
     def bind(self) -> None:
         """Take the port, or see that the app can. Raises `Refused`, which says who has it."""
-        words = " ".join(self._config.command)
-        if self._socket is None and ("{fd}" in words or "{port}" in words or self._config.health is not None):
+        command = " ".join(self._config.command)
+        if self._socket is None and ("{fd}" in command or "{port}" in command or self._config.health is not None):
             listening = port.bound(self._config.port)
             if self.takes_socket:
                 self._socket = listening

@@ -184,9 +184,10 @@ class Config:
         """The environments that the file has, be it only with variables; and "development", which needs nothing."""
         return tuple(dict.fromkeys([*self.envs, *_tables_in(self.stated, ("vars",)), "development"]))
 
-    def check_environment(self, env: str) -> None:
-        """`ConfigError`, with the nearest one, for an environment that the file does not have."""
-        if env not in (known := self.environments()):
+    def check_environment(self, env: str, *others: str) -> None:
+        """Raise `ConfigError`, with the nearest, for an environment that is neither in the file nor one of `others`."""
+        known = tuple(dict.fromkeys([*self.environments(), *others]))
+        if env not in known:
             near = difflib.get_close_matches(env, known, 1, 0.5)
             hint = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(known)}."
             raise ConfigError(f"{self.path}: there is no environment {values.shown(env)}", hint=hint)

@@ -262,7 +262,7 @@ def stored(app_dir: Path) -> dict[str, str]:
     path = app_dir / "secrets.json"
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not hold us up
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         why = "it is a symbolic link" if path.is_symlink() else error.strerror

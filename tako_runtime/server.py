@@ -16,9 +16,9 @@ from typing import Any
 
 from tako_runtime import clock, disk, log
 from tako_runtime.alone import Lock
-from tako_runtime.app import App
+from tako_runtime.app import App, Noted
 from tako_runtime.child import Group
-from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import TakoError
 from tako_runtime.feed import Feed
@@ -55,15 +55,16 @@ class Server:
         passed_on: socket.socket | None = None,
         together: bool = False,
         clock: Clock | None = None,
+        pace: Pace = REAL_TIME,
     ) -> None:
         self.home, self.config = home, config
-        self._store, self._server = store, server
+        self._store, self._server, self._pace = store, server, pace
         self.environment = self._with_limits(environment or os.environ)
         groups = {name: self.group(name) for name in config.group_names(server)}
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
         self.metrics = Metrics(config.metrics.listen, store, self._group_names, ticking)
-        self.feed = Feed(home.app_dir)
+        self.feed = Feed(home.app_dir, lambda event: heard("tako", event))
 
         def heard(source: str, event: dict[str, Any]) -> None:
             self.metrics.observe(event)
@@ -75,6 +76,7 @@ class Server:
             other=self.group, together=together, declare=self.take,
             reread=None if together else self.declare, lease=config.workflows.lease,
             log_level="debug" if config.metrics.listen else log_level, environment=self.environment, secrets=secrets,
+            pace=pace,
         )  # fmt: skip
         self.app: App | None = None
         if config.app is not None:
@@ -84,7 +86,7 @@ class Server:
             )  # fmt: skip
         self._successor: Lock | None = None  # the lock that another release waits for
         self._leaving = asyncio.Event()
-        self.cron = Cron(store, ticking)
+        self.cron = Cron(store, ticking, pace=pace)
         self.retention = Retention(store, config, server, ticking)
 
     async def declare(self) -> Manifest:
@@ -129,7 +131,7 @@ class Server:
     def _with_limits(self, environment: Mapping[str, str]) -> dict[str, str]:
         flows = self.config.workflows
         limits = Limits(flows.max_value, flows.signal_retention)
-        return {**environment, **self.home.environment(), **limits.environment()}
+        return {**environment, **self.home.environment(), **limits.environment(), **self._pace.environment()}
 
     def _group_names(self) -> set[str]:
         return {*self.config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
@@ -154,7 +156,7 @@ class Server:
         parts = ending + others
         leaving: asyncio.Task[Any] = loop.create_task(self._leaving.wait())
         try:
-            with log.sink(self.metrics.observe), log.sink(self.feed.announce):
+            with log.sink(self.metrics.observe), log.sink(self.feed.announce), log.sink(Noted(self.home.app_dir)):
                 if (kind := disk.filesystem(self.home.app_dir)) in disk.NETWORK:
                     emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
                 async with self.feed, self.metrics:
@@ -162,13 +164,13 @@ class Server:
                     if self._successor is None:
                         self.stop()
                         await asyncio.wait(ending)
-                if self._successor is not None:  # the feed and the metrics are free for it
-                    for part in others[1:]:
-                        part.cancel()
-                    self._successor.let_go()
-                    await asyncio.wait(ending[:1])
-                    loop.call_later(PARTING, self.stop)
-                    await asyncio.wait(ending)
+            if self._successor is not None:  # the feed, the metrics and the notes are its own now
+                for part in others[1:]:
+                    part.cancel()
+                self._successor.let_go()
+                await asyncio.wait(ending[:1])
+                loop.call_later(PARTING, self.stop)
+                await asyncio.wait(ending)
         finally:
             self.stop()
             leaving.cancel()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tako_runtime import clock
 from tako_runtime.child import TOGETHER, Child, Event, Group, Up
-from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.crew import Crew
 from tako_runtime.errors import StoreBusy, StoreLocked, TakoError
 from tako_runtime.health import Health
@@ -107,6 +107,7 @@ class Supervisor:
         environment: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
         clock: Clock | None = None,
+        pace: Pace = REAL_TIME,
     ) -> None:
         self.turns = 0  # how often the loop has gone round
         self._store, self._home, self._root, self._folder = store, home, root, folder
@@ -116,6 +117,7 @@ class Supervisor:
         self._all = self._of_all() if together else None
         self._start_limit, self._stall_limit = start_limit, stall_limit
         self._clock: Clock = clock or SystemClock()
+        self._pace = pace  # of the pauses of runs whose worker died
         words = [
             "--dir", folder, "--lease", f"{lease}us", "--import-limit", f"{start_limit / 2}s", "--log-level", log_level,
         ]  # fmt: skip
@@ -441,7 +443,7 @@ class Supervisor:
         frozen = {key for key, since in self._lapsed.items() if at - since >= patience}
         await self._end_frozen({lapsed[key] for key in frozen})
         spared = {worker for worker, _ in lapsed.keys() - frozen}
-        await reclaim(self._store, self._home.app_dir, self._clock.now(), but=spared)
+        await reclaim(self._store, self._home.app_dir, self._clock.now(), but=spared, pace=self._pace)
 
     async def _end_frozen(self, pids: Collection[int | None]) -> None:
         """End those of ours that are among these and do not renew their leases (stopped, or hanging with the

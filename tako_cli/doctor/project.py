@@ -14,7 +14,7 @@ from tako_cli.doctor import Finding, broken, disk, warning, well
 from tako_runtime import clock, holders, store
 from tako_runtime.bell import socket_folder
 from tako_runtime.config import Config, load
-from tako_runtime.disk import filesystem
+from tako_runtime.disk import filesystem, nearest, unusable
 from tako_runtime.errors import ConfigError, StoreError, TakoError
 from tako_runtime.feed import supervising
 from tako_runtime.manifest import read
@@ -75,6 +75,10 @@ def the_store(home: Home, now: int) -> Finding:
     except StoreError as error:
         return broken("store", str(error), error.hint or anew)
     if seen is None:
+        there = nearest(home.app_dir)
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            refused = unusable(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), home.app_dir / "runs.db")
+            return broken("store", str(refused), refused.hint)
         return well("store", "none yet: the first tako dev, or the first run, makes it")
     if seen.damage:
         return broken("store", f"{seen.path} is damaged: {'; '.join(seen.damage)}", anew)

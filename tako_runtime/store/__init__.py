@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tako_runtime import clock, codec
 from tako_runtime.bell import Bell
+from tako_runtime.clock import REAL_TIME, Pace
 from tako_runtime.errors import ConfigError, InvalidValue, TakoUnavailable
 from tako_runtime.store.base import Store
 from tako_runtime.store.commit import StoreThread
@@ -113,6 +114,28 @@ def in_development() -> bool:
     the project that it is in."""
     env = os.environ.get("TAKO_ENV")
     return env == DEVELOPMENT if env else not os.environ.get("TAKO_APP_NAME")
+
+
+def pace() -> Pace:
+    """How fast durable time passes for what this process starts: as the `tako dev` has said that started it, else the
+    one that works for its app now. In production, as the machine's clock does."""
+    if not in_development():
+        return REAL_TIME
+    told = os.environ.get("TAKO_TIME_SCALE")
+    if told is not None:
+        try:
+            return Pace(float(told))
+        except ValueError:
+            raise ConfigError(
+                f"TAKO_TIME_SCALE={told!r} cannot be read", hint="tako dev sets it; unset it, and use --time-scale."
+            ) from None
+    from tako_runtime.feed import supervising
+
+    try:
+        who = supervising(locate().app_dir)
+    except TakoUnavailable:  # whoever opens the store says so
+        return REAL_TIME
+    return who.pace if who is not None else REAL_TIME
 
 
 def project_home(app: str, root: Path) -> Home:

@@ -8,6 +8,7 @@ import apsw
 
 from tako_runtime import holders
 from tako_runtime.errors import Refused
+from tako_runtime.store import shape
 from tako_runtime.store.queries import migrations
 from tako_runtime.store.sqlite import Q, translated
 
@@ -49,6 +50,7 @@ def examine(path: Path) -> Examined | None:
             said = [str(line) for (line,) in db.execute(f"PRAGMA quick_check({_TOLD})")]
             if said != ["ok"]:
                 return found._replace(damage=tuple(said))
+            shape.check(db, path)
             runs, latest = _counted(db) if found.version else (0, None)
             return found._replace(runs=runs, latest=latest)
     except _DAMAGED as error:
@@ -89,7 +91,7 @@ def set_aside(path: Path) -> Aside | None:
             f"{path} is open in {others or 'another process'}",
             hint="Nothing was put aside. Stop that first: it would go on in the old store.",
         ) from None
-    except _DAMAGED:
+    except (*_DAMAGED, apsw.SQLError):  # it is damaged, or another program's
         runs = None
     except apsw.Error as error:
         raise translated(error, path) from error
