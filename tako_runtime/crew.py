@@ -64,6 +64,11 @@ class Crew:
             child.kill()
         return child
 
+    async def on_trial(self, group: Group) -> Child:
+        """A worker that is none of the crew, and claims nothing. Raises `OSError`."""
+        told = ["--group", f"{group.name}:{group.concurrency}", "--concurrency", str(group.concurrency)]
+        return await self._launch(group, ["worker", *self._words, *told, "--trial"])
+
     async def _launch(self, group: Group, words: list[str]) -> Child:
         async with handing_over(self.secrets) as pipe:
             environment = {**self.environment, VARIABLE: str(pipe)}
