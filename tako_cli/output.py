@@ -154,9 +154,22 @@ def width() -> int:
 # --- stderr ----------------------------------------------------------------------------------------------------------
 
 
+def passing(words: str) -> None:
+    """What goes on right now, at a terminal only: the next thing that is said takes its place."""
+    if sys.stderr.isatty():
+        room = _console(sys.stderr).width - 1
+        sys.stderr.write(f"\r\x1b[K{clean(words).splitlines()[0][:room] if words else ''}")
+        sys.stderr.flush()
+
+
 def note(words: str) -> None:
     """Something worth knowing beside the result."""
     _print(sys.stderr, styled(clean(words), "dim"))
+
+
+def lines(said: "Sequence[str]") -> None:
+    """Lines of a process elsewhere, as they are."""
+    _print(sys.stderr, *(styled(f"  {clean(line)}") for line in said))
 
 
 def error(message: str, hint: str = "") -> None:

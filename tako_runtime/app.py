@@ -20,7 +20,7 @@ from tako_runtime import clock, guard, port
 from tako_runtime.child import printed
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
-from tako_runtime.errors import ConfigError, TakoError
+from tako_runtime.errors import ConfigError, Refused, TakoError
 from tako_runtime.log import INFO, emit, words
 from tako_runtime.process import Process, how, last
 from tako_runtime.secrets import VARIABLE, masked, masked_json, offered
@@ -35,6 +35,9 @@ ANSWER = 5.0
 
 #: One that starts is looked at after these pauses, which grow from the first to the last.
 FIRST_LOOK, LAST_LOOK = 0.05, 1.0
+
+#: How often whoever waits for its proof looks, in seconds.
+_PROOF = 0.05
 
 #: An app that has not answered for so long after its start is told of, in seconds.
 LATE = 30.0
@@ -105,8 +108,8 @@ class App:
         self._look_every, self._late = look, late
         self._clock: Clock = clock or SystemClock()
         self._socket = passed_on
-        self._takes_socket = any("{fd}" in word for word in self._config.command)
-        if passed_on is not None and not self._takes_socket:
+        self.takes_socket = any("{fd}" in word for word in self._config.command)
+        if passed_on is not None and not self.takes_socket:
             raise ConfigError(
                 "the service manager passes a socket on, and [app] command does not take it",
                 hint="Put {fd} where the command names the descriptor to listen on, or leave the socket unit out.",
@@ -114,6 +117,7 @@ class App:
         self._environment = self._own(environment)
         self._process: Process | None = None
         self._failures = 0
+        self._why = ""  # it does not answer, or has ended
         self._well_since: float | None = None
         self._stopping, self._renew, self._wake = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -134,10 +138,28 @@ class App:
         command = " ".join(self._config.command)
         if self._socket is None and ("{fd}" in command or "{port}" in command or self._config.health is not None):
             listening = port.bound(self._config.port)
-            if self._takes_socket:
+            if self.takes_socket:
                 self._socket = listening
             else:
                 listening.close()
+
+    async def proved(self, stable: float, patience: float) -> None:
+        """Once it answers (without a health path: once it is started) and has done so for `stable` seconds. Raises
+        `Refused` if it ends before that, or does not answer within `patience` seconds."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience
+        while self._well_since is None or loop.time() - self._well_since < stable:
+            if self._failures:
+                raise Refused(self._why)
+            if loop.time() > until:
+                raise Refused(f"the app does not answer 200 within {patience:g} s: {self._why or 'it is not started'}")
+            await asyncio.sleep(_PROOF)
+
+    async def unwell(self) -> str:
+        """Once it has ended or does not answer any more: why."""
+        while self._well_since is not None:
+            await asyncio.sleep(_PROOF)
+        return self._why
 
     async def run(self) -> None:
         """Keep it running until `stop()`; then end it, and leave nothing of it behind."""
@@ -183,6 +205,7 @@ class App:
             process = self._process = await self._start()
         except (TakoError, OSError) as error:
             self._failures += 1
+            self._why = f"the app cannot be started: {error}"
             hint = getattr(error, "hint", "")
             emit("app.failed", error=f"{error}. {hint}".rstrip(". "), pause=clock.spell(self._pause()))
             return
@@ -209,6 +232,7 @@ class App:
             return
         well = self._well_since is not None and loop.time() - self._well_since >= LONGEST_PAUSE / clock.SECOND
         self._failures = 1 if well else self._failures + 1
+        self._why, self._well_since = f"the app ended ({how(code)})", None
         emit(
             "app.ended", pid=process.pid, how=how(code), pause=clock.spell(self._pause()),
             last_lines=last(process.last_lines),
@@ -249,7 +273,7 @@ class App:
         loop = asyncio.get_running_loop()
         pause, told = FIRST_LOOK, False
         while True:
-            failure = await self._asked(path)
+            failure = self._why = await self._asked(path)
             if not failure:
                 if self._well_since is None:
                     self._well_since = loop.time()

@@ -66,6 +66,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.lost_lease": (ERROR, "worker {worker} lost its lease and gives up what it has in hand (runs: {runs})"),
     "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
     "worker.frozen": (ERROR, "worker {worker} (process {pid}) has not renewed its lease: it is ended and replaced"),
+    "worker.fit": (INFO, "a worker of group {group} could begin: {workflows}"),
     "worker.declared": (DEBUG, "the worker process has imported the project's files"),
     "worker.claimed": (DEBUG, "worker {worker} has claimed its first run"),
     "worker.stalled": (
@@ -81,7 +82,7 @@ WORDS: dict[str, tuple[int, str]] = {
         "breakpoint() at {file}:{line} is passed over: there is no terminal",
     ),
     "debugger.closed": (DEBUG, "goes on"),
-    "code.loaded": (DEBUG, "files of the project at work: {files}"),
+    "code.declared": (DEBUG, "workflows of the project: {workflows}, made of {files} files"),
     "code.reloaded": (INFO, "the new code is at work after {took}"),
     "code.kept": (WARNING, "the code as it was before goes on: {reason}"),
     "group.paused": (WARNING, "group {group} is tried again in {pause}; failures in a row: {failures}"),
@@ -100,6 +101,10 @@ WORDS: dict[str, tuple[int, str]] = {
     "app.stopped": (INFO, "the app has stopped: {how}"),
     "cron.fired": (INFO, "fired for {scheduled_at}{scaled}"),
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
+    "server.trial": (INFO, "release {release} proves itself beside the one that runs: {what}"),
+    "server.refused": (ERROR, "release {release} is not taken: {error}"),
+    "server.took_over": (INFO, "took over from process {pid}, which drains"),
+    "server.handed_over": (INFO, "another release takes over: what is in hand ends, or goes on there"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
     "file.importing": (DEBUG, "imports {file}"),
     "file.broken": (ERROR, "{file}:{line}: {error}"),
@@ -116,7 +121,9 @@ WORDS: dict[str, tuple[int, str]] = {
 }
 
 #: What a supervisor must hear of its workers, whatever the level of the log is.
-HEARD = frozenset({"file.importing", "worker.started", "worker.declared", "worker.claimed", "file.broken"})
+HEARD = frozenset(
+    {"file.importing", "worker.started", "worker.declared", "worker.claimed", "worker.fit", "file.broken"}
+)
 
 #: Facts of the run and step that the code is in: they go with every event, and with what a handler prints.
 _context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tako_log", default=None)

@@ -137,7 +137,7 @@ class Supervisor:
         self._lapsed: dict[tuple[str, int], float] = {}  # workers of this machine, their leases, and since when
         self._wake = asyncio.Event()
         self._dirty = True
-        self.stopping = False
+        self.stopping = self._succeeded = False
 
     def declare(self, manifest: Manifest) -> None:
         """What the workflows declare. Until it is known, a worker is started for whatever is due."""
@@ -156,11 +156,14 @@ class Supervisor:
         finally:
             listener.close()
             await self._crew.end_all()
-            await self._health.forget()
+            if not self._succeeded:
+                await self._health.forget()
 
-    def stop(self) -> None:
-        """Drain and leave. Call it in the event loop."""
+    def stop(self, *, succeeded: bool = False) -> None:
+        """Drain and leave. Where another one has `succeeded` us, what is known of the groups is its to say. Call it in
+        the event loop."""
         self.stopping = True
+        self._succeeded = self._succeeded or succeeded
         self._wake.set()
 
     @property
@@ -171,11 +174,6 @@ class Supervisor:
     @secrets.setter
     def secrets(self, values: Mapping[str, str]) -> None:
         self._crew.secrets = values
-
-    @property
-    def files(self) -> frozenset[str]:
-        """The project's own files that are at work, where one process takes the runs of all groups."""
-        return self._crew.files
 
     @property
     def pids(self) -> list[int]:
@@ -321,6 +319,10 @@ class Supervisor:
                 self._reading = False
 
     # --- workers ---
+
+    async def on_trial(self, group: Group) -> Child:
+        """A worker of that group that claims nothing, for the caller to follow and to end. Raises `OSError`."""
+        return await self._crew.on_trial(group)
 
     async def _start(self, group: Group) -> None:
         groups = self._wanted.values() if group is self._all else [group]

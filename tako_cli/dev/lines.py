@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 #: Of use to a program that follows the log; a person has it from the lines around it.
-_FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "code.loaded", "dev.ready"}
+_FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "code.declared", "dev.ready"}
 #: Of use to a person who looks for something, and asks for it with `verbose`.
 _DETAILS = {"step.cached"}
 

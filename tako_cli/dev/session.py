@@ -174,8 +174,9 @@ class Session:
         if event["event"] == "group.paused":
             self._failed_starts[event["group"]] = event["failures"]
         self._dead = self._dead or (event["event"] == "run.reclaimed" and event["then"] == Status.DEAD)
-        if event["event"] in ("code.loaded", "code.reloaded"):
+        if event["event"] == "code.declared":
             self._lines.mended()
+            self._broken = {mistake.file for mistake in self._server.manifest.mistakes}
             self._know()
         self._lines.of_supervisor(event)
         self._happened(event)
@@ -216,7 +217,8 @@ class Session:
     def _know(self) -> None:
         """What the code at work is made of."""
         if self._watch is not None:
-            self._watch.know(self._server.supervisor.files, self._broken)
+            root = self._config.root
+            self._watch.know([root / file for file in self._server.manifest.files], map(Path, self._broken))
 
     def _interrupted(self) -> None:
         self._stops += 1
@@ -253,6 +255,7 @@ class Session:
         for one in self._manifest.mistakes:
             message = f"{context.place(one.file, one.line)}: {one.message}"
             self._lines.say("file.broken", message, "error", file=one.file, line=one.line, error=one.message)
+            self._broken.add(one.file)
         self._lines.say(
             "dev.ready", f"{config.name} is ready", app=config.name, store=str(found.store), pid=os.getpid(),
             workflows=[flow.name for flow in found.workflows], left=left, url=found.url, secrets=found.secrets,

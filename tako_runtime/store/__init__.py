@@ -163,6 +163,14 @@ def examine(home: Home) -> "Examined | None":
     return examine(home.app_dir / "runs.db")
 
 
+def versions(home: Home) -> tuple[int, int]:
+    """The version of the store, and the one that this tako writes: opening it would make it that. Raises `StoreError`
+    where it cannot be read."""
+    from tako_runtime.store.file import versions
+
+    return versions(home.app_dir / "runs.db")
+
+
 def set_aside(home: Home) -> "Aside | None":
     """Put the store aside, so that the next one begins empty; None where there is none. Raises `Refused` while another
     process has it open."""

@@ -59,6 +59,17 @@ def examine(path: Path) -> Examined | None:
         raise translated(error, path) from error
 
 
+def versions(path: Path) -> tuple[int, int]:
+    """The version of the file, and the one that this tako writes. Nothing is changed."""
+    newest = migrations()[-1][0]
+    try:
+        with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
+            db.set_busy_timeout(PATIENCE)
+            return int(db.pragma("user_version")), newest
+    except apsw.Error as error:
+        raise translated(error, path) from error
+
+
 class Aside(NamedTuple):
     """Where the file is now, and how many runs are in it; None for one that cannot be read."""
 
