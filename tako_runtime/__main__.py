@@ -87,8 +87,7 @@ def _serve(args: argparse.Namespace) -> int:
     from tako_runtime.server import Server, alone, serve
 
     found = config.load(Path.cwd() / "tako.toml")
-    store.check_storage(found)
-    home = store.locate()
+    home = store.locate()._replace(url=found.storage.url, env=args.env)
     out = log.JsonLines(1, LEVELS[args.log_level])
     with log.sink(out), alone(home.app_dir, "supervisor"):
         secrets = stored(home.app_dir)

@@ -32,5 +32,5 @@ def dev(
     from tako_runtime import store
 
     config = context.project()
-    os.environ.update(context.environment(config, store.project_home(config.name, config.root)))
+    os.environ.update(context.environment(config, store.project_home(config.name, config.root, config.storage.url)))
     raise typer.Exit(develop(config, context.manifest(config), once=once, fresh=fresh, as_json=as_json))

@@ -33,8 +33,7 @@ _LISTED = 4
 
 def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool, fresh: bool = False) -> int:
     """Run the project here until told to stop, `fresh` with an empty store; the exit code."""
-    store.check_storage(config)
-    home = store.project_home(config.name, config.root)
+    home = store.project_home(config.name, config.root, config.storage.url)
     with alone(home.app_dir, "tako dev"):
         secrets = stored(home.app_dir)
         aside = store.set_aside(home) if fresh else None
