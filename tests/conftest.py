@@ -164,17 +164,20 @@ def _no_home_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A module that says `STORES = BOTH` is about what every store does."""
     stores = getattr(metafunc.module, "STORES", None)
-    if stores and "dialect" in metafunc.fixturenames:
+    said = any(mark.args[0] == "dialect" for mark in metafunc.definition.iter_markers("parametrize"))
+    if stores and not said and "dialect" in metafunc.fixturenames:
         metafunc.parametrize("dialect", stores)
 
 
-#: For a module's `STORES`.
+#: For a module's `STORES`; and for a test in it that is about the embedded store's file.
 BOTH = ("sqlite", "postgres")
+of_the_file = pytest.mark.parametrize("dialect", ["sqlite"])
 
 
 @pytest.fixture
 def dialect() -> str:
-    return "sqlite"
+    """Which store a test is about that does not say so: TEST_STORE=postgres tries them all on the other one."""
+    return os.environ.get("TEST_STORE", "sqlite")
 
 
 @pytest.fixture(scope="session")

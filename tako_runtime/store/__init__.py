@@ -13,7 +13,6 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -171,7 +170,7 @@ def open_store(home: Home) -> StoreThread:
     if home.url == EMBEDDED:
         return StoreThread(lambda: _open_file(home), bell)
     database = _database(home)
-    return StoreThread(lambda: _open_schema(home, database), bell, _relay(home, database))
+    return StoreThread(lambda: _open_schema(home, database), bell, lambda bell: _relay(home, database, bell))
 
 
 def _open_file(home: Home) -> Store:
@@ -186,12 +185,12 @@ def _open_schema(home: Home, database: "Database") -> Store:
     return PostgresStore(database, home.schema, home.server)
 
 
-def _relay(home: Home, database: "Database") -> "Callable[[Bell], Relay]":
+def _relay(home: Home, database: "Database", bell: Bell) -> "Relay":
     from tako_runtime.store.relay import Relay
 
     direct = _secret(home, DATABASE_DIRECT_URL)
-    listened = type(database)(direct, f"the secret {DATABASE_DIRECT_URL}") if direct else database
-    return lambda bell: Relay(listened, home.schema, home.server, bell)
+    heard = type(database)(direct, f"the secret {DATABASE_DIRECT_URL}") if direct else database
+    return Relay(heard, home.schema, home.server, bell)
 
 
 def _database(home: Home) -> "Database":

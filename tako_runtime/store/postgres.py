@@ -14,9 +14,10 @@ batch is carried out once, whatever happens to the connection. What is not found
 
 import os
 import re
+import select
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
@@ -43,6 +44,9 @@ _LOCKS = 1_024
 
 #: What the database passes on in one piece has an end.
 _LONGEST_MESSAGE = 4_096
+
+#: So many bytes a socket's buffer holds in any case.
+_AT_ONCE = 8_192
 
 #: How long a process is remembered that writes nothing more.
 _FORGOTTEN = "1 day"
@@ -112,6 +116,7 @@ class PostgresStore(SqlStore):
         self._writer, self._batch = os.urandom(8).hex(), 0
         self._db: psycopg.Connection[tuple[Any, ...]] | None = None
         self._pipeline: psycopg.Pipeline | None = None
+        self._unsent = 0
         self._committing: tuple[list[Any], Topics] | None = None
         try:
             migrate(self._connected(), schema, database, breaking=breaking)
@@ -164,7 +169,7 @@ class PostgresStore(SqlStore):
         if not any(kind.writes for kind in sorts):
             return self._run(batch, sorts, topics), topics
         db = self._connected()
-        with db.pipeline() as self._pipeline:
+        with self._piped(db):
             db.execute("BEGIN")
             if self._database.pooled:
                 self._change("set_times", {"names": list(TIMES), "values": list(TIMES.values())})
@@ -177,11 +182,19 @@ class PostgresStore(SqlStore):
             if abroad := topics - {"ended"}:  # who waits for a run on another machine looks once a second
                 message = f"{self._sender}\t{' '.join(sorted(abroad))}"[:_LONGEST_MESSAGE]
                 self._change("ring", {"channel": self._schema, "message": message})
+            self._drain()
             self._committing = answers, topics
             commit = db.execute("COMMIT")
         if commit.statusmessage != "COMMIT":
             raise StoreError(f"the database {self._database.where} has not committed: {commit.statusmessage}")
         return answers, topics
+
+    @contextmanager
+    def _piped(self, db: "psycopg.Connection[tuple[Any, ...]]") -> Iterator[None]:
+        self._unsent = 0
+        with db.pipeline() as self._pipeline:
+            yield
+        self._pipeline = None
 
     def _gone(self, error: psycopg.Error) -> bool:
         """After an error, with nothing of the batch left open: whether there is no connection any more."""
@@ -222,38 +235,63 @@ class PostgresStore(SqlStore):
 
     # --- what `SqlStore` asks for ---
 
-    def _ask(self, text: str, bound: Any = None) -> "psycopg.Cursor[tuple[Any, ...]]":
-        assert self._db is not None
-        return self._db.execute(text, bound, binary=True)
+    def _send(self, query: str, bound: Bound | None) -> "psycopg.Cursor[tuple[Any, ...]]":
+        self._unsent += sum([len(value) for value in bound.values() if isinstance(value, str)]) if bound else 0
+        return self._connected().execute(self._queries[query], bound, binary=True)
+
+    def _send_rows(self, query: str, rows: Sequence[tuple[Any, ...]]) -> "psycopg.Cursor[tuple[Any, ...]]":
+        arrays = _arrays(query, rows)
+        self._unsent += sum(map(len, arrays))
+        return self._connected().execute(self._queries[query], arrays, binary=True)
+
+    def _drain(self) -> None:
+        """To be called before an answer is waited for. psycopg waits for what the server says; while a part of what it
+        was asked is still here, the server waits for that (a socket takes no more than its buffer holds at once)."""
+        if self._unsent > _AT_ONCE:
+            wire = self._connected().pgconn
+            if self._pipeline is not None:
+                wire.send_flush_request()
+            while wire.flush():
+                readable, _, _ = select.select([wire.socket], [wire.socket], [])
+                if readable:
+                    wire.consume_input()
+        self._unsent = 0
 
     def _all(self, query: str, bound: Bound | None = None) -> list[Any]:
-        return self._ask(self._queries[query], bound).fetchall()
+        sent = self._send(query, bound)
+        self._drain()
+        return sent.fetchall()
 
     def _one(self, query: str, bound: Bound) -> Any:
-        return self._ask(self._queries[query], bound).fetchone()
+        sent = self._send(query, bound)
+        self._drain()
+        return sent.fetchone()
 
     def _change(self, query: str, bound: Bound) -> None:
-        self._ask(self._queries[query], bound)
+        self._send(query, bound)
 
     def _changed(self, query: str, bound: Bound) -> int:
-        return self._counted(self._ask(self._queries[query], bound))
+        return self._count(self._send(query, bound))
 
     def _write(self, query: str, written: Sequence[tuple[Any, ...]]) -> None:
-        self._ask(self._queries[query], _arrays(query, written))
+        self._send_rows(query, written)
 
     def _written(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
-        return self._counted(self._ask(self._queries[query], _arrays(query, written)))
+        return self._count(self._send_rows(query, written))
 
     def _found(self, query: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
-        return self._ask(self._queries[query], _arrays(query, asked)).fetchall()
+        sent = self._send_rows(query, asked)
+        self._drain()
+        return sent.fetchall()
 
-    def _counted(self, cursor: "psycopg.Cursor[tuple[Any, ...]]") -> int:
+    def _count(self, sent: "psycopg.Cursor[tuple[Any, ...]]") -> int:
         assert self._pipeline is not None
+        self._drain()
         self._pipeline.sync()
-        return cursor.rowcount
+        return sent.rowcount
 
     def _command(self, text: str) -> None:
-        self._ask(text)
+        self._connected().execute(text)
 
     def _listed(self, values: Sequence[Any] | None) -> Any:
         return None if values is None else list(values)
