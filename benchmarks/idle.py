@@ -5,8 +5,8 @@ import time
 from benchmarks.engine import Opened
 from benchmarks.measure import Row, Target, cpu_seconds, new_home, resident_mb, row, wait_until
 from benchmarks.supervised import children, supervisor
+from tako_runtime.child import Group
 from tako_runtime.store.base import ListWorkers
-from tako_runtime.supervisor import Group
 
 
 def measure(quick: bool) -> list[Row]:

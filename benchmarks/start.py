@@ -14,7 +14,7 @@ from benchmarks.supervised import children, supervisor
 from benchmarks.workflows.idle_work import tell_time
 from tako_cli.scaffold import scaffold
 from tako_runtime import clock
-from tako_runtime.supervisor import Group
+from tako_runtime.child import Group
 
 #: What a worker does before it claims, one step after the other.
 STEPS = {

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from benchmarks.latency import FOLDER, ROOT
 from benchmarks.measure import processes
+from tako_runtime.child import Group
 from tako_runtime.store import Home, Limits, open_store
-from tako_runtime.supervisor import Group, Supervisor
+from tako_runtime.supervisor import Supervisor
 
 
 @contextmanager

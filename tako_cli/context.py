@@ -1,7 +1,7 @@
 """Which project, which store, what its workflows declare. Every import that costs time is made where it is needed."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,10 +55,10 @@ def control() -> "Iterator[Control]":
         yield Control(thread, app_dir=home.app_dir)
 
 
-def environment(config: "Config", home: "Home") -> dict[str, str]:
+def environment(config: "Config", home: "Home", shell: "Mapping[str, str] | None" = None) -> dict[str, str]:
     """What a process of the project's own finds in its environment. The shell's variables win over those of
     tako.toml."""
-    return {**config.variables(DEV), **os.environ, **home.environment(), "TAKO_ENV": DEV}
+    return {**config.variables(DEV), **(os.environ if shell is None else shell), **home.environment(), "TAKO_ENV": DEV}
 
 
 def manifest(config: "Config") -> "Manifest":

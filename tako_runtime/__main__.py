@@ -11,23 +11,27 @@ import stat
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from tako_runtime import clock, log, store
 from tako_runtime.child import NOTHING_TO_RUN
 from tako_runtime.errors import TakoError
-from tako_runtime.manifest import IMPORT_LIMIT, discover, manifest
+from tako_runtime.guard import ORPHAN_GRACE
+from tako_runtime.manifest import IMPORT_LIMIT, declares, discover, imported, manifest
 from tako_runtime.output import captured
 from tako_runtime.script import run_script
-from tako_runtime.secrets import guarded, masked_json, receive, stored
+from tako_runtime.secrets import guarded, masked_json, receive, reserve, stored
+from tako_runtime.spare import stand_by
+from tako_runtime.store.base import DataVersion
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
 
-#: A worker whose supervisor is gone has this many seconds to reach a step boundary; then it takes all it started along.
-ORPHAN_GRACE = 4.0
+if TYPE_CHECKING:
+    from tako_runtime.config import Config
 
 LEVELS = {"debug": log.DEBUG, "info": log.INFO, "warning": log.WARNING}
 
@@ -36,15 +40,19 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tako_runtime", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     worker = commands.add_parser("worker", help="execute the runs of one group")
-    worker.add_argument("--group", default="default")
+    worker.add_argument("--group", action="append", metavar="NAME[:N]", help="whose runs, and how many of them at once")
+    worker.add_argument("--together", action="store_true", help="the runs of every group that a workflow names")
+    worker.add_argument("--strict", action="store_true", help="end where a file cannot be imported")
+    worker.add_argument("--broken", action="append", default=[], metavar="FILE", help="one that cannot be, as is known")
+    worker.add_argument("--spare", action="store_true", help="wait on standard input for what to be")
     worker.add_argument("--dir", default="workflows", help="the folder of workflow modules, within the working folder")
     worker.add_argument("--concurrency", type=int, default=10, help="runs at once")
     worker.add_argument("--idle-timeout", help="leave after this long without work; without it, never")
     worker.add_argument("--lease", default="15s", help="how long the worker is believed alive after its last word")
     worker.add_argument("--log-level", choices=LEVELS, default="info")
-    serve = commands.add_parser("serve", help="one app on this server: workers, cron, old runs")
+    serve = commands.add_parser("serve", help="one app on this server: its own process, workers, cron")
     serve.add_argument("--server", help="the name under [servers] whose settings hold here")
-    serve.add_argument("--env", default="production", help="whose variables the workers get")
+    serve.add_argument("--env", default="production", help="whose variables they get")
     serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
@@ -54,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     for command in (worker, manifest):
         command.add_argument("--import-limit", default=f"{IMPORT_LIMIT}s", help="how long one file's import may take")
     args = parser.parse_args(argv)
+    args.parse = parser.parse_args
     if args.command == "run":
         run_script(args.script, args.words)
     try:
@@ -63,17 +72,21 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _manifest(args: argparse.Namespace) -> int:
+def _config() -> "Config | None":
+    """The project's, where it has one: it knows the names of groups."""
     from tako_runtime import config
 
+    file = Path.cwd() / "tako.toml"
+    return config.load(file) if file.is_file() else None
+
+
+def _manifest(args: argparse.Namespace) -> int:
     out = os.dup(1)  # what a module prints at import must not end up in the JSON
     os.dup2(2, 1)
     with guarded(receive()):
         _nothing_on_stdin()
-        file = Path.cwd() / "tako.toml"
-        known = config.load(file) if file.is_file() else None
         limit = clock.duration(args.import_limit, "--import-limit") / clock.SECOND
-        found = manifest(Path.cwd(), args.dir, known, limit)
+        found = manifest(Path.cwd(), args.dir, _config(), limit)
         said = masked_json(msgspec.json.encode(found), "the manifest") + b"\n"
     with os.fdopen(out, "wb") as pipe:  # a big one does not fit into it at once
         pipe.write(said)
@@ -84,9 +97,12 @@ def _manifest(args: argparse.Namespace) -> int:
 
 def _serve(args: argparse.Namespace) -> int:
     from tako_runtime import config
+    from tako_runtime.port import passed_on
     from tako_runtime.server import Server, alone, serve
 
     found = config.load(Path.cwd() / "tako.toml")
+    listening = passed_on() if found.app is not None else None
+    reserve()
     home = store.locate()._replace(url=found.storage.url, env=args.env)
     out = log.JsonLines(1, LEVELS[args.log_level])
     with log.sink(out), alone(home.app_dir, "supervisor"):
@@ -98,7 +114,7 @@ def _serve(args: argparse.Namespace) -> int:
             await serve(
                 Server(
                     opened, home, found, out.pass_on, server=args.server, log_level=args.log_level,
-                    environment=environment, secrets=secrets,
+                    environment=environment, secrets=secrets, passed_on=listening,
                 )
             )  # fmt: skip
 
@@ -118,62 +134,112 @@ def _nothing_on_stdin() -> None:
 
 
 def _worker(args: argparse.Namespace) -> int:
-    lines = log.JsonLines(os.dup(1), LEVELS[args.log_level])
+    lines, own = log.JsonLines(os.dup(1), LEVELS[args.log_level]), set(sys.modules)
     with guarded(receive()), log.sink(lines), captured():
         try:
-            return _work(args)
+            if args.spare:
+                store.current().do_sync(DataVersion())  # it is open by then
+                try:
+                    _, order = stand_by(_lines(0))
+                except StopIteration:
+                    return 0
+                os.environ.clear()
+                os.environ.update(order.environment)
+                args = args.parse(order.words)
+            return _work(args, own)
         finally:
             lines.flush()
 
 
-def _work(args: argparse.Namespace) -> int:
-    settings = Settings(
-        group=args.group,
-        concurrency=args.concurrency,
-        idle_timeout=clock.duration(args.idle_timeout, "--idle-timeout") if args.idle_timeout else None,
-        lease=clock.duration(args.lease, "--lease", least=100_000),
-        max_value=store.limits().max_value,
-    )
+def _lines(fd: int) -> Iterator[bytes]:
+    held = b""
+    while data := os.read(fd, 1 << 16):
+        *lines, held = (held + data).split(b"\n")
+        yield from lines
+
+
+def _work(args: argparse.Namespace, own: set[str]) -> int:
     lifeline = _Lifeline(os.dup(0))
     _nothing_on_stdin()
     faulthandler.enable(file=2, all_threads=False)  # a crash of the interpreter says where it was
     faulthandler.register(signal.SIGQUIT, file=2, all_threads=False)  # and so does this, when the supervisor asks
+    _at_breakpoints(lifeline)
+    root, limit = Path.cwd(), clock.duration(args.import_limit, "--import-limit") / clock.SECOND
     mistakes = []
-    for mistake in discover(Path.cwd(), args.dir, clock.duration(args.import_limit, "--import-limit") / clock.SECOND):
+    for mistake in discover(root, args.dir, limit):
         mistakes.append(mistake)
         log.emit(
             "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
         )
-    if mistakes and not any(flow.group == settings.group for flow in registry.values()):
+    told = dict(name.partition(":")[::2] for name in args.group or ["default"])
+    declared = {flow.group for flow in registry.values()}
+    groups = declared or {"default"} if args.together else set(told)
+    if mistakes and (
+        not declared & groups or (args.strict and {mistake.file for mistake in mistakes} - {*args.broken})
+    ):
         return NOTHING_TO_RUN
+    if args.together:
+        files, modules = imported(root, own)
+        found = msgspec.to_builtins(declares(mistakes, _config()))
+        log.emit("worker.declared", manifest=found, files=files, modules=modules)
+    settings = [
+        Settings(
+            group=group,
+            concurrency=int(told.get(group) or args.concurrency),
+            idle_timeout=clock.duration(args.idle_timeout, "--idle-timeout") if args.idle_timeout else None,
+            lease=clock.duration(args.lease, "--lease", least=100_000),
+            max_value=store.limits().max_value,
+        )
+        for group in sorted(groups)
+    ]
     opened, app_dir = store.current(), store.locate().app_dir
     gc.collect()
     gc.freeze()  # what is imported stays: no collection has to walk over it again
     gc.set_threshold(20_000, 20, 20)  # a batch of a hundred runs makes some thousand values that live for a commit
     told_to_stop = False
     while not told_to_stop:
-        worker = Worker(opened, app_dir, registry, settings)
-        reason, told_to_stop = asyncio.run(_until_stopped(worker, lifeline))
+        workers = [Worker(opened, app_dir, registry, each) for each in settings]
+        reason, told_to_stop = asyncio.run(_until_stopped(workers, lifeline))
         if reason != "lost lease":  # with a lost one, start over with a new identity
             break
     opened.close()
     return 0
 
 
-async def _until_stopped(worker: Worker, lifeline: "_Lifeline") -> tuple[str, bool]:
-    """Work until a signal or the end of the supervisor says stop: why it ended, and whether it was told to."""
+def _at_breakpoints(lifeline: "_Lifeline") -> None:
+    """Go into our debugger, unless PYTHONBREAKPOINT says into which."""
+
+    def hook(*_: object, **__: object) -> None:
+        from tako_runtime import debugger  # costs 20 ms
+
+        debugger.stand(sys._getframe(1), lifeline.cleared)  # noqa: SLF001 -- as the standard hook does
+
+    if "PYTHONBREAKPOINT" not in os.environ:
+        sys.breakpointhook = hook
+
+
+async def _until_stopped(workers: list[Worker], lifeline: "_Lifeline") -> tuple[str, bool]:
+    """Work until a signal or the end of the supervisor says stop: why it ended, and whether it was told to. Where one
+    of several workers ends, all do."""
     loop = asyncio.get_running_loop()
     told_to_stop = False
 
     def stop(reason: str) -> None:
         nonlocal told_to_stop
         told_to_stop = True
-        worker.stop(reason)
+        for worker in workers:
+            worker.stop(reason)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, "drained")
     lifeline.tell(lambda: loop.call_soon_threadsafe(stop, "supervisor gone"))
-    return await worker.run(), told_to_stop
+    running = [loop.create_task(worker.run()) for worker in workers]
+    [first, *_], _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+    for worker in workers:
+        worker.stop()
+    await asyncio.wait(running)
+    reasons = [task.result() for task in running]
+    return first.result() if "lost lease" not in reasons else "lost lease", told_to_stop
 
 
 class _Lifeline:
@@ -184,6 +250,7 @@ class _Lifeline:
         self._fd = fd
         self._told: Callable[[], object] | None = None
         self._lock = threading.Lock()
+        self._said = threading.Semaphore(0)
         self._gone = False
         if stat.S_IFMT(os.fstat(fd).st_mode) in (stat.S_IFIFO, stat.S_IFSOCK):
             threading.Thread(target=self._watch, name="tako-lifeline", daemon=True).start()
@@ -195,9 +262,13 @@ class _Lifeline:
             if self._gone:
                 told()
 
+    def cleared(self) -> None:
+        """Wait until the supervisor has said that the terminal is cleared."""
+        self._said.acquire()
+
     def _watch(self) -> None:
-        while os.read(self._fd, 4096):
-            pass
+        while said := os.read(self._fd, 4096):
+            self._said.release(said.count(b"\n"))
         with self._lock:
             self._gone = True
             if self._told is not None:

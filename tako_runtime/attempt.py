@@ -245,6 +245,8 @@ class Attempt:
         self._announce(outcome, change)
 
     def _announce(self, outcome: Outcome, change: Change) -> None:
+        if self.history and isinstance(outcome, Returned | Sleeps | Waits) and (left := self._not_asked_for()):
+            emit("run.diverged", steps=", ".join(left))
         ms = (change.now - (self.run.started_at or change.now)) / 1_000
         match change.status:
             case Status.SUCCEEDED:
@@ -261,6 +263,15 @@ class Attempt:
                     traceback=_shown(outcome), signals=", ".join(self._signals()),
                     ms=(change.now - self._began) / 1_000,
                 )  # fmt: skip
+
+    def _not_asked_for(self) -> list[str]:
+        """Steps that were done before and that this pass had no use for: the code is another by now."""
+        left = []
+        for key in self.history:
+            name, _, number = key.name.partition("#")
+            if key.kind == "run" and self._uses.get(StepKey("run", name), 0) < int(number or 1):
+                left.append(key.name)
+        return left
 
     def _signals(self) -> list[str]:
         return [key.name for key, step in self.history.items() if step.status == "waiting"]

@@ -89,6 +89,14 @@ def rebuild(failure: Failure) -> Exception:
     return StepFailed(failure.line)
 
 
+def as_replayed(error: Exception, failure: Failure) -> Exception:
+    """The exception of a step that has just failed, as it is rebuilt on each replay, so that what a handler makes of it
+    is the same then. For people it keeps what it came from, and where."""
+    again = rebuild(failure).with_traceback(error.__traceback__)
+    again.__cause__ = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return again
+
+
 def clean(text: str, what: str = "an error") -> str:
     """Without lone surrogates (from undecodable file names, for instance), which no store takes, and without the value
     of a secret; the middle of what is very long is left out."""

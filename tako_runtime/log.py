@@ -37,8 +37,14 @@ WORDS: dict[str, tuple[int, str]] = {
     "run.queued": (INFO, "handed back at a step boundary, goes on under the next worker"),
     "run.cancelled": (INFO, "cancelled: {reason}"),
     "run.dead": (ERROR, "dead: {reason}"),
+    "run.diverged": (WARNING, "did before what its code does not ask for now: {steps}. Was that renamed or removed?"),
     "run.lost": (WARNING, "claim lost: somebody else has this run, nothing more is written here"),
     "run.reclaimed": (WARNING, "{message}; {then}"),
+    "run.cut_off": (
+        WARNING,
+        "did not stop {where} when its worker had to; no attempt is used up, and what was cut off runs again under the "
+        "next worker",
+    ),
     "worker.broken": (ERROR, "worker {worker} cannot go on and gives itself up: {error}"),
     "step.done": (DEBUG, "step {step} done in {took}"),
     "step.cached": (DEBUG, "step {step} was done already"),
@@ -48,6 +54,11 @@ WORDS: dict[str, tuple[int, str]] = {
     "wait.done": (DEBUG, "got signal {signal}"),
     "wait.timed_out": (INFO, "no signal {signal} by its deadline"),
     "store.busy": (WARNING, "a write waits and is tried again: {error}"),
+    "store.on_network": (
+        ERROR,
+        "the store in {folder} is on a network disk ({kind}), where SQLite's locks do not hold: move it to a disk of "
+        "this machine",
+    ),
     "store.pruned": (INFO, "what is past its retention is gone: ended runs {runs}, kept signals {signals}"),
     "worker.started": (INFO, "worker {worker} of group {group} started, {concurrency} runs at once: {workflows}"),
     "worker.draining": (INFO, "worker {worker} drains, runs in hand: {runs}"),
@@ -55,6 +66,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.lost_lease": (ERROR, "worker {worker} lost its lease and gives up what it has in hand (runs: {runs})"),
     "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
     "worker.frozen": (ERROR, "worker {worker} (process {pid}) has not renewed its lease: it is ended and replaced"),
+    "worker.declared": (DEBUG, "the worker process has imported the project's files"),
     "worker.claimed": (DEBUG, "worker {worker} has claimed its first run"),
     "worker.stalled": (
         ERROR,
@@ -63,6 +75,15 @@ WORDS: dict[str, tuple[int, str]] = {
     ),
     "worker.late": (ERROR, "the worker process {pid} of group {group} is not up after {seconds} s: it is ended"),
     "worker.spawned": (DEBUG, "worker process {pid} for group {group}"),
+    "debugger.opened": (INFO, "stands at {file}:{line}"),
+    "debugger.ignored": (
+        WARNING,
+        "breakpoint() at {file}:{line} is passed over: there is no terminal",
+    ),
+    "debugger.closed": (DEBUG, "goes on"),
+    "code.loaded": (DEBUG, "files of the project at work: {files}"),
+    "code.reloaded": (INFO, "the new code is at work after {took}"),
+    "code.kept": (WARNING, "the code as it was before goes on: {reason}"),
     "group.paused": (WARNING, "group {group} is tried again in {pause}; failures in a row: {failures}"),
     "group.unhealthy": (ERROR, "group {group} cannot work: {reason}"),
     "group.healthy": (INFO, "group {group} works again"),
@@ -70,6 +91,13 @@ WORDS: dict[str, tuple[int, str]] = {
         WARNING,
         "group {group} has due runs that no worker can take, as no file declares {workflow!r} there: they are kept",
     ),
+    "app.started": (INFO, "the app is started as process {pid}: {command}"),
+    "app.healthy": (INFO, "the app answers at {url}, {took} after its start"),
+    "app.late": (ERROR, "the app has not answered 200 at {url} for {seconds} s since its start: {error}"),
+    "app.unhealthy": (ERROR, "the app does not answer 200 at {url} any more: {error}"),
+    "app.ended": (ERROR, "the app's process {pid} is gone ({how}), it is started again in {pause}"),
+    "app.failed": (ERROR, "the app cannot be started, tried again in {pause}: {error}"),
+    "app.stopped": (INFO, "the app has stopped: {how}"),
     "cron.fired": (INFO, "fired for {scheduled_at}"),
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
@@ -87,7 +115,7 @@ WORDS: dict[str, tuple[int, str]] = {
 }
 
 #: What a supervisor must hear of its workers, whatever the level of the log is.
-HEARD = frozenset({"worker.started", "worker.claimed", "file.broken"})
+HEARD = frozenset({"worker.started", "worker.declared", "worker.claimed", "file.broken"})
 
 #: Facts of the run and step that the code is in: they go with every event, and with what a handler prints.
 _context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tako_log", default=None)

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -111,12 +111,39 @@ def discover(root: Path, folder: str, limit: float = IMPORT_LIMIT) -> Iterator[M
 def manifest(root: Path, folder: str, config: "Config | None" = None, limit: float = IMPORT_LIMIT) -> Manifest:
     """The manifest of the project in `root`, with every mistake in it. `config` is the project's, which knows the
     names of groups."""
-    mistakes = list(discover(root, folder, limit))
+    return declares(list(discover(root, folder, limit)), config)
+
+
+def declares(mistakes: list[Mistake], config: "Config | None") -> Manifest:
+    """The manifest of what this process has discovered, with these mistakes."""
     declared = [_declared(flow) for _, flow in sorted(registry.items())]
     for flow in declared:
         wrong = [_wrong_schedule(flow), _wrong_group(flow.group, config) if config else ""]
-        mistakes += [Mistake(flow.file, flow.line, f"workflow {flow.name!r}: {why}", "") for why in wrong if why]
+        mistakes = mistakes + [
+            Mistake(flow.file, flow.line, f"workflow {flow.name!r}: {why}", "") for why in wrong if why
+        ]
     return Manifest(tuple(declared), tuple(mistakes))
+
+
+def imported(root: Path, known: Container[str]) -> tuple[list[str], list[str]]:
+    """What this process has imported beside what is `known`: the files that are the project's own, and the names of all
+    other modules, which are installed somewhere."""
+    files, modules = [], []
+    for name, module in list(sys.modules.items()):
+        if name in known or name == "__main__":
+            continue
+        file: str | None = getattr(module, "__file__", None)
+        places: list[str] = [file] if file else [*getattr(module, "__path__", ())]
+        if any(own(Path(place), root) for place in places):
+            files += [place for place in places if place.endswith(".py")]
+        else:
+            modules.append(name)
+    return files, modules
+
+
+def own(file: Path, root: Path) -> bool:
+    """Whether a file is the project's own, and not of a package that is installed, be it in a folder of the project."""
+    return file.is_relative_to(root) and not file.is_relative_to(sys.prefix) and "site-packages" not in file.parts
 
 
 def fingerprint(root: Path, folder: str) -> frozenset[tuple[str, int, int]]:

@@ -2,11 +2,12 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from tako_runtime import clock, inflight
 from tako_runtime.log import emit
 from tako_runtime.run import Status, WorkerRecord
-from tako_runtime.state import WorkerLost, settle
+from tako_runtime.state import Interrupted, WorkerLost, settle
 from tako_runtime.store.base import Apply, GiveUpWorker, ListWorkers, RemoveWorker, RunsOf
 from tako_runtime.store.commit import StoreThread
 
@@ -24,24 +25,35 @@ async def reclaim(store: StoreThread, app_dir: Path, now: int, *, but: Collectio
     return count
 
 
-async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now: int) -> int:
+async def cut_off(store: StoreThread, app_dir: Path, workers: Collection[str], now: int) -> None:
+    """Give back what these had in hand when they were told to stop and did not in time: a drain uses up no attempt."""
+    for worker in await store.do(ListWorkers()):
+        if worker.id in workers and await store.do(GiveUpWorker(worker=worker.id, seen=worker.lease_until)):
+            await give_back(store, app_dir, worker, now, drained=True)
+
+
+async def give_back(store: StoreThread, app_dir: Path, worker: WorkerRecord, now: int, *, drained: bool = False) -> int:
     """Give back the runs of one worker that was given up, and take it off the list."""
     places = inflight.places(app_dir, worker.id)
     count = 0
     while not await store.do(RemoveWorker(worker=worker.id)):
         for run in await store.do(RunsOf(worker=worker.id)):
             at = places(run.seq).where
-            change = settle(run, WorkerLost(at), now)
+            change = settle(run, Interrupted() if drained else WorkerLost(at), now)
             if not await store.do(Apply(change=change)):
                 continue
             count += 1
+            step = {"step": at.removeprefix("in step ")} if at.startswith("in step ") else {}
+            known: dict[str, Any] = {
+                "run": run.id, "workflow": run.workflow, "attempt": run.attempt, "group": run.group,
+                "ms": (now - (run.attempt_started_at or now)) / 1_000, **step,
+            }  # fmt: skip
+            if drained:
+                emit("run.cut_off", where=at, **known)
+                continue
             message = f"worker died during attempt {run.attempt} {at}".rstrip()
             again = "taken up at once" if change.due_at == now else f"again at {clock.iso(change.due_at or now)}"
             then = again if change.status == Status.PENDING else str(change.status)
-            step = {"step": at.removeprefix("in step ")} if at.startswith("in step ") else {}
-            emit(
-                "run.reclaimed", run=run.id, workflow=run.workflow, attempt=run.attempt, group=run.group,
-                message=message, then=then, ms=(now - (run.attempt_started_at or now)) / 1_000, **step,
-            )  # fmt: skip
+            emit("run.reclaimed", message=message, then=then, **known)
     inflight.forget(app_dir, worker.id)
     return count

@@ -1,17 +1,20 @@
 """Secrets: how a process gets them before it imports user code, and how their values stay out of all that is kept.
 
 The supervisor has them from a file of its own (`stored`), or from whoever started it. It writes one JSON envelope,
-`{"secrets": {NAME: value}}`, into a pipe (`handing_over`); the worker reads it to its end and closes it (`receive`).
-A command that is not tako's own (`tako run`) inherits such a pipe as a whole: the first of its processes that uses
-`secrets` reads it then. No value is ever in an environment, on a command line, in the store or in the log: where one
-turns up in a text that a process stores or logs, it is masked there (`guarded`).
+`{"secrets": {NAME: value}}`, into a pipe (`handing_over`); the worker reads it from descriptor 3 to its end and closes
+it (`receive`). A program that is not tako's own (the app, a command of `tako run`) inherits it in another form
+(`offered`), and reads it when it first looks for a secret.
+No value is ever in an environment, on a command line, in the store or in the log: where one turns up in a text that a
+process stores or logs, it is masked there (`guarded`).
 """
 
 import asyncio
+import fcntl
 import json
 import os
 import re
 import stat
+import sys
 import threading
 from base64 import b64encode, urlsafe_b64encode
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -25,7 +28,7 @@ from urllib.parse import quote, quote_plus
 import msgspec
 
 from tako_runtime import log
-from tako_runtime.errors import ConfigError, InvalidValue, NotCarried, SecretMissing
+from tako_runtime.errors import ConfigError, InvalidValue, NotCarried, Refused, SecretMissing
 
 #: The environment variable that names the file descriptor of the envelope. It holds a number, never a secret. A fixed 3
 #: would have to be put in place between fork and exec, where no Python may run beside threads; and in a process that
@@ -103,22 +106,23 @@ def receive() -> dict[str, str]:
     Gives the values for a `Mask`. Where nobody has handed over secrets to this very process there are none. Raises
     `InvalidValue`, which shows no part of the content, for anything but one whole envelope.
     """
-    number, _, inode = os.environ.pop(VARIABLE, "").partition(":")  # what this process starts is not meant by it
+    number, _, identity = os.environ.pop(VARIABLE, "").partition(":")  # what this process starts is not meant by it
     try:
         fd = int(number)
-        seen = os.fstat(fd)
-        if stat.S_IFMT(seen.st_mode) not in (stat.S_IFIFO, stat.S_IFSOCK) or (inode and int(inode) != seen.st_ino):
-            return {}
+        file = os.fstat(fd)
     except (ValueError, OSError, OverflowError):
         return {}
+    kind = stat.S_IFMT(file.st_mode)
+    if identity != _identity(fd) if identity else kind not in (stat.S_IFIFO, stat.S_IFSOCK):
+        return {}
     os.set_inheritable(fd, False)
-    with open(fd, "rb") as pipe:
-        data = pipe.read()
+    with open(fd, "rb") as opened:  # others may read the same file in memory, from its beginning
+        data = os.pread(fd, file.st_size, 0) if kind == stat.S_IFREG else opened.read()
     values, empty = _decoded(data), not data
     del data  # an error's frames are shown by some
-    if inode and empty:
+    if identity and empty:
         raise SecretMissing(
-            "another process of this command has taken its secrets: they are handed over once",
+            "another process of this command has taken its secrets: here they are handed over once",
             hint="The first one that asks gets them. Start the others with a tako run of their own.",
         )
     if values is None:
@@ -130,28 +134,48 @@ def receive() -> dict[str, str]:
     return values
 
 
-def shared(fd: int) -> str:
-    """What `VARIABLE` says of a pipe that a whole command inherits. Not each process of it does: in another one the
-    same number may be some other pipe, so its inode is named too."""
-    return f"{fd}:{os.fstat(fd).st_ino}"
+def _identity(fd: int) -> str:
+    file = os.fstat(fd)
+    return f"{file.st_dev}-{file.st_ino}"
 
 
 _taking = threading.Lock()
 
 
 def _take() -> None:
-    """In a command that is not tako's own nobody calls `receive` before user code: the first use of a secret does."""
+    """A program that is not tako's own has nobody who calls `receive` before user code: the first use of a secret does,
+    and keeps them out of what the program enqueues."""
     with _taking:
         if ":" in os.environ.get(VARIABLE, ""):
             guard(receive())
 
 
+def reserve() -> None:
+    """Keep the descriptor `NUMBER` for what `handing_over` hands over. Call it first of all: where something else has
+    it by then, another one is used."""
+    global _reserved
+    nothing = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    if nothing != NUMBER:
+        kept = fcntl.fcntl(nothing, fcntl.F_DUPFD_CLOEXEC, NUMBER)
+        os.close(nothing)
+        nothing = kept
+    if nothing == NUMBER:
+        _reserved = True
+    else:
+        os.close(nothing)
+
+
+#: Where a worker reads its secrets from, unless its supervisor had been started with something else there.
+NUMBER = 3
+_reserved = False
+
+
 @asynccontextmanager
 async def handing_over(values: Mapping[str, str]) -> AsyncIterator[int]:
-    """The read end of a pipe with the envelope, for one child that is started within:
+    """The read end of a pipe with the envelope, for one child that is started within, without an await before:
 
         async with handing_over(values) as fd:
-            await asyncio.create_subprocess_exec(*words, pass_fds=[fd], env={**env, VARIABLE: str(fd)})
+            subprocess.Popen(words, pass_fds=[fd], env={**env, VARIABLE: str(fd)})
 
     It never waits for the child: what does not fit into the pipe is written by the event loop as the child reads, and
     dropped when the child ends without having read. Raises `InvalidValue` for what is not NAME: text.
@@ -163,9 +187,48 @@ async def handing_over(values: Mapping[str, str]) -> AsyncIterator[int]:
         transport, _ = await loop.connect_write_pipe(asyncio.BaseProtocol, os.fdopen(writing, "wb", 0))
         transport.write(data)
         transport.close()  # once all is written, or nobody is left to read it
-        yield reading
+        if not _reserved:
+            yield reading
+            return
+        nothing = os.dup(NUMBER)
+        os.dup2(reading, NUMBER, inheritable=False)
+        try:
+            yield NUMBER
+        finally:
+            os.dup2(nothing, NUMBER, inheritable=False)
+            os.close(nothing)
     finally:
         os.close(reading)
+
+
+@contextmanager
+def offered(values: Mapping[str, str]) -> Iterator[tuple[int, str]]:
+    """The envelope for a program that is not tako's own, and for what that forks: a descriptor to inherit, and what
+    `VARIABLE` says of it. The first use of `secrets` in such a process reads it.
+
+    By then the number may have come to mean some other file, so the file's identity is named too. On Linux it is a
+    file in memory and in no folder, which each process that inherits it can read; elsewhere a pipe, which only the
+    first can.
+    """
+    data = envelope(values)
+    if sys.platform == "linux":
+        fd = os.memfd_create("tako-secrets")
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+    else:
+        fd, writing = os.pipe()
+        os.set_blocking(writing, False)
+        written = os.write(writing, data)
+        os.close(writing)
+        if written < len(data):
+            os.close(fd)
+            raise Refused(
+                f"the secrets have {len(data):,} bytes, and a pipe takes {written:,}", hint="Keep big files elsewhere."
+            )
+    try:
+        yield fd, f"{fd}:{_identity(fd)}"
+    finally:
+        os.close(fd)
 
 
 def envelope(values: Mapping[str, str]) -> bytes:

@@ -1,4 +1,4 @@
-"""One app on one machine, day and night: supervisor, cron and old runs; signals and readiness.
+"""One app on one machine, day and night: supervisor, its own process, cron and old runs; signals and readiness.
 
 `python -m tako_runtime serve` is this and nothing else, and `tako dev` is this at a terminal. It never imports user
 code: what the workflows declare it learns from the manifest, which a short-lived process reads.
@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tako_runtime import clock, log
+from tako_runtime import clock, disk, log
+from tako_runtime.app import App
+from tako_runtime.child import Group
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import Refused, TakoError
@@ -27,7 +29,7 @@ from tako_runtime.retention import Retention
 from tako_runtime.secrets import SHORTEST, guarded, stored, too_short
 from tako_runtime.store import Home, Limits
 from tako_runtime.store.commit import StoreThread
-from tako_runtime.supervisor import Group, Supervisor
+from tako_runtime.supervisor import Supervisor
 from tako_runtime.ticker import Cron
 
 
@@ -46,12 +48,13 @@ class Server:
         log_level: str = "info",
         environment: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
+        passed_on: socket.socket | None = None,
+        together: bool = False,
         clock: Clock | None = None,
     ) -> None:
         self.home = home
         self._store, self._config, self._server = store, config, server
-        limits = Limits(config.workflows.max_value, config.workflows.signal_retention)
-        self._environment = {**(environment or os.environ), **home.environment(), **limits.environment()}
+        self._environment = self._with_limits(environment or os.environ)
         groups = {name: _group(config, name, server) for name in config.group_names(server)}
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
@@ -65,9 +68,16 @@ class Server:
 
         self.supervisor = Supervisor(
             store, home, config.root, config.workflows.dir, groups, heard,
-            other=lambda name: _group(config, name, server), reread=self.declare, lease=config.workflows.lease,
+            other=lambda name: _group(self._config, name, server), together=together,
+            declare=self.take, reread=None if together else self.declare, lease=config.workflows.lease,
             log_level="debug" if config.metrics.listen else log_level, environment=self._environment, secrets=secrets,
         )  # fmt: skip
+        self.app: App | None = None
+        if config.app is not None:
+            self.app = App(
+                config, self._environment, lambda event: heard("app", event),
+                secrets=lambda: self.supervisor.secrets, passed_on=passed_on, clock=ticking,
+            )  # fmt: skip
         self.cron = Cron(store, ticking)
         self.retention = Retention(store, config, server, ticking)
 
@@ -87,7 +97,29 @@ class Server:
         """Go by what this manifest declares from now on."""
         self.manifest = manifest
         self.supervisor.declare(manifest)
+        if self.app is not None:
+            self.app.try_now()
         await self.cron.declare(manifest)
+
+    def reload(self) -> None:
+        """The project's files have changed: what runs of it goes on with them as they are now."""
+        self.supervisor.reload()
+        if self.app is not None:
+            self.app.restart(self._environment)
+
+    def configure(self, config: Config, environment: Mapping[str, str]) -> None:
+        """Go by this tako.toml from now on, but for where the app, the metrics and the store are."""
+        self._config = config
+        self._environment = self._with_limits(environment)
+        self.supervisor.configure(
+            {name: _group(config, name, self._server) for name in config.group_names(self._server)}, self._environment
+        )
+        self.reload()
+
+    def _with_limits(self, environment: Mapping[str, str]) -> dict[str, str]:
+        flows = self._config.workflows
+        limits = Limits(flows.max_value, flows.signal_retention)
+        return {**environment, **self.home.environment(), **limits.environment()}
 
     def _group_names(self) -> set[str]:
         return {*self._config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
@@ -101,24 +133,26 @@ class Server:
             emit("secret.short", names=", ".join(short), least=SHORTEST)
 
     async def run(self, *, firing: bool = True) -> None:
-        """Until `stop()`; then drain the workers, and leave none behind. Without `firing` no schedule fires and no old
-        run goes: nothing is begun, and what is there is worked off.
+        """Until `stop()`; then end the app, drain the workers, and leave nothing behind. Without `firing` no schedule
+        fires and no old run goes: nothing is begun, and what is there is worked off.
 
         If one of the parts cannot go on, all end, and what it failed of is raised: an app whose cron has silently died
         would be worse than one that is down."""
         loop = asyncio.get_running_loop()
-        parts = [loop.create_task(self.supervisor.run())]
-        if firing:
-            parts += [loop.create_task(self.cron.run()), loop.create_task(self.retention.run())]
+        ending = [loop.create_task(part.run()) for part in (self.supervisor, self.app) if part is not None]
+        others = [loop.create_task(part.run()) for part in (self.cron, self.retention) if firing]
+        parts = ending + others
         try:
             with log.sink(self.metrics.observe), log.sink(self.feed.announce):
+                if (kind := disk.filesystem(self.home.app_dir)) in disk.NETWORK:
+                    emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
                 async with self.feed, self.metrics:
                     await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
                     self.stop()
-                    await asyncio.wait(parts[:1])
+                    await asyncio.wait(ending)
         finally:
             self.stop()
-            for part in parts[2:]:
+            for part in others[1:]:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
         for part in parts:
@@ -129,6 +163,14 @@ class Server:
         """Fire nothing more, claim nothing more, drain. Call it in the event loop."""
         self.cron.stop()
         self.supervisor.stop()
+        if self.app is not None:
+            self.app.stop()
+
+    def kill(self) -> None:
+        """End every process at once, with what it has started."""
+        self.supervisor.kill()
+        if self.app is not None:
+            self.app.kill()
 
 
 def _group(config: Config, name: str, server: str | None) -> Group:

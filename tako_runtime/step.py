@@ -112,9 +112,10 @@ class Step:
         """Do `fn(*args)` once and for all, and give what it returned, now and on every replay.
 
         `fn` is async, or sync (it runs in a thread). It is tried `retries` times more after a failure, with `backoff`
-        between; then its exception goes to the handler, which may catch it and go on: the failure is then as final as a
-        result. Uncaught, it fails the attempt, and the next attempt runs the step again, unless `retry` is False: then
-        the run is dead. `timeout` bounds each try; past it the handler gets `StepTimeout`.
+        between; then its exception goes to the handler, as each replay will have it: its class, its message and what
+        JSON can carry of the rest, without any secret. If it is caught there, the failure is as final as a result.
+        Uncaught, it fails the attempt, and the next attempt runs the step again, unless `retry` is False: then the run
+        is dead. `timeout` bounds each try; past it the handler gets `StepTimeout`.
 
         The value comes back as `fn`'s return annotation says, else as plain JSON data. Raises `NotCarried` for a value
         that cannot be stored and `TooLarge` past the size limit: those end the run, since no retry can mend them.
@@ -175,7 +176,7 @@ class Step:
                 finally:
                     in_step.reset(token)
                 text, carried = codec.carry(value, wanted, f"step {key.name!r}", limit=attempt.max_value)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 -- a step may raise anything; it is raised again below
                 described = failure.describe(error, f"the error of step {key.name!r}")
                 if tries <= retries and retry and not isinstance(error, NotCarried | StepMisuse):
                     pause = backoff.delay(tries, f"{self.run_id}:{key.name}")
@@ -191,8 +192,8 @@ class Step:
                 )
                 await attempt.save(record)
                 emit("step.failed", step=key.name, error=described.line, ms=(now - started) / 1_000)
-                attempt.failed(error, key, final=not retry)
-                raise
+                again = failure.as_replayed(error, described)
+                raise attempt.failed(again, key, final=not retry) from again.__cause__
             now = attempt.now()
             record = StepRecord(
                 "run", key.name, position, "done", attempt.run.attempt, started, now, result=text.encode()

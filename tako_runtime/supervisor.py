@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tako_runtime import clock
-from tako_runtime.child import Child, Event, how
+from tako_runtime.child import TOGETHER, Child, Event, Group, Up
 from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.crew import Crew
 from tako_runtime.errors import StoreBusy, StoreLocked, TakoError
 from tako_runtime.health import Health
 from tako_runtime.inflight import gone
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, fingerprint
-from tako_runtime.reclaim import reclaim
+from tako_runtime.process import how
+from tako_runtime.reclaim import cut_off, reclaim
 from tako_runtime.run import new_id
-from tako_runtime.secrets import VARIABLE, handing_over
 from tako_runtime.store import Home
 from tako_runtime.store.base import DataVersion, Demand, ListWorkers, RunsOf, TakeLease, Undeclared
 from tako_runtime.store.commit import StoreThread
@@ -42,17 +43,6 @@ RENEWAL = 2.0
 #: runs to take, and took none. Looks are counted, not seconds: a supervisor that was itself stopped accuses nobody.
 START_LIMIT = 60
 STALL_LIMIT = 30
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """What a group of workers should be. Durations are microseconds."""
-
-    name: str = "default"
-    workers: int = 0
-    concurrency: int = 10
-    idle_timeout: int = 5 * clock.MINUTE
-    grace: int = 30 * clock.SECOND
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +82,10 @@ def decide(seen: Seen, wanted: Mapping[str, Group], now: int) -> list[str]:
 class Supervisor:
     """The workers of one app on this machine, until stopped. `show(source, event)` gets each event of its workers and
     each line that they print; `other(name)` says what a group should be that is not in `wanted`; `reread()` is asked
-    for when a file has changed while something cannot work."""
+    for when a file has changed while something cannot work.
+
+    With `together` one process is up at all times and takes the runs of all groups, and the next one stands by, so that
+    `reload()` has new code at work within a blink; `declare(manifest)` is told what it has found in the files."""
 
     def __init__(
         self,
@@ -104,6 +97,8 @@ class Supervisor:
         show: Callable[[str, Event], None],
         *,
         other: Callable[[str], Group] = Group,
+        together: bool = False,
+        declare: Callable[[Manifest], Awaitable[object]] | None = None,
         reread: Callable[[], Awaitable[object]] | None = None,
         lease: int = 15 * clock.SECOND,
         start_limit: int = START_LIMIT,
@@ -113,16 +108,21 @@ class Supervisor:
         secrets: Mapping[str, str] | None = None,
         clock: Clock | None = None,
     ) -> None:
-        self.secrets = secrets or {}  # what workers get that start from now on
         self.turns = 0  # how often the loop has gone round
         self._store, self._home, self._root, self._folder = store, home, root, folder
         self._wanted, self._other, self._reread = dict(wanted), other, reread
-        self._show, self._lease, self._log_level = show, lease, log_level
+        self._show, self._lease = show, lease
+        self._together, self._declare = together, declare
         self._start_limit, self._stall_limit = start_limit, stall_limit
         self._clock: Clock = clock or SystemClock()
-        self._environment = {**(environment or os.environ), **home.environment(), "PYTHONUNBUFFERED": "1"}
-        self._children: dict[Child, asyncio.Task[None]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        words = [
+            "--dir", folder, "--lease", f"{lease}us", "--import-limit", f"{start_limit / 2}s", "--log-level", log_level,
+        ]  # fmt: skip
+        self._crew = Crew(
+            root, words, self._with_own(environment or os.environ), secrets or {}, self._said, self._ended, self._clock,
+            together=together,
+        )  # fmt: skip
+        self._tasks: set[asyncio.Future[object]] = set()
         self._health = Health(store, self._clock)
         self._manifest: Manifest | None = None
         self._files = fingerprint(root, folder)
@@ -152,7 +152,7 @@ class Supervisor:
             await self._supervise()
         finally:
             listener.close()
-            await self._end_children()
+            await self._crew.end_all()
             await self._health.forget()
 
     def stop(self) -> None:
@@ -161,13 +161,26 @@ class Supervisor:
         self._wake.set()
 
     @property
+    def secrets(self) -> Mapping[str, str]:
+        """What workers get that start from now on."""
+        return self._crew.secrets
+
+    @secrets.setter
+    def secrets(self, values: Mapping[str, str]) -> None:
+        self._crew.secrets = values
+
+    @property
+    def files(self) -> frozenset[str]:
+        """The project's own files that are at work, where one process takes the runs of all groups."""
+        return self._crew.files
+
+    @property
     def pids(self) -> list[int]:
-        return [child.pid for child in self._children]
+        return [child.pid for child in self._crew.children]
 
     def kill(self) -> None:
         """End every worker at once, with what it has started. Their runs go on at the next start."""
-        for child in self._children:
-            child.kill()
+        self._crew.kill()
 
     # --- the loop ---
 
@@ -201,15 +214,21 @@ class Supervisor:
 
     async def _act(self, now: int) -> None:
         live: dict[str, int] = {}
-        staying = [child for child in self._children if not child.leaving]
+        staying = [child for child in self._crew.children if not child.leaving]
         for child in staying:
             live[child.group.name] = live.get(child.group.name, 0) + 1
         trying = frozenset(child.group.name for child in staying if child.trial and not child.claimed)
         unhealthy = frozenset(self._health.reasons)
-        seen = Seen(self._due, live, self._health.paused_until, unhealthy, trying)
         named = {*self._wanted, *(self._manifest.groups if self._manifest else ()), *self._due, *unhealthy}
-        for name in decide(seen, {name: self._group(name) for name in named}, now):
-            await self._start(self._group(name))
+        if self._together:
+            lane = frozenset({TOGETHER.name})
+            seen = Seen(frozenset(), live, self._health.paused_until, lane if unhealthy else frozenset(), trying)
+            wanted = {TOGETHER.name: TOGETHER}
+        else:
+            seen = Seen(self._due, live, self._health.paused_until, unhealthy, trying)
+            wanted = {name: self._group(name) for name in named}
+        for name in decide(seen, wanted, now):
+            await self._start(wanted.get(name) or self._group(name))
 
     async def _sleep(self, seconds: float) -> None:
         handle = asyncio.get_running_loop().call_later(seconds, self._wake.set)
@@ -246,31 +265,37 @@ class Supervisor:
 
     async def _look_at_workers(self) -> None:
         """Replace those that hang. One whose slots are all taken is busy, however long that takes."""
-        for child in list(self._children):
+        for child in list(self._crew.children):
             if child.leaving:
                 continue
-            group = child.group.name
-            if not child.worker:
+            if child.debugging:
+                continue
+            if not child.workers:
                 limit = self._start_limit
                 child.looks += 1
-            elif group in self._due:
+            elif due := self._due & child.workers.keys():
                 limit = self._stall_limit
-                in_hand = frozenset((run.seq, run.claim) for run in await self._store.do(RunsOf(worker=child.worker)))
-                stands = in_hand == child.in_hand and len(in_hand) < child.group.concurrency
-                child.looks = child.looks + 1 if stands else 0
-                child.in_hand, child.idle = in_hand, 0
+                stands = [await self._stands(child.workers[group]) for group in due]
+                child.looks, child.idle = child.looks + 1 if any(stands) else 0, 0
             else:
                 child.looks, child.idle = 0, child.idle + 1
                 if child.trial:  # it is up, and nothing is due by which it could prove itself
                     child.trial = False
-                    self._health.healthy(group)
+                    for group in self._groups_of(child.group):
+                        self._health.healthy(group)
                 if child.idle == self._stall_limit:
-                    self._health.calm(group)
+                    self._health.calm(child.group.name)
                 continue
             if child.looks == limit:
                 child.tell_where()
             elif child.looks > limit:
                 self._replace(child, limit)
+
+    async def _stands(self, up: Up) -> bool:
+        """Whether a worker with free slots has taken nothing since the last look."""
+        before = up.in_hand
+        up.in_hand = frozenset((run.seq, run.claim) for run in await self._store.do(RunsOf(worker=up.worker)))
+        return up.in_hand == before and len(up.in_hand) < up.slots
 
     def _look_at_files(self) -> None:
         """Somebody may be mending what cannot work: no pause makes them wait."""
@@ -295,63 +320,92 @@ class Supervisor:
     # --- workers ---
 
     async def _start(self, group: Group) -> None:
-        words = [
-            sys.executable, "-m", "tako_runtime", "worker", "--group", group.name, "--dir", self._folder,
-            "--concurrency", str(group.concurrency), "--lease", f"{self._lease}us",
-            "--import-limit", f"{self._start_limit / 2}s", "--log-level", self._log_level,
-        ]  # fmt: skip
-        if not group.workers:
-            words += ["--idle-timeout", f"{group.idle_timeout}us"]
+        groups = self._wanted.values() if group is TOGETHER else [group]
         try:
-            async with handing_over(self.secrets) as pipe:
-                child = Child(group, words, self._root, {**self._environment, VARIABLE: str(pipe)}, self._clock, pipe)
+            child = await self._crew.start(group, groups)
         except OSError as error:
-            reason = f"its worker cannot be started: {error.strerror}: {error.filename or words[0]}"
-            self._health.unhealthy(group.name, reason, "")
+            reason = f"its worker cannot be started: {error.strerror}: {error.filename or sys.executable}"
+            for name in self._groups_of(group):
+                self._health.unhealthy(name, reason, "")
             self._health.paused(group.name)
             return
-        child.trial = group.name in self._health.reasons
-        self._children[child] = asyncio.get_running_loop().create_task(self._follow(child))
-        emit("worker.spawned", pid=child.pid, group=group.name)
+        child.trial = bool(self._health.reasons.keys() & self._groups_of(group))
 
-    async def _follow(self, child: Child) -> None:
-        """Pass on what a worker says, until it ends; then give back what it had in hand."""
-        code = await child.follow(lambda event: self._said(child, event))
-        del self._children[child]
-        group = child.group.name
-        if code != 0:
-            emit("worker.died", pid=child.pid, how=how(code), group=group)
-        failed = not child.claimed and not child.leaving and (code != 0 or not child.worker)
-        if failed and not self.stopping:
-            if not child.worker or group in self._due:  # an idle one that somebody ended proves nothing
-                self._health.unhealthy(group, *child.why(code))
-            self._health.paused(group)
-        await self._give_back()
-        self._look_anew()
+    def _groups_of(self, group: Group) -> set[str]:
+        """The groups whose runs such a worker process takes."""
+        if group is not TOGETHER:
+            return {group.name}
+        return {*self._wanted, *(self._manifest.groups if self._manifest else ())} or {Group().name}
 
     def _said(self, child: Child, event: Event) -> None:
-        if event["event"] == "worker.claimed":
-            self._health.proved(child.group.name)
-        self._show(child.group.name, event)
+        match event["event"]:
+            case "worker.claimed":
+                self._health.proved(str(event.get("group")))
+            case "worker.declared":
+                manifest = self._crew.declared(child, event)
+                for group in manifest.groups:  # what it could not work for is mended
+                    self._health.healthy(group)
+                if self._declare is not None:
+                    self._task(self._declare(manifest))
+                return
+        self._show(str(event.get("group") or child.group.name), event)
+
+    async def _ended(self, child: Child, code: int) -> None:
+        """Give back what it had in hand; and see what its end says of its group."""
+        group = child.group.name
+        if child.replaces:  # the older one goes on
+            if not child.dismissed and not self.stopping:
+                emit("code.kept", reason=child.why(code)[0])
+                self._crew.stand_by()
+            return
+        if code != 0:
+            emit("worker.died", pid=child.pid, how=how(code), group=group)
+        failed = not child.claimed and not child.leaving and (code != 0 or not child.workers)
+        if failed and not self.stopping:
+            for name in self._groups_of(child.group):
+                if not child.workers or name in self._due:  # an idle one that somebody ended proves nothing
+                    self._health.unhealthy(name, *child.why(code))
+            self._health.paused(group)
+        await self._give_back(child)
+        self._look_anew()
+
+    def cleared(self, pid: int) -> None:
+        """The terminal is there for the debugger in that worker process."""
+        for child in self._crew.children:
+            if child.pid == pid:
+                child.tell(b"cleared")
+
+    def configure(self, wanted: Mapping[str, Group], environment: Mapping[str, str]) -> None:
+        """What the groups are and what their workers find in their environment, from the next start on."""
+        self._wanted, self._crew.environment = dict(wanted), self._with_own(environment)
+
+    def _with_own(self, environment: Mapping[str, str]) -> dict[str, str]:
+        return {**environment, **self._home.environment(), "PYTHONUNBUFFERED": "1"}
+
+    def reload(self) -> None:
+        """Go on with the project's files as they are now. What is in hand stops at its next step boundary."""
+        if not self._crew.reload(self._wanted.values()):
+            self._health.try_now()
+        self._look_anew()
 
     def _replace(self, child: Child, looks: int) -> None:
         """Another takes its place at once, or after a pause where it has never claimed. It gets its grace, should it
         only be slow: what it has in hand is not taken from it before."""
         group, seconds = child.group.name, round(looks * LOOK)
-        if child.worker:
+        groups = child.workers.keys() & self._due or self._groups_of(child.group)
+        if child.workers:
             child.verdict = f"its worker claimed nothing for {seconds} s, though runs were due and it had free slots"
-            emit("worker.stalled", worker=child.worker, pid=child.pid, group=group, seconds=seconds)
+            for name in groups:
+                up = child.workers[name]
+                emit("worker.stalled", worker=up.worker, pid=child.pid, group=name, seconds=seconds)
         else:
             child.verdict = f"its worker was not up after {seconds} s"
             emit("worker.late", pid=child.pid, group=group, seconds=seconds)
-        child.leaving = True
-        self._health.unhealthy(group, *child.why(0))
+        for name in groups:
+            self._health.unhealthy(name, *child.why(0))
         if not child.claimed:
             self._health.paused(group)
-        if child.worker:
-            self._task(self._end(child, self._children[child]))
-        else:
-            child.kill()
+        self._crew.end(child, within=None if child.workers else 0, drained=False)
 
     async def _reclaim(self) -> None:
         """Give back what lost workers had in hand. One of this machine whose lease has lapsed may have been kept from
@@ -376,34 +430,27 @@ class Supervisor:
     async def _end_frozen(self, pids: Collection[int | None]) -> None:
         """End those of ours that are among these and do not renew their leases (stopped, or hanging with the
         interpreter held), with whatever lock they hold. Their runs go on in others."""
-        if not any(child.pid in pids for child in self._children):
+        if not any(child.pid in pids for child in self._crew.children):
             return
         now = self._clock.now()
         lapsed = {w.pid: w.id for w in await self._store.do(ListWorkers()) if w.lease_until <= now}
-        for child in self._children:
+        for child in self._crew.children:
             if child.pid in pids and child.pid in lapsed:
                 child.verdict = "its worker did not renew its lease"
                 emit("worker.frozen", worker=lapsed[child.pid], pid=child.pid, group=child.group.name)
                 child.kill()
 
-    async def _give_back(self) -> None:
+    async def _give_back(self, child: Child) -> None:
+        """What it had in hand."""
         try:
+            if child.drained:
+                ids = {up.worker for up in child.workers.values()}
+                await cut_off(self._store, self._home.app_dir, ids, self._clock.now())
             await self._reclaim()
         except StoreBusy as error:  # the next round does it
             emit("store.busy", error=str(error))
 
-    async def _end_children(self) -> None:
-        """SIGTERM, the group's grace, then SIGKILL for what is left, grandchildren included."""
-        if self._children:
-            await asyncio.gather(*(self._end(child, followed) for child, followed in self._children.items()))
-
-    async def _end(self, child: Child, followed: "asyncio.Task[None]") -> None:
-        child.terminate()
-        await asyncio.wait([followed], timeout=child.group.grace / clock.SECOND)
-        child.kill()
-        await asyncio.wait([followed])
-
-    def _task(self, work: Awaitable[None]) -> None:
+    def _task(self, work: Awaitable[object]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)

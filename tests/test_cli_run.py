@@ -85,16 +85,12 @@ print(json.dumps([os.fstat(fd).st_ino for fd in (0, 1, 2)]))
     assert "TAKO_SECRETS_FD" not in seen["environ"]
 
 
-def test_a_command_hands_the_secrets_on_through_a_shell_to_the_first_that_asks_and_the_next_is_told(
-    project: Path,
-) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the secrets are in a pipe, which one process can read")
+def test_a_command_hands_the_secrets_on_through_a_shell_to_each_process_that_asks(project: Path) -> None:
     (project / "tell.py").write_text(TELL)
     python = f"{sys.executable} tell.py"
-    ended = tako("run", "--", "sh", "-c", f"true; {python}; {python}", cwd=project)
-    assert ended.returncode == 1
-    assert json.loads(ended.stdout)["secrets"] == {"STRIPE_KEY": DIGEST}
-    assert "another process of this command has taken its secrets" in ended.stderr
-    assert KEY not in ended.stderr
+    shown = done("run", "--", "sh", "-c", f"true; {python}; {python}", cwd=project)
+    assert [json.loads(line)["secrets"] for line in shown.splitlines()] == [{"STRIPE_KEY": DIGEST}] * 2
 
 
 def test_a_process_that_has_another_pipe_under_that_number_does_not_touch_it(project: Path) -> None:
@@ -150,16 +146,11 @@ def test_a_secret_that_the_file_requires_and_nobody_has_set_is_named(project: Pa
     assert ended.stderr == "not set, though [secrets] requires it: DATABASE_URL\n"
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="how much a pipe takes is Linux's to say")
-def test_half_a_mebibyte_of_secrets_arrives_and_more_than_a_pipe_takes_is_refused(project: Path) -> None:
-    home = Home("shop", project / ".tako")
-    keep_secrets(home, {"BIG": "x" * (1 << 19)})
+@pytest.mark.skipif(sys.platform != "linux", reason="a pipe takes less")
+def test_a_mebibyte_of_secrets_arrives(project: Path) -> None:
+    keep_secrets(Home("shop", project / ".tako"), {"BIG": "x" * (1 << 20)})
     asks = "from tako_runtime import secrets; print(len(secrets['BIG']))"
-    assert done("run", "--", sys.executable, "-c", asks, cwd=project) == f"{1 << 19}\n"
-    keep_secrets(home, {"BIG": "x" * (1 << 26)})
-    refused = document("run", "--json", "--", "touch", "started", cwd=project, code=1)["error"]
-    assert "67,108," in refused["message"]
-    assert not (project / "started").exists()
+    assert done("run", "--", sys.executable, "-c", asks, cwd=project) == f"{1 << 20}\n"
 
 
 # --- it is the command -----------------------------------------------------------------------------------------------

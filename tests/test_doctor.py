@@ -22,7 +22,9 @@ from serving import keep_secrets
 from tako_cli.doctor import disk, machine
 from tako_cli.doctor.project import sockets
 from tako_runtime import clock, holders
+from tako_runtime import disk as runtime_disk
 from tako_runtime.bell import Bell
+from tako_runtime.disk import of_mounts
 from tako_runtime.store import Home, project_home
 
 MACHINE = ["python", "sqlite", "zones", "clock", "ssh", "completions"]
@@ -339,14 +341,15 @@ def test_a_store_on_a_network_disk_is_broken(kind: str, broken: bool) -> None:
         "41 22 0:51 / /srv/team rw - xfs /dev/sdb1 rw\n"
     )
     folder = Path("/srv/team disk/shop/.tako")
-    found = disk.network(folder, disk.of_mounts(folder, table))
+    found = disk.network(folder, of_mounts(folder, table))
     assert found.ok != broken
-    assert disk.of_mounts(Path("/srv/team/shop"), table) == "xfs"
-    assert disk.of_mounts(Path("/home"), table) == "ext4"
+    assert of_mounts(Path("/srv/team/shop"), table) == "xfs"
+    assert of_mounts(Path("/home"), table) == "ext4"
 
 
 def test_the_examples_in_its_docstrings_hold() -> None:
-    assert doctest.testmod(disk) == (0, 2)
+    assert doctest.testmod(disk) == (0, 1)
+    assert doctest.testmod(runtime_disk) == (0, 1)
 
 
 # --- the port and the sockets ----------------------------------------------------------------------------------------

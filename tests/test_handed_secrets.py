@@ -177,7 +177,7 @@ def test_what_ends_the_reading_of_the_workflows_is_masked_for_a_command_too(tmp_
 
 
 @proc
-def test_the_pipe_is_read_and_closed_before_user_code_and_no_child_of_a_step_has_it(
+def test_the_pipe_on_descriptor_3_is_read_and_closed_before_user_code_and_no_child_of_a_step_has_it(
     opened: StoreThread, home: Home, tmp_path: Path
 ) -> None:
     flows = f"""
@@ -209,6 +209,7 @@ def test_the_pipe_is_read_and_closed_before_user_code_and_no_child_of_a_step_has
         seen = ended(opened, run)["result"]
         of = Path(f"/proc/{seen['pid']}")
         environ, words = (of / "environ").read_bytes(), (of / "cmdline").read_bytes()
+    assert f"{VARIABLE}=3".encode() in environ.split(b"\0")
     at_import, variables = seen["import"]
     for inode in set(at_import.values()) - {seen["out"]}:  # one may be left: the lifeline, which has no end to read
         assert list(at_import.values()).count(inode) == 1

@@ -69,6 +69,30 @@ def test_a_step_gives_the_masked_value_on_its_first_pass_already(
     assert places(events) == [("step 'charge' in 'charges'", "STRIPE_KEY")], "what is masked is no second find"
 
 
+def test_a_handler_catches_the_masked_error_of_a_step_on_its_first_pass_already(
+    opened: StoreThread, home: Home, events: list[dict[str, Any]]
+) -> None:
+    passes: list[tuple[str, Any]] = []
+
+    def charge() -> None:
+        error = ValueError(f"refused: {KEY}")
+        error.request = {"key": KEY}  # type: ignore[attr-defined]
+        raise error
+
+    @workflow("refused")
+    async def handler(step: Step) -> None:
+        try:
+            await step.run("charge", charge)
+        except ValueError as error:
+            passes.append((str(error), vars(error)))
+        await step.sleep("1h")
+
+    handler.enqueue_sync()
+    work(opened, home)
+    work(opened, home, later="2h")
+    assert passes == [(f"refused: {MASK}", {"request": {"key": MASK}})] * 2
+
+
 def test_a_value_whose_type_has_no_room_for_the_mask_ends_the_run_and_names_the_secret(
     opened: StoreThread, home: Home, events: list[dict[str, Any]]
 ) -> None:

@@ -17,7 +17,7 @@ from workers import eventually, now, shown, status, steps, tamper, work
 
 from tako_runtime import Backoff, Step, StepTimeout, SyncStep, clock, log, signal, workflow
 from tako_runtime.control import Control
-from tako_runtime.errors import InvalidValue
+from tako_runtime.errors import InvalidValue, StepFailed
 from tako_runtime.run import Claimed
 from tako_runtime.store import Home
 from tako_runtime.store.base import KeptSignals, SendSignal
@@ -436,6 +436,39 @@ def test_a_caught_failure_is_the_same_exception_on_every_replay(opened: StoreThr
     finished(opened, run_id)
     assert bodies == ["ship", "refund"]
     assert [(type(e), e.args, e.code) for e in caught] == [(CardRefused, ("visa", 51), 51)] * 4
+
+
+def test_what_no_replay_could_have_of_an_exception_its_first_pass_has_not_either(
+    opened: StoreThread, home: Home
+) -> None:
+    class OfAFunction(Exception):
+        """Nobody can find this class again."""
+
+    caught: list[tuple[type, str, dict[str, Any], str]] = []
+
+    def ship() -> None:
+        try:
+            raise OSError("no road")
+        except OSError as error:
+            failed = OfAFunction("lost")
+            failed.lorry = object()  # type: ignore[attr-defined]
+            raise failed from error
+
+    @workflow("ships")
+    async def handler(step: Step) -> None:
+        try:
+            await step.run("ship", ship)
+        except Exception as error:
+            caught.append((type(error), str(error), vars(error), str(error.__cause__)))
+        await step.sleep("1h")
+
+    handler.enqueue_sync()
+    work(opened, home)
+    work(opened, home, later="2h")
+    first, replayed = caught
+    assert first[:3] == replayed[:3]
+    assert first[0] is StepFailed
+    assert first[3] == "no road", "for people, a traceback has what it came from"
 
 
 @pytest.mark.parametrize("message", ["bad name \udcff", "nul \0 byte", "line\nbreak"])

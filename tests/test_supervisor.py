@@ -14,12 +14,12 @@ from scenarios.flows.orders import Case
 from workers import bodies, gone, now, shown, status, supervised, worker_process, workers
 
 from tako_runtime import clock
-from tako_runtime.child import Child
+from tako_runtime.child import Child, Group
 from tako_runtime.control import Control
 from tako_runtime.store import Home
 from tako_runtime.store.base import ListWorkers
 from tako_runtime.store.commit import StoreThread
-from tako_runtime.supervisor import Group, Seen, decide
+from tako_runtime.supervisor import Seen, decide
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_group_that_wants_workers_has_them_and_a_killed_one_is_replaced(opened
         os.kill(first[0], signal.SIGKILL)
         until(lambda: len(workers(opened)) == 2 and first[0] not in workers(opened).values())
         assert first[1] in workers(opened).values()
-        assert len(supervisor.spawned) == 3
+        until(lambda: len(supervisor.spawned) == 3)
         [died] = supervisor.events("worker.died")
         assert (died["pid"], died["how"]) == (first[0], "killed by SIGKILL")
 
@@ -344,8 +344,16 @@ def test_after_the_grace_what_does_not_stop_is_killed_and_its_run_given_back(
         until(lambda: bodies(log) == ["a"])
         assert supervisor.stop() == 0
         assert all(gone(pid) for pid in supervisor.spawned)
-    assert status(opened, run_id) == ("pending", "retrying")
+        [cut] = supervisor.events("run.cut_off")
+        assert (cut["run"], cut["where"]) == (run_id, "in step a")
+    assert status(opened, run_id) == ("pending", "queued")
     assert workers(opened) == {}
+    with supervised(home):
+        until(lambda: bodies(log) == ["a", "a"])
+        with gate.open("wb"):
+            pass
+        assert ended(opened, run_id) == "succeeded"
+    assert [attempt["outcome"] for attempt in shown(opened, run_id)["attempts"]] == ["succeeded"], "none was used up"
 
 
 def test_a_killed_supervisor_leaves_no_worker_behind_and_no_run_unfinished(

@@ -13,7 +13,7 @@ from cli import make_project
 from conftest import Caller, FakeClock, until
 from workers import eventually, freeze, now, serving, shown
 
-from tako_runtime import clock, config, log
+from tako_runtime import clock, config, disk, log
 from tako_runtime.cron import CORRECTION
 from tako_runtime.errors import StoreBusy, StoreError
 from tako_runtime.manifest import Declared, Manifest, Mistake
@@ -373,6 +373,27 @@ def test_a_server_whose_cron_cannot_go_on_ends_and_says_why(opened: StoreThread,
 
     with pytest.raises(StoreError, match="damaged"):
         asyncio.run(live())
+
+
+def test_a_server_whose_store_is_on_a_network_disk_says_so(
+    opened: StoreThread, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = config.load(make_project(tmp_path / "shop", TICKS) / "tako.toml")
+    (tmp_path / "mountinfo").write_text(
+        f"1 0 8:1 / / rw - ext4 /dev/sda1 rw\n2 1 0:4 / {home.data_dir} rw - nfs4 nas:/ rw\n"
+    )
+    monkeypatch.setattr(disk, "TABLE", tmp_path / "mountinfo")
+
+    async def live() -> None:
+        server = Server(opened, home, loaded, lambda source, event: None)
+        asyncio.get_running_loop().call_soon(server.stop)
+        async with asyncio.timeout(20):
+            await server.run()
+
+    with events() as heard:
+        asyncio.run(live())
+    told = [event for event in heard if event["event"] == "store.on_network"]
+    assert [(event["kind"], event["folder"]) for event in told] == [("nfs4", str(home.app_dir))]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ def run(
     tako becomes the command: exit code, signals and terminal are its own.
 
     A first word that ends in .py is run by tako's own Python. It can import the project's modules, and what it starts
-    gets no secrets. Any other command hands them on in a pipe: the first Python process in it that uses
-    tako_runtime's secrets takes them, others get none. No value is in the environment or on a command line.
+    gets no secrets. In any other command each Python process finds them in tako_runtime's secrets; on macOS only the
+    first one that looks. No value is in the environment or on a command line.
 
     \b
     Examples:

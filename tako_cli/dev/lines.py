@@ -5,6 +5,7 @@
 
 import re
 import textwrap
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 #: Of use to a program that follows the log; a person has it from the lines around it.
-_FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "dev.ready"}
+_FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "code.loaded", "dev.ready"}
 
 _STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "bold red"}
 _SOURCES = ("cyan", "magenta", "blue", "green")
@@ -27,6 +28,8 @@ _ID = re.compile(r"\b([0-9a-f]{8}-[0-9a-f]{4})-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]
 
 #: Where the lines after the first of an event begin: below its source.
 _INDENT = 13
+#: What is within so many of the last messages has just been shown.
+_JUST_NOW = 10
 #: A message with less room than this goes on below the source, and not below itself.
 _NARROW = 50
 #: With less than this it begins there too.
@@ -45,7 +48,9 @@ class Lines:
         self._workflow_width = min(max(map(len, workflows), default=0), 30)
         self._broken: set[tuple[Any, ...]] = set()
         self._tracebacks: set[str] = set()  # the last lines of those that were shown
+        self._recent: deque[str] = deque(maxlen=_JUST_NOW)  # what was shown last
         self._silent = False
+        self._held: list[tuple[str, Event]] | None = None
 
     def say(self, event: str, message: str, level: str = "info", **facts: Any) -> None:
         """Something of `tako dev` itself."""
@@ -55,8 +60,20 @@ class Lines:
         """A sink of `log`: what is announced in this process."""
         self.show("tako", log.told(event))
 
+    def hold(self) -> None:
+        """Show nothing until `go_on()`: somebody else uses the terminal."""
+        self._held = [] if self._held is None else self._held
+
+    def go_on(self) -> None:
+        held, self._held = self._held or [], None
+        for source, event in held:
+            self.show(source, event)
+
     def show(self, source: str, event: Event) -> None:
         """One event, of a worker's group or of `tako` itself."""
+        if self._held is not None:
+            self._held.append((source, event))
+            return
         if self._silent or self._said_before(event):
             return
         try:
@@ -64,6 +81,7 @@ class Lines:
                 output.json_line({**event, "source": source})
             elif event["event"] not in _FOR_PROGRAMS:
                 output.show(*self._lines(source, event))
+                self._recent.append(str(event.get("message", "")))
         except OSError:  # a closed pipe, a terminal that is gone
             self._silent = True
             self._lost()
@@ -72,6 +90,10 @@ class Lines:
         """What a person sees first; a program has it all in the event `dev.ready`."""
         if not self._as_json:
             output.show(*lines)
+
+    def mended(self) -> None:
+        """New code is at work: what is wrong from now on is news."""
+        self._broken.clear()
 
     def _said_before(self, event: Event) -> bool:
         """Each worker finds the same broken file when it starts."""
@@ -112,14 +134,16 @@ class Lines:
         return [lines[0][begin:], *lines[1:]]
 
     def _details(self, event: Event) -> list[str]:
-        """The frames of the user's own code below an error, and what a worker said last before it died, unless it has
-        just been shown as the traceback of a broken file."""
+        """The frames of the user's own code below an error, and what a process said last before it died, unless it has
+        just been shown, be it as the traceback of a broken file."""
         traceback = event.get("traceback") or (event.get("error") if event["event"] == "run.dead" else "")
         lines = wording.frames(str(traceback or ""), self._root)
         if event["event"] == "file.broken":
             self._tracebacks.update(lines[-1:])
         last = str(event.get("last_lines") or "").splitlines()
-        return [output.clean(line) for line in lines + ([] if set(last[-1:]) & self._tracebacks else last)]
+        return [
+            output.clean(line) for line in lines + ([] if set(last[-1:]) & {*self._tracebacks, *self._recent} else last)
+        ]
 
     def _style_of(self, source: str) -> str:
         if source == "tako":

@@ -1,21 +1,29 @@
 """One `tako dev`, from its first line to its last child's end.
 
-lock -> store -> give back what a crash left -> supervise until Ctrl-C (or, with --once, until nothing is left)
+lock -> store -> the app's port -> give back what a crash left
+     -> supervise until Ctrl-C (or, with --once, until nothing is left)
 """
 
 import asyncio
 import os
 import signal
+import sys
 from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tako_cli import context, output, wording
 from tako_cli.dev.lines import Event, Lines
 from tako_cli.dev.once import Workable, work_off
+from tako_cli.dev.watch import Watch
 from tako_runtime import log, store
+from tako_runtime.child import TERMINAL
+from tako_runtime.errors import TakoError
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
-from tako_runtime.secrets import guarded, stored
+from tako_runtime.secrets import guarded, reserve, stored
 from tako_runtime.server import Server, alone
 from tako_runtime.store.base import CountRuns
 from tako_runtime.store.commit import StoreThread
@@ -31,18 +39,32 @@ if TYPE_CHECKING:
 _LISTED = 4
 
 
-def develop(config: "Config", manifest: "Manifest", *, once: bool, as_json: bool, fresh: bool = False) -> int:
-    """Run the project here until told to stop, `fresh` with an empty store; the exit code."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How this `tako dev` was asked for. `read()` is the project's config, as it is by then; `shell` are the variables
+    that win over it."""
+
+    read: "Callable[[], Config]"
+    shell: Mapping[str, str]
+    once: bool = False
+    fresh: bool = False
+    process: bool = False
+    as_json: bool = False
+
+
+def develop(config: "Config", manifest: "Manifest", options: Options) -> int:
+    """Run the project here until told to stop; the exit code."""
+    reserve()
     home = store.project_home(config.name, config.root, config.storage.url)
     with alone(home.app_dir, "tako dev"):
         secrets = stored(home.app_dir)
-        aside = store.set_aside(home) if fresh else None
+        aside = store.set_aside(home) if options.fresh else None
         opened = store.open_store(home)
         try:
             with guarded(secrets):
-                session = Session(config, manifest, home, opened, as_json=as_json, secrets=secrets)
+                session = Session(config, manifest, home, opened, options, secrets)
                 session.aside = aside
-                return asyncio.run(session.run(once=once))
+                return asyncio.run(session.run())
         finally:
             opened.close()
 
@@ -56,30 +78,37 @@ class Session:
         manifest: "Manifest",
         home: store.Home,
         opened: StoreThread,
-        *,
-        as_json: bool,
+        options: Options,
         secrets: dict[str, str],
     ) -> None:
         self._config, self._manifest, self._home, self._store = config, manifest, home, opened
+        self._options = options
         self._lines = Lines(
-            config.root, sorted({*config.group_names(), *(flow.group for flow in manifest.workflows)}),
-            [flow.name for flow in manifest.workflows], as_json=as_json, lost=self._stop,
+            config.root,
+            [*(["app"] if config.app else []),
+             *sorted({*config.group_names(), *(flow.group for flow in manifest.workflows)})],
+            [flow.name for flow in manifest.workflows], as_json=options.as_json, lost=self._stop,
         )  # fmt: skip
+        environment = self._environment()
         self._server = Server(
-            opened, home, config, self._heard, log_level="debug", environment=context.environment(config, home),
-            secrets=secrets,
+            opened, home, config, self._heard, log_level="debug", environment=environment,
+            secrets=secrets, together=not (options.process or options.once),
         )  # fmt: skip
+        self._watch: Watch | None = None
+        self._broken: set[str] = set()
         self.aside: Aside | None = None  # the store that was put aside
         self._news = asyncio.Event()
         self._stops = 0
         self._dead = False
         self._failed_starts: dict[str, int] = {}
 
-    async def run(self, *, once: bool) -> int:
+    async def run(self) -> int:
         """Until Ctrl-C, or with `once` until nothing is left; the exit code."""
-        loop = asyncio.get_running_loop()
+        loop, once = asyncio.get_running_loop(), self._options.once
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._interrupted)
+        if self._server.app is not None:
+            self._server.app.bind()  # or say who has its port, before anything starts
         given_back: list[Event] = []
         with log.sink(given_back.append):
             await reclaim(self._store, self._home.app_dir, wording.now())
@@ -89,19 +118,18 @@ class Session:
             self._announced(event)
         with log.sink(self._announced):
             self._server.look_at_secrets()
-            watch = loop.create_task(self._work_off()) if once else None
-            await self._server.run(firing=not once)  # to work off is not to start more
-        done = True
-        if watch is not None:
-            watch.cancel()  # where it has ended, this does nothing
-            [left] = await asyncio.gather(watch, return_exceptions=True)
+            beside = loop.create_task(self._work_off() if once else self._reload_what_is_saved())
+            try:
+                await self._server.run(firing=not once)  # to work off is not to start more
+            finally:
+                beside.cancel()  # where it has ended, this does nothing
+                [left] = await asyncio.gather(beside, return_exceptions=True)
             if isinstance(left, Exception):
                 raise left
-            done = left is True
         await self._farewell()
         if self._stops > 1 or (once and self._stops):
             return 130
-        return 1 if once and (self._dead or not done) else 0
+        return 1 if once and (self._dead or left is not True) else 0
 
     # --- what happens ---
 
@@ -110,6 +138,16 @@ class Session:
         if event["event"] == "worker.started":
             self._failed_starts.pop(source, None)
         self._dead = self._dead or event["event"] == "run.dead"
+        if event["event"] == "debugger.opened":
+            self._lines.show(source, event)
+            self._lines.hold()
+            self._server.supervisor.cleared(int(event["pid"]))
+            return
+        if event["event"] == "debugger.closed":
+            self._lines.go_on()
+        if event["event"] == "file.broken":
+            self._broken.add(str(event.get("file")))
+            self._know()
         self._lines.show(source, event)
         self._news.set()
 
@@ -118,8 +156,41 @@ class Session:
         if event["event"] == "group.paused":
             self._failed_starts[event["group"]] = event["failures"]
         self._dead = self._dead or (event["event"] == "run.reclaimed" and event["then"] == Status.DEAD)
+        if event["event"] in ("code.loaded", "code.reloaded"):
+            self._lines.mended()
+            self._know()
         self._lines.of_supervisor(event)
         self._news.set()
+
+    async def _reload_what_is_saved(self) -> None:
+        folder = self._config.root / self._config.workflows.dir
+        self._watch = Watch(self._config.root, self._config.path, folder, self._saved)
+        self._know()
+        await self._watch.run()
+
+    def _saved(self, files: list[Path]) -> None:
+        if self._config.path not in files:
+            self._broken.clear()
+            self._server.reload()
+            return
+        try:
+            config = self._options.read()
+        except TakoError as error:
+            self._lines.say("config.broken", f"{error}: what was in it before holds", "error", hint=error.hint)
+            return
+        self._config = config
+        self._server.configure(config, self._environment())
+
+    def _environment(self) -> dict[str, str]:
+        found = context.environment(self._config, self._home, self._options.shell)
+        if sys.stdin.isatty() and sys.stdout.isatty() and not self._options.process:
+            found[TERMINAL] = os.ttyname(sys.stdin.fileno())
+        return found
+
+    def _know(self) -> None:
+        """What the code at work is made of."""
+        if self._watch is not None:
+            self._watch.know(self._server.supervisor.files, self._broken)
 
     def _interrupted(self) -> None:
         self._stops += 1
@@ -127,7 +198,7 @@ class Session:
             self._lines.say("dev.stopping", "stopping: runs go on to their next step boundary. Again: stop at once")
             self._stop()
             return
-        self._server.supervisor.kill()
+        self._server.kill()
 
     def _stop(self) -> None:
         self._server.stop()
@@ -145,7 +216,10 @@ class Session:
         left = await self._left()
         flows = self._manifest.workflows
         path = (self._home.app_dir / "runs.db").relative_to(self._config.root)
+        url = self._server.app.url if self._server.app is not None else None
         lines = [output.styled("tako dev  ", "dim").append(self._config.name, "bold")]
+        if url is not None:
+            lines[0].append(f"  {url}", "cyan")
         name_width = max((len(flow.name) for flow in flows[:_LISTED]), default=0)
         lines += [_workflow(flow, name_width) for flow in flows[:_LISTED]]
         if len(flows) > _LISTED:
@@ -163,7 +237,7 @@ class Session:
             self._lines.say("file.broken", message, "error", file=one.file, line=one.line, error=one.message)
         self._lines.say(
             "dev.ready", f"{self._config.name} is ready", app=self._config.name, store=str(self._config.root / path),
-            pid=os.getpid(), workflows=[flow.name for flow in flows], left=left,
+            pid=os.getpid(), workflows=[flow.name for flow in flows], left=left, url=url,
         )  # fmt: skip
         if self.aside is not None:
             gone, place = self.aside.runs, self.aside.path.relative_to(self._config.root)

@@ -14,6 +14,7 @@ from tako_cli.doctor import Finding, broken, disk, warning, well
 from tako_runtime import clock, holders, store
 from tako_runtime.bell import socket_folder
 from tako_runtime.config import Config, load
+from tako_runtime.disk import filesystem
 from tako_runtime.errors import ConfigError, StoreError, TakoError
 from tako_runtime.feed import supervising
 from tako_runtime.manifest import read
@@ -39,7 +40,7 @@ def project(path: Path) -> Iterator[Finding]:
         return
     yield well("tako.toml", str(path))
     yield environment(config.root)
-    yield disk.network(home.app_dir, disk.filesystem(home.app_dir))
+    yield disk.network(home.app_dir, filesystem(home.app_dir))
     yield disk.space(home.app_dir)
     yield the_store(home, clock.SystemClock().now())
     yield from private(home)

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from tako_runtime import log, store
-from tako_runtime.supervisor import Group, Supervisor
+from tako_runtime.child import Group
+from tako_runtime.supervisor import Supervisor
 
 
 def say(source: str, event: dict[str, Any]) -> None:
