@@ -78,7 +78,7 @@ class Server:
                 config, self._environment, lambda event: heard("app", event),
                 secrets=lambda: self.supervisor.secrets, passed_on=passed_on, clock=ticking,
             )  # fmt: skip
-        self.cron = Cron(store, ticking)
+        self.cron = Cron(store, ticking, home.server)
         self.retention = Retention(store, config, server, ticking)
 
     async def declare(self) -> Manifest:
@@ -143,10 +143,11 @@ class Server:
         others = [loop.create_task(part.run()) for part in (self.cron, self.retention) if firing]
         parts = ending + others
         try:
-            with log.sink(self.metrics.observe), log.sink(self.feed.announce):
+            with contextlib.ExitStack() as guards, log.sink(self.metrics.observe), log.sink(self.feed.announce):
                 if (kind := disk.filesystem(self.home.app_dir)) in disk.NETWORK:
                     emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
                 async with self.feed, self.metrics:
+                    guards.enter_context(self._store.relay())
                     await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
                     self.stop()
                     await asyncio.wait(ending)

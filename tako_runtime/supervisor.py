@@ -6,8 +6,8 @@ events it sleeps: the bell, a child's end, the next due time and a look once a s
 """
 
 import asyncio
+import contextlib
 import os
-import socket
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from tako_runtime.process import how
 from tako_runtime.reclaim import cut_off, reclaim
 from tako_runtime.run import new_id
 from tako_runtime.store import Home
-from tako_runtime.store.base import DataVersion, Demand, ListWorkers, RunsOf, TakeLease, Undeclared
+from tako_runtime.store.base import DataVersion, Demand, DropLease, ListWorkers, RunsOf, TakeLease, Undeclared
 from tako_runtime.store.commit import StoreThread
 
 #: The net under the bell, in seconds. At each look the supervisor also sees how its workers stand.
@@ -34,6 +34,9 @@ LOOK = 1.0
 
 #: How often lapsed leases are looked for.
 RECLAIM_EVERY = 5 * clock.SECOND
+
+#: How long a group that only one of several machines may wake is that machine's, after its last word.
+AWAKE = 10 * clock.SECOND
 
 #: The least time, in seconds, that a worker of this machine has to renew a lease that has lapsed, once the store takes
 #: writes again.
@@ -130,7 +133,7 @@ class Supervisor:
         self._undeclared: dict[str, str] = {}
         self._told: set[tuple[str, str]] = set()
         self._reading = False
-        self._host = socket.gethostname()
+        self._awake: dict[str, int] = {}  # groups at rest that are this machine's to wake, and until when
         self._lapsed: dict[tuple[str, int], float] = {}  # workers of this machine, their leases, and since when
         self._wake = asyncio.Event()
         self._dirty = True
@@ -154,6 +157,8 @@ class Supervisor:
             listener.close()
             await self._crew.end_all()
             await self._health.forget()
+            with contextlib.suppress(TakoError):
+                await self._keep_awake()  # nobody's worker is here any more
 
     def stop(self) -> None:
         """Drain and leave. Call it in the event loop."""
@@ -203,6 +208,7 @@ class Supervisor:
                     await self._look_at_workers()
                     self._look_at_files()
                 await self._health.report()
+                await self._keep_awake()
             except StoreBusy as error:
                 emit("store.busy", error=str(error))
                 if isinstance(error, StoreLocked):
@@ -228,7 +234,35 @@ class Supervisor:
             seen = Seen(self._due, live, self._health.paused_until, unhealthy, trying)
             wanted = {name: self._group(name) for name in named}
         for name in decide(seen, wanted, now):
-            await self._start(wanted.get(name) or self._group(name))
+            group = wanted.get(name) or self._group(name)
+            if group.workers or await self._may_wake(name):
+                await self._start(group)
+
+    async def _may_wake(self, name: str) -> bool:
+        """Of several machines one wakes a group that is at rest: who has the lease for it, which is kept while the
+        group's worker lives there. The others see that it is taken, and stay as they are."""
+        now = self._clock.now()
+        if not self._store.shared or self._awake.get(name, 0) > now + AWAKE // 2:
+            return True
+        lease = TakeLease(name=f"wake {name}", holder=self._home.server, until=now + AWAKE, now=now)
+        try:
+            taken = await self._store.do(lease)
+        except StoreBusy as error:
+            emit("store.busy", error=str(error))
+            return False
+        if taken:
+            self._awake[name] = lease.until
+        return taken
+
+    async def _keep_awake(self) -> None:
+        """Keep that lease for the groups that have a worker here, and let go of it for those that have none now."""
+        here = {child.group.name for child in self._crew.children}
+        for name in list(self._awake):
+            if name in here:
+                await self._may_wake(name)
+            else:
+                await self._store.do(DropLease(name=f"wake {name}", holder=self._home.server))
+                del self._awake[name]
 
     async def _sleep(self, seconds: float) -> None:
         handle = asyncio.get_running_loop().call_later(seconds, self._wake.set)
@@ -418,7 +452,9 @@ class Supervisor:
             if worker.lease_until <= now and gone(self._home.app_dir, worker.id) is False
         }
         if lapsed.keys() - self._lapsed.keys():
-            await self._store.do(TakeLease(name=f"reclaim {self._host}", holder=self._host, until=now, now=now))
+            await self._store.do(
+                TakeLease(name=f"reclaim {self._home.server}", holder=self._home.server, until=now, now=now)
+            )
         at = seconds()
         self._lapsed = {key: self._lapsed.get(key, at) for key in lapsed}
         patience = max(self._lease / 2 / clock.SECOND, RENEWAL)

@@ -18,12 +18,14 @@ from typing import Any
 from tako_runtime import clock, codec, failure
 from tako_runtime.attempt import Attempt, whose
 from tako_runtime.clock import Clock, SystemClock
-from tako_runtime.errors import StepFailed, StoreBusy, StoreError
+from tako_runtime.errors import StepFailed, StoreBusy, StoreError, StoreUnreachable
 from tako_runtime.inflight import InFlight
 from tako_runtime.log import emit
 from tako_runtime.run import Claimed, WorkerRecord, new_id
+from tako_runtime.state import Interrupted, settle
 from tako_runtime.store.base import (
     AddWorker,
+    Apply,
     ClaimRuns,
     DataVersion,
     Demand,
@@ -31,7 +33,7 @@ from tako_runtime.store.base import (
     RenewLease,
     RunsOf,
 )
-from tako_runtime.store.commit import StoreThread
+from tako_runtime.store.commit import PATIENCE, StoreThread
 from tako_runtime.workflow import Workflow, release
 
 #: The net under the bell, in seconds.
@@ -39,6 +41,10 @@ LOOK = 1.0
 
 #: How soon a lease is renewed again that could not be, since the store was busy, in seconds.
 AGAIN = 0.5
+
+#: The share of a lease that is left for handlers to stop in, where it cannot be renewed and others go by it; and the
+#: last moment of that, in seconds, in which the process ends.
+STOPPING, LAST = 0.25, 0.2
 
 #: Attempts that were abandoned get this long to unwind before their worker starts over without them.
 UNWIND = 5.0
@@ -82,6 +88,8 @@ class Worker:
         self.lease_until = 0
         self._active_at = self.clock.now()
         self._lost_lease = False
+        self._unwound_by: int | None = None  # others may start its runs then
+        self._unsure = False  # whether the last claim has landed, its answer having been lost
         self._left = False
         self._claimed = False
         self._broken: BaseException | None = None
@@ -97,15 +105,7 @@ class Worker:
         loop.set_task_factory(_task)
         listener = self.store.bell.listen(self.id)
         self.inflight = InFlight(self._app_dir, self.id, room=2 * settings.concurrency)  # ends on their way count too
-        now = self.clock.now()
-        self.lease_until = now + settings.lease
-        await self.store.do(
-            AddWorker(
-                worker=WorkerRecord(
-                    self.id, settings.group, socket.gethostname(), os.getpid(), release(), now, self.lease_until
-                )
-            )
-        )
+        await self._join()
         ended = threading.Event()
         renewal = threading.Thread(target=self._renew, args=(loop, ended), name="tako-lease", daemon=True)
         renewal.start()
@@ -131,6 +131,25 @@ class Worker:
         emit("worker.stopped", worker=self.id, group=settings.group, reason=reason)
         return reason
 
+    async def _join(self) -> None:
+        """Onto the list; a store that cannot be reached is waited for."""
+        group, host, pause = self.settings.group, socket.gethostname(), AGAIN
+        while True:
+            now = self.clock.now()
+            until = now + self.settings.lease
+            try:
+                await self.store.do(
+                    AddWorker(worker=WorkerRecord(self.id, group, host, os.getpid(), release(), now, until))
+                )
+            except StoreUnreachable as error:
+                emit("store.busy", error=str(error))
+                if self._stopping:
+                    raise
+                await asyncio.sleep(pause)
+                continue
+            self.lease_until = until
+            return
+
     def stop(self, reason: str = "drained") -> None:
         """Claim nothing more; let attempts reach their end or their next step boundary. Call it in the event loop."""
         self._stopping = self._stopping or reason
@@ -144,8 +163,7 @@ class Worker:
 
     async def _work(self) -> str:
         loop = asyncio.get_running_loop()
-        version = await self.store.do(DataVersion())
-        looked_at = loop.time()
+        version, looked_at = -1, loop.time()
         next_at: int | None = None
         busy = 0.0
         while not self._stopping:
@@ -166,6 +184,7 @@ class Worker:
                 busy = 0.0
             except StoreBusy as error:
                 emit("store.busy", error=str(error))
+                self._unsure = self._unsure or isinstance(error, StoreUnreachable)
                 self._more = True  # what was asked for is not done: ask again, with growing pauses
                 self._topics |= {"cancel", "signal"}
                 busy = min(max(busy * 2, 0.05), 1.0)
@@ -207,6 +226,8 @@ class Worker:
 
     async def _claim(self) -> int | None:
         """Claim for every free slot, begin the attempts; when the next run is due."""
+        if self._unsure:
+            await self._hand_back()
         free, now = self._free, self.clock.now()
         self._more = False
         claimed = await self.store.do(
@@ -223,6 +244,14 @@ class Worker:
             self._more = True
             return None
         return (await self.store.do(Demand(now=now))).next_at
+
+    async def _hand_back(self) -> None:
+        """A claim whose answer never came may have taken runs that nobody does now."""
+        known = {(attempt.run.seq, attempt.run.claim) for attempt in self._attempts}
+        for run in await self.store.do(RunsOf(worker=self.id)):
+            if (run.seq, run.claim) not in known:
+                await self.store.do(Apply(change=settle(run, Interrupted(), self.clock.now())))
+        self._unsure = False
 
     def _begin(self, claimed: Claimed) -> None:
         run = claimed.run
@@ -283,14 +312,24 @@ class Worker:
     # --- the lease ---
 
     def _renew(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
-        """In a thread of its own, so that a handler that blocks the event loop does not cost its worker the lease."""
+        """In a thread of its own, so that a handler that blocks the event loop does not cost its worker the lease.
+
+        Where other machines have the store too, they go by the lease alone: one that cannot be renewed is lost some
+        time before it ends, in which the handlers stop."""
         pause = every = self.settings.lease / 3 / clock.SECOND
         while not ended.wait(pause):
-            until = self.clock.now() + self.settings.lease
+            now = self.clock.now()
+            until = now + self.settings.lease
+            left = (self.lease_until - now) / clock.SECOND - STOPPING * self.settings.lease / clock.SECOND
             try:
-                held = self.store.do_sync(RenewLease(worker=self.id, until=until))
-            except StoreBusy:
+                asked = self.store.ask(RenewLease(worker=self.id, until=until))
+                held = asked.result(max(left, 0) if self.store.shared else PATIENCE)
+            except (StoreBusy, TimeoutError):
                 pause = min(every, AGAIN)
+                asked.cancel()
+                if self.store.shared and left <= pause:
+                    loop.call_soon_threadsafe(self._lose_lease)
+                    return
                 continue
             except StoreError:
                 return
@@ -303,6 +342,7 @@ class Worker:
     def _lose_lease(self) -> None:
         if not self._lost_lease and not self._left:
             self._lost_lease = True
+            self._unwound_by = self.lease_until if self.store.shared else None
             self.lease_until = 0
             emit("worker.lost_lease", worker=self.id, group=self.settings.group, runs=len(self._attempts))
             for attempt in self._attempts:
@@ -318,7 +358,10 @@ class Worker:
         for attempt in self._attempts:
             attempt.interrupt()
         while self._attempts:
-            done, _ = await asyncio.wait(self._attempts.values(), timeout=UNWIND if self._lost_lease else None)
+            timeout = UNWIND if self._lost_lease else None
+            if self._unwound_by is not None:
+                timeout = min(UNWIND, max(0.0, (self._unwound_by - self.clock.now()) / clock.SECOND - LAST))
+            done, _ = await asyncio.wait(self._attempts.values(), timeout=timeout)
             if not done:
                 return
 

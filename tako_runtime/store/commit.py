@@ -77,14 +77,19 @@ class StoreThread:
 
     def do_sync(self, op: Operation[R], timeout: float = PATIENCE) -> R:
         """The same for callers without an event loop. `StoreBusy` if its turn has not come after `timeout` seconds."""
-        future: Future[R] = Future()
-        self._send(_Parcel([op], [future], None))
+        future = self.ask(op)
         try:
             return future.result(timeout)
         except TimeoutError:
             if not future.cancel():  # it is its turn: the answer is near
                 return future.result()
             raise StoreBusy(f"the store has been locked for {timeout:g} s") from None
+
+    def ask(self, op: Operation[R]) -> "Future[R]":
+        """The same for who sets a limit of his own."""
+        future: Future[R] = Future()
+        self._send(_Parcel([op], [future], None))
+        return future
 
     def relay(self) -> AbstractContextManager[object]:
         """Within, this machine's bell rings for what other machines write to a shared store. One process of a machine
