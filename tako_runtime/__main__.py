@@ -202,8 +202,8 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
         reason, told_to_stop = asyncio.run(_until_stopped(workers, lifeline))
         if reason != "lost lease":  # with a lost one, start over with a new identity
             break
-        if opened.shared and any(stuck := {worker.id: worker.runs_in_hand for worker in workers}.values()):
-            log.emit("worker.unstoppable", worker=workers[0].id, runs=sum(stuck))
+        if opened.shared and (going := sum(worker.going for worker in workers)):
+            log.emit("worker.unstoppable", worker=workers[0].id, calls=going)
             return 1  # a thread ends with its process only
     opened.close()
     return 0

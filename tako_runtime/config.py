@@ -90,7 +90,9 @@ class Storage:
 
     url: Annotated[
         str,
-        Setting(values.storage_url, "sqlite", "sqlite; postgres (secret DATABASE_URL); postgresql://... without a password"),
+        Setting(
+            values.storage_url, "sqlite", "sqlite; postgres (secret DATABASE_URL); postgresql://... without a password"
+        ),
     ]
 
 

@@ -73,8 +73,8 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.lost_lease": (ERROR, "worker {worker} lost its lease and gives up what it has in hand (runs: {runs})"),
     "worker.unstoppable": (
         ERROR,
-        "worker {worker} has lost its lease and cannot stop {runs} of its handlers: the process ends, before others "
-        "start them",
+        "worker {worker} has lost its lease and cannot stop what is at work in threads ({calls}): the process ends, "
+        "before others start that",
     ),
     "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
     "worker.frozen": (ERROR, "worker {worker} (process {pid}) has not renewed its lease: it is ended and replaced"),

@@ -9,8 +9,8 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,12 @@ class Worker:
         self.settings = settings
         self.max_value = settings.max_value
         self.id = "w-" + new_id(self.clock.now())
-        self.handlers = ThreadPoolExecutor(settings.concurrency, "tako-handler")
-        self.bodies = ThreadPoolExecutor(max(32, 4 * settings.concurrency), "tako-step")
+        self._threads = (
+            _Threads(settings.concurrency, "tako-handler"),
+            _Threads(max(32, 4 * settings.concurrency), "tako-step"),
+        )
+        self.handlers: ThreadPoolExecutor = self._threads[0]
+        self.bodies: ThreadPoolExecutor = self._threads[1]
         self._app_dir = app_dir
         self._workflows = {name: flow for name, flow in workflows.items() if flow.group == settings.group}
         self._busy = 0  # attempts whose handler has not ended
@@ -94,6 +98,7 @@ class Worker:
         self._claimed = False
         self._broken: BaseException | None = None
         self._stopping = ""
+        self._working: asyncio.Task[str]
         self._wake = asyncio.Event()
         self._topics: set[str] = set()
         self._more = True  # there may be due runs that were not claimed yet
@@ -115,7 +120,7 @@ class Worker:
             workflows=", ".join(sorted(self._workflows)) or "none",
         )  # fmt: skip
         try:
-            reason = await self._work()
+            reason = await self._work_while_held()
             await self._drain()
         finally:
             ended.set()
@@ -159,7 +164,22 @@ class Worker:
     def runs_in_hand(self) -> int:
         return len(self._attempts)
 
+    @property
+    def going(self) -> int:
+        """How much of the user's code is at work in threads, which nobody can stop."""
+        return sum(len(threads.going) for threads in self._threads)
+
     # --- the loop ---
+
+    async def _work_while_held(self) -> str:
+        """A lost lease ends it wherever it is: it may wait for a store that does not answer."""
+        self._working = asyncio.get_running_loop().create_task(self._work())
+        try:
+            return await self._working
+        except asyncio.CancelledError:
+            if self._lost_lease:
+                return self._stopping
+            raise
 
     async def _work(self) -> str:
         loop = asyncio.get_running_loop()
@@ -320,16 +340,15 @@ class Worker:
         while not ended.wait(pause):
             now = self.clock.now()
             until = now + self.settings.lease
-            left = (self.lease_until - now) / clock.SECOND - STOPPING * self.settings.lease / clock.SECOND
+            asked = self.store.ask(RenewLease(worker=self.id, until=until))
             try:
-                asked = self.store.ask(RenewLease(worker=self.id, until=until))
-                held = asked.result(max(left, 0) if self.store.shared else PATIENCE)
+                held = asked.result(self._renewable() if self.store.shared else PATIENCE)
             except (StoreBusy, TimeoutError):
-                pause = min(every, AGAIN)
                 asked.cancel()
-                if self.store.shared and left <= pause:
+                if self.store.shared and not self._renewable():
                     loop.call_soon_threadsafe(self._lose_lease)
                     return
+                pause = min(every, AGAIN, self._renewable() or AGAIN)
                 continue
             except StoreError:
                 return
@@ -338,6 +357,10 @@ class Worker:
                 loop.call_soon_threadsafe(self._lose_lease)
                 return
             self.lease_until = until
+
+    def _renewable(self) -> float:
+        """Seconds in which the lease may still be renewed, if the handlers are to have time to stop."""
+        return max(0.0, (self.lease_until - self.clock.now() - STOPPING * self.settings.lease) / clock.SECOND)
 
     def _lose_lease(self) -> None:
         if not self._lost_lease and not self._left:
@@ -348,6 +371,7 @@ class Worker:
             for attempt in self._attempts:
                 attempt.lose()
             self.stop("lost lease")
+            self._working.cancel()
 
     # --- leaving ---
 
@@ -358,12 +382,17 @@ class Worker:
         for attempt in self._attempts:
             attempt.interrupt()
         while self._attempts:
-            timeout = UNWIND if self._lost_lease else None
-            if self._unwound_by is not None:
-                timeout = min(UNWIND, max(0.0, (self._unwound_by - self.clock.now()) / clock.SECOND - LAST))
-            done, _ = await asyncio.wait(self._attempts.values(), timeout=timeout)
+            done, _ = await asyncio.wait(self._attempts.values(), timeout=self._patience())
             if not done:
                 return
+        while self._unwound_by is not None and self.going and (seconds := self._patience()):
+            await asyncio.sleep(min(seconds, 0.05))  # a thread that ends tells no one
+
+    def _patience(self) -> float | None:
+        """Seconds that attempts have to come to their end."""
+        if self._unwound_by is None:
+            return UNWIND if self._lost_lease else None
+        return min(UNWIND, max(0.0, (self._unwound_by - self.clock.now()) / clock.SECOND - LAST))
 
     async def _leave(self) -> None:
         """Off the list; a write that fails is made good by the lapse of the lease."""
@@ -372,6 +401,20 @@ class Worker:
             await self.store.do(RemoveWorker(worker=self.id))
         except StoreError as error:
             emit("store.busy", error=str(error))
+
+
+class _Threads(ThreadPoolExecutor):
+    """Knows what it has going."""
+
+    def __init__(self, most: int, name: str) -> None:
+        super().__init__(most, name)
+        self.going: set[Future[Any]] = set()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future = super().submit(fn, *args, **kwargs)
+        self.going.add(future)
+        future.add_done_callback(self.going.discard)
+        return future
 
 
 def _task(loop: asyncio.AbstractEventLoop, coroutine: Any, **rest: Any) -> "asyncio.Task[Any]":

@@ -3,6 +3,7 @@
 The url is a secret. Nothing here shows it: what people are told is the host, the port and the database's name.
 """
 
+import logging
 from typing import Any
 
 import psycopg
@@ -33,6 +34,9 @@ _PASSES = ("53", "55P03", "57014")
 
 #: What says that this server takes no more writes of this connection, though it is there: another one may.
 _GONE = (errors.AdminShutdown, errors.CrashShutdown, errors.CannotConnectNow, errors.ReadOnlySqlTransaction)
+
+# It warns of a pipeline that ends with its connection, which is seen to here.
+logging.getLogger("psycopg").setLevel(logging.ERROR)
 
 #: Two transactions stood in each other's way, and this one was taken back: the same one lands when it is tried again.
 AGAIN = (errors.DeadlockDetected, errors.SerializationFailure)

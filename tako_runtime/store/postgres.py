@@ -184,7 +184,7 @@ class PostgresStore(SqlStore):
                 self._change("ring", {"channel": self._schema, "message": message})
             self._drain()
             self._committing = answers, topics
-            commit = db.execute("COMMIT")
+            commit = db.execute("COMMIT", prepare=False)
         if commit.statusmessage != "COMMIT":
             raise StoreError(f"the database {self._database.where} has not committed: {commit.statusmessage}")
         return answers, topics
