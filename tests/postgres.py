@@ -92,18 +92,34 @@ class Server:
             cursor = db.execute(query)
             return cursor.fetchall() if cursor.description else []
 
+    def own(self, path: Path) -> None:
+        """Give a file to whoever runs it."""
+        if self._user is not None:
+            os.chown(path, self._user.pw_uid, self._user.pw_gid)
+
+    def spawn(self, *words: str) -> "subprocess.Popen[bytes]":
+        """A program beside it, as its user."""
+        return subprocess.Popen(
+            words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            env={"PATH": f"{os.environ.get('PATH', '')}:/usr/sbin"}, **_as(self._user),
+        )  # type: ignore[call-overload,no-any-return]  # fmt: skip
+
     def close(self) -> None:
         with contextlib.suppress(subprocess.SubprocessError):  # the test has stopped it
             self.stop()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self, program: str, *words: str) -> None:
-        user = {} if self._user is None else {"user": self._user.pw_uid, "group": self._user.pw_gid, "extra_groups": []}
         subprocess.run(  # its output is a file's: the server inherits it, and a pipe would not end
             [str(self._programs / program), *words], cwd=self.folder, check=True, stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120,
-            env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C"}, **user,
+            env={"PATH": os.environ.get("PATH", ""), "LC_ALL": "C"}, **_as(self._user),
         )  # type: ignore[call-overload]  # fmt: skip
+
+
+def _as(user: pwd.struct_passwd | None) -> dict[str, object]:
+    """What makes a process that user's."""
+    return {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
 
 
 def _user() -> pwd.struct_passwd | None:
