@@ -16,7 +16,7 @@ from typer._click.exceptions import NoArgsIsHelpError, UsageError  # typer has n
 from typer.core import TyperGroup
 
 from tako_cli import output
-from tako_cli.commands import completions, config, cron, dev, doctor, init, runs, signals, status, workflows
+from tako_cli.commands import completions, config, cron, dev, doctor, init, runs, signals, status, store, workflows
 from tako_cli.commands import run as run_
 
 DONE, FAILED, USAGE, BAD_CONFIG, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -39,6 +39,7 @@ app.add_typer(signals.app, name="signals")
 app.add_typer(workflows.app, name="workflows")
 app.add_typer(cron.app, name="cron")
 app.add_typer(config.app, name="config")
+app.add_typer(store.app, name="store")
 app.command("doctor")(doctor.doctor)
 app.command("completions")(completions.completions)
 

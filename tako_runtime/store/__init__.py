@@ -25,6 +25,7 @@ from tako_runtime.store.commit import StoreThread
 if TYPE_CHECKING:
     from tako_runtime.store.database import Database
     from tako_runtime.store.file import Aside, Examined
+    from tako_runtime.store.moving import Moved
     from tako_runtime.store.relay import Relay
 
 #: The environment of `tako dev`: TAKO_ENV, and the variables of [vars.development].
@@ -179,10 +180,10 @@ def _open_file(home: Home) -> Store:
     return SqliteStore(home.app_dir / "runs.db")
 
 
-def _open_schema(home: Home, database: "Database") -> Store:
+def _open_schema(home: Home, database: "Database", *, breaking: bool = False) -> Store:
     from tako_runtime.store.postgres import PostgresStore
 
-    return PostgresStore(database, home.schema, home.server)
+    return PostgresStore(database, home.schema, home.server, breaking=breaking)
 
 
 def _relay(home: Home, database: "Database", bell: Bell) -> "Relay":
@@ -217,6 +218,22 @@ def _secret(home: Home, name: str) -> str | None:
     from tako_runtime.secrets import secrets, stored
 
     return secrets.get(name) or stored(home.app_dir).get(name)
+
+
+def copy(home: Home, *, dry_run: bool = False) -> "list[Moved]":
+    """Carry what is in this machine's own store into the database of `home`, or, where `home` names none yet, of the
+    secret (`moving.move`)."""
+    shared = home if home.url != EMBEDDED else home._replace(url=POSTGRES)
+    database = _database(shared)
+    from tako_runtime.store.moving import move
+
+    return move(home.app_dir / "runs.db", database, shared.schema, dry_run=dry_run)
+
+
+def migrate(home: Home, *, breaking: bool = False) -> None:
+    """Bring the store to this tako's version; `breaking`: also to what older ones cannot work with."""
+    opened = _open_file(home) if home.url == EMBEDDED else _open_schema(home, _database(home), breaking=breaking)
+    opened.close()
 
 
 def where(home: Home) -> str:
