@@ -35,7 +35,7 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "tests"))
 
 #: concurrency: (runs, quick runs)
-SIZES = {10: (3_000, 1_000), 100: (10_000, 4_000)}
+SIZES = {10: (3_000, 600), 100: (10_000, 3_000)}
 WORKERS = (1, 2, 4)
 NAMES = ("a", "b", "c")
 
@@ -81,7 +81,7 @@ def measure(quick: bool) -> list[Row]:
 def _drains(server: Any, quick: bool) -> list[Row]:
     rows = []
     for concurrency, (many, few) in SIZES.items():
-        runs, rounds = (few, 3) if quick else (many, 5)
+        runs, rounds = (few, 1) if quick else (many, 3)
         for workers in WORKERS:
             rates, floors = [], []
             for _ in range(rounds):
@@ -186,7 +186,7 @@ def _latencies(server: Any, quick: bool) -> list[Row]:
     for kind in (url, store.EMBEDDED):
         with new_home() as at:
             home = at._replace(url=kind)
-            times.append(in_fresh_process(_round_trips, home, 100 if quick else 400))
+            times.append(in_fresh_process(_round_trips, home, 50 if quick else 400))
     server.drop(url)
     return [pairs("from enqueue to the end of a run, beside SQLite", "ms", *times)]
 
