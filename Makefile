@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml README.md
 
-.PHONY: help setup demo test quick lint types bench chaos clean
+.PHONY: help setup demo test quick lint types bench screens chaos clean
 help:  ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -41,6 +41,9 @@ types: setup
 
 bench: setup  ## the engine beside the floor (QUICK=1 for a short run)
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+
+screens: setup  ## the screens of the README, from a real terminal
+	$(BIN)/python tests/screens.py
 
 chaos: setup  ## a night of crashes: 2,000 runs, 50 kills and stops at random
 	$(BIN)/python tests/chaos.py

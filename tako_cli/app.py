@@ -16,7 +16,22 @@ from typer._click.exceptions import NoArgsIsHelpError, UsageError  # typer has n
 from typer.core import TyperGroup
 
 from tako_cli import output
-from tako_cli.commands import completions, config, cron, dev, doctor, init, runs, signals, status, store, workflows
+from tako_cli.commands import (
+    completions,
+    config,
+    cron,
+    deploy,
+    dev,
+    doctor,
+    init,
+    releases,
+    runs,
+    secrets,
+    signals,
+    status,
+    store,
+    workflows,
+)
 from tako_cli.commands import run as run_
 
 DONE, FAILED, USAGE, BAD_CONFIG, NOT_FOUND, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -34,10 +49,14 @@ app.command("init")(init.init)
 app.command("dev")(dev.dev)
 app.command("run", context_settings={"allow_interspersed_args": False})(run_.run)
 app.command("status")(status.status)
+app.command("deploy")(deploy.deploy)
+app.command("rollback")(releases.rollback)
+app.add_typer(releases.app, name="releases")
 app.add_typer(runs.app, name="runs")
 app.add_typer(signals.app, name="signals")
 app.add_typer(workflows.app, name="workflows")
 app.add_typer(cron.app, name="cron")
+app.add_typer(secrets.app, name="secrets")
 app.add_typer(config.app, name="config")
 app.add_typer(store.app, name="store")
 app.command("doctor")(doctor.doctor)

@@ -61,14 +61,29 @@ def environment(config: "Config", home: "Home", shell: "Mapping[str, str] | None
     return {**config.variables(DEV), **(os.environ if shell is None else shell), **home.environment(), "TAKO_ENV": DEV}
 
 
+def secrets(config: "Config", home: "Home") -> dict[str, str]:
+    """What a process of the project's own is given here: the team's secrets of development, and over them this user's
+    own from the file beside the store."""
+    from tako_cli.vault import reveal
+
+    shared = reveal(config.root, DEV) if is_development(home) else {}
+    return {**shared, **own_secrets(home)}
+
+
+def own_secrets(home: "Home") -> dict[str, str]:
+    """Those of the file beside the store."""
+    from tako_runtime.secrets import stored
+
+    return stored(home.app_dir)
+
+
 def manifest(config: "Config") -> "Manifest":
     """What the workflows declare, read in a process of its own, so that user code cannot take this one down."""
     from tako_runtime.manifest import read
-    from tako_runtime.secrets import stored
     from tako_runtime.store import project_home
 
     home = project_home(config.name, config.root, config.storage.url)
-    return read(config.root, config.workflows.dir, environment(config, home), stored(home.app_dir))
+    return read(config.root, config.workflows.dir, environment(config, home), secrets(config, home))
 
 
 def tell(mistakes: "Sequence[Mistake]") -> None:
@@ -120,6 +135,15 @@ def note_if_nothing_runs(then: str) -> None:
     home = store.locate()
     if is_development(home) and supervising(home.app_dir) is None:
         output.note(f"nothing runs here now: {then}")
+
+
+def note_if_scaled(home: "Home") -> None:
+    """Say so where schedules fire sooner than by the clock, whose times are shown."""
+    from tako_runtime.feed import supervising
+
+    who = supervising(home.app_dir)
+    if who is not None and who.pace.scale != 1:
+        output.note(f"{who.what} runs here: schedules fire sooner than at these times, {who.pace} times as fast")
 
 
 def how_to_run(home: "Home") -> str:

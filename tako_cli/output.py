@@ -3,6 +3,9 @@
 What a command was asked for (a table, a document, a log) goes to stdout; what it says beside that (notes, questions,
 errors) to stderr. Colour and width are those of the terminal: `NO_COLOR`, `TERM` and `COLUMNS` are heeded, and into a
 file or a pipe goes plain text, its lines as long as they need to be.
+
+At a terminal a log may have a foot (`foot`): lines that stay below all that is written. The cursor rests where the foot
+begins, so one erase takes it away, whatever the terminal made of it when its size changed.
 """
 
 import io
@@ -10,6 +13,7 @@ import json
 import os
 import re
 import sys
+import threading
 from functools import cache
 from typing import IO, TYPE_CHECKING, Any
 
@@ -26,6 +30,9 @@ _BOUNDLESS = 10_000
 #: Between two columns of a table, and what a column must have room for.
 _GAP = 2
 _LEAST = 8
+
+#: Takes away what is below the cursor; the lines of a foot are cut off at the edge, and not continued.
+_ERASE, _CUT, _WRAP = "\r\x1b[J", "\x1b[?7l", "\x1b[?7h"
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -71,6 +78,11 @@ def can_show(text: str) -> bool:
     return True
 
 
+def ellipsis() -> str:
+    """What stands for the rest of what was cut short."""
+    return "…" if can_show("…") else "~"
+
+
 def clean(text: str) -> str:
     """Text that came from outside, without what would steer the terminal."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text.replace("\r\n", "\n"))
@@ -81,8 +93,7 @@ def clean(text: str) -> str:
 
 def text(words: str) -> None:
     """Words as they are."""
-    sys.stdout.write(words.rstrip("\n") + "\n" if words else "")
-    sys.stdout.flush()
+    _write(sys.stdout, words.rstrip("\n") + "\n" if words else "")
 
 
 def document(value: Any) -> None:
@@ -103,6 +114,38 @@ def show(*parts: "RenderableType") -> None:
     _print(sys.stdout, *parts)
 
 
+def foot(lines: "Sequence[Text]") -> None:
+    """Keep these lines below all that is written, in place of those before; none: no foot. For a terminal only."""
+    with _foot.lock:
+        _foot.lines = list(lines)
+        fresh = _below()
+        if fresh != _foot.shown:
+            sys.stdout.write((_ERASE if _foot.shown else "") + fresh)
+            sys.stdout.flush()
+            _foot.shown = fresh
+
+
+def redraw() -> None:
+    """The terminal has another size: draw the foot anew."""
+    with _foot.lock:
+        if _foot.shown:
+            _foot.shown = _below()
+            sys.stdout.write(_ERASE + _foot.shown)
+            sys.stdout.flush()
+
+
+def steer(codes: str) -> None:
+    """Codes for the terminal itself: its cursor, how it pastes."""
+    sys.stdout.write(codes)
+    sys.stdout.flush()
+
+
+def be_plain() -> None:
+    """From now on stdout gets what a file would: no colour, no lines cut or broken."""
+    _plain.add(sys.stdout)
+    _console.cache_clear()
+
+
 def width() -> int:
     """How wide a line on stdout may be."""
     return _console(sys.stdout).width
@@ -111,9 +154,22 @@ def width() -> int:
 # --- stderr ----------------------------------------------------------------------------------------------------------
 
 
+def passing(words: str) -> None:
+    """What goes on right now, at a terminal only: the next thing that is said takes its place."""
+    if sys.stderr.isatty():
+        room = _console(sys.stderr).width - 1
+        sys.stderr.write(f"\r\x1b[K{clean(words).splitlines()[0][:room] if words else ''}")
+        sys.stderr.flush()
+
+
 def note(words: str) -> None:
     """Something worth knowing beside the result."""
     _print(sys.stderr, styled(clean(words), "dim"))
+
+
+def lines(said: "Sequence[str]") -> None:
+    """Lines of a process elsewhere, as they are."""
+    _print(sys.stderr, *(styled(f"  {clean(line)}") for line in said))
 
 
 def error(message: str, hint: str = "") -> None:
@@ -125,7 +181,7 @@ def error(message: str, hint: str = "") -> None:
 def traceback(error: BaseException) -> None:
     import traceback as reports
 
-    sys.stderr.write("".join(reports.format_exception(error)))
+    _write(sys.stderr, "".join(reports.format_exception(error)))
 
 
 def confirm(question: str) -> bool:
@@ -133,6 +189,13 @@ def confirm(question: str) -> bool:
     import typer
 
     return typer.confirm(clean(question), err=True)
+
+
+def ask_hidden(question: str) -> str:
+    """An answer from the person at the terminal, which it does not show."""
+    import typer
+
+    return str(typer.prompt(clean(question), hide_input=True, err=True, default="", show_default=False))
 
 
 # --- rich ------------------------------------------------------------------------------------------------------------
@@ -185,18 +248,70 @@ def _row(cells: "Sequence[Text]", widths: "Sequence[int]", right: "Collection[in
     return line
 
 
+#: Streams that are written to as if they were files, though they are a terminal's.
+_plain: set[IO[str]] = set()
+
+
 @cache
 def _console(stream: IO[str]) -> "Console":
     from rich.console import Console
 
-    fixed = None if stream.isatty() or os.environ.get("COLUMNS", "").isdigit() else _BOUNDLESS
-    return Console(file=stream, highlight=False, markup=False, emoji=False, width=fixed)
+    terminal = stream.isatty() and stream not in _plain
+    fixed = None if terminal or os.environ.get("COLUMNS", "").isdigit() else _BOUNDLESS
+    coloured = None if terminal else False
+    return Console(file=stream, highlight=False, markup=False, emoji=False, width=fixed, force_terminal=coloured)
 
 
 def _print(stream: IO[str], *parts: "RenderableType") -> None:
     """Written by us and not by rich, which ends the process where a pipe is closed."""
+    _write(stream, _rendered(stream, *parts))
+
+
+def _rendered(stream: IO[str], *parts: "RenderableType") -> str:
     console = _console(stream)
     with console.capture() as captured:
         console.print(*parts, sep="\n")
-    stream.write(captured.get())
-    stream.flush()
+    return captured.get()
+
+
+class _Below:
+    """What stays below, and how it was drawn last ("": it is away)."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.lines: list[Text] = []
+        self.shown = ""
+
+
+_foot = _Below()
+
+
+def _write(stream: IO[str], text: str) -> None:
+    """One write takes the foot away, adds the text and draws the foot again: nothing comes in between."""
+    with _foot.lock:
+        if not _foot.shown:
+            stream.write(text)
+            stream.flush()
+            return
+        if stream is not sys.stdout:  # stderr is the same terminal
+            sys.stdout.write(_ERASE)
+            sys.stdout.flush()
+            stream.write(text)
+            stream.flush()
+            text = ""
+        _foot.shown = _below()
+        sys.stdout.write((_ERASE + text if text else "") + _foot.shown)
+        sys.stdout.flush()
+
+
+def _below() -> str:
+    """The foot, drawn from where the cursor is, which ends up there again."""
+    if not _foot.lines:
+        return ""
+    console = _console(sys.stdout)
+    lines = [line.copy() for line in _foot.lines[-max(console.height - 1, 1) :]]
+    for line in lines:
+        line.truncate(console.width, overflow="ellipsis" if can_show("…") else "crop")
+    rows = _rendered(sys.stdout, *lines).rstrip("\n").split("\n")
+    up = f"\x1b[{len(rows) - 1}A" if len(rows) > 1 else ""
+    return _CUT + "\n".join(rows) + up + "\r" + _WRAP

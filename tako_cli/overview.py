@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tako_cli import output, wording
-from tako_cli.timeline import SHORTEST_ID, short_ids
+from tako_cli.timeline import short_id
 from tako_cli.wording import Json
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _LAST_LINES = 12
 
 def status(found: Json, now: int, here: Path) -> "list[Text]":
     """The app as it stands, from the outside in."""
-    parts = _facts(found, Path(found["store"]), here)
+    parts = _facts(found, Path(found["store"]), here, now)
     parts += [_gap(), *_groups(found["groups"], now)]
     parts += [part for group in found["groups"] for part in _unhealthy(group, now)]
     if found["workers"]:
@@ -27,12 +27,15 @@ def status(found: Json, now: int, here: Path) -> "list[Text]":
     return parts
 
 
-def _facts(found: Json, store: Path, here: Path) -> "list[Text]":
+def _facts(found: Json, store: Path, here: Path, now: int) -> "list[Text]":
     who, dead, kept = found["supervisor"], found["runs"]["dead"], found["signals_kept"]
+    own = found["process"]
     facts = [
         ("app", found["app"]),
         ("store", str(store.relative_to(here) if store.is_relative_to(here) else store)),
         ("runs by", f"{who['what']}, process {who['pid']}" if who else "nobody"),
+        ("process", f"{own['message']} ({wording.age(own['since'], now)} ago)" if own else ""),
+        ("paused", f"by {found['paused']}: nothing is claimed" if found["paused"] else ""),
         ("runs", ", ".join(f"{n} {word}" for word, n in found["runs"].items() if n and word != "dead") or "none alive"),
         ("dead", f"{dead} in the last day: tako runs ls --status dead" if dead else ""),
         ("kept", f"{kept} signal{'s' * (kept != 1)} that nobody took: tako signals ls" if kept else ""),
@@ -83,7 +86,7 @@ def _workers(workers: list[Json], now: int) -> "list[Text]":
         lease = f"ends {wording.distance(worker['lease_until'], now)}" if worker["up"] else "gone"
         rows.append(
             [
-                output.one_line(worker["id"])[: len("w-") + SHORTEST_ID],
+                f"w-{short_id(output.one_line(worker['id']))}",
                 output.one_line(worker["group"]),
                 str(worker["pid"]),
                 str(worker["running"]),
@@ -132,10 +135,10 @@ def signals(found: Json, now: int) -> "list[Text]":
 
 def _waiting(waits: list[Json], now: int) -> "list[Text]":
     rows: list[list[str | Text]] = []
-    for wait, short in zip(waits, short_ids([wait["run"] for wait in waits]), strict=True):
+    for wait in waits:
         until = wording.distance(wait["until"], now) if wait["until"] else "never"
         name, workflow = output.one_line(wait["signal"]), output.one_line(wait["workflow"])
-        rows.append([name, short, workflow, wording.age(wait["since"], now), until])
+        rows.append([name, short_id(wait["run"]), workflow, wording.age(wait["since"], now), until])
     return output.table(["WAITED FOR", "RUN", "WORKFLOW", "SINCE", "TIMES OUT"], rows, flexible=[2, 0], right=[3])
 
 

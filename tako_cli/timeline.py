@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from tako_cli import output, wording
 from tako_cli.wording import Json
 from tako_runtime import clock
+from tako_runtime.run import SHORT_ID
 
 if TYPE_CHECKING:
     from rich.text import Text
 
-#: A UUIDv7's first 13 characters are its millisecond.
-SHORTEST_ID = 13
 
 _LONGEST_VALUE = 30  # lines
 _LONGEST_LINE = 400  # characters
@@ -22,11 +21,11 @@ _LONGEST_LINE = 400  # characters
 def runs_table(runs: list[Json], now: int) -> "list[Text]":
     """One run a line."""
     rows: list[list[str | Text]] = []
-    for run, short in zip(runs, short_ids([run["id"] for run in runs]), strict=True):
+    for run in runs:
         end = run["finished_at"] or (clock.iso(now) if run["status"] == "running" else None)
         rows.append(
             [
-                short,
+                short_id(run["id"]),
                 output.clean(run["workflow"]),
                 wording.status(wording.state(run)),
                 f"{run['attempt']}/{run['max_attempts']}",
@@ -39,19 +38,9 @@ def runs_table(runs: list[Json], now: int) -> "list[Text]":
     return output.table(headings, rows, flexible=[6, 1], right=[4, 5])
 
 
-def short_ids(ids: list[str]) -> list[str]:
-    """For each id the shortest beginning that names only it among these, of at least `SHORTEST_ID` characters."""
-    ordered = sorted(ids)
-    short = {}
-    for i, one in enumerate(ordered):
-        beside = [*ordered[max(i - 1, 0) : i], *ordered[i + 1 : i + 2]]
-        shared = max((_shared(one, other) for other in beside if other != one), default=0)
-        short[one] = one[: max(SHORTEST_ID, shared + 1)].rstrip("-")
-    return [short[one] for one in ids]
-
-
-def _shared(one: str, other: str) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+def short_id(run: str) -> str:
+    """How a run is called where its whole id takes too much room: by its end, which every command takes."""
+    return run[-SHORT_ID:]
 
 
 # --- one run ---------------------------------------------------------------------------------------------------------

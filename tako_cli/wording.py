@@ -28,6 +28,7 @@ _UNDER_WAY = ("•", "*")
 
 _LONGEST_TRACEBACK = 16  # lines
 _HEADING = "Traceback (most recent call last):"
+_FRAME = '  File "'
 
 
 def status(word: str) -> "Text":
@@ -72,13 +73,30 @@ def error_line(error: Json | None) -> str:
     return f"{error['type']}: {message}" if message else str(error["type"])
 
 
-def frames(traceback: str, root: Path) -> list[str]:
-    """The lines of a stored traceback, files relative to `root`; of a long one the end, which is where it happened."""
+def frames(traceback: str, root: Path, *, whole: bool = False) -> list[str]:
+    """The lines of a stored traceback, files relative to `root`. Unless it is wanted `whole`, the frames are those of
+    the project's own code, if there are any, and what is long is cut to its end, which is where it happened."""
     lines = traceback.replace(f'File "{root}/', 'File "').splitlines()
-    lines = [line for line in lines if line != _HEADING and line.strip(" ^~")]
+    if whole:
+        return lines
+    lines = _own([line for line in lines if line != _HEADING and line.strip(" ^~")])
     if len(lines) > _LONGEST_TRACEBACK:
         lines = [f"  ... {len(lines) - _LONGEST_TRACEBACK} lines more", *lines[-_LONGEST_TRACEBACK:]]
     return lines
+
+
+def _own(lines: list[str]) -> list[str]:
+    """Without the frames of libraries and of the interpreter, where there are others."""
+    kept: list[str] = []
+    left_out, within = 0, False
+    for line in lines:
+        if line.startswith(_FRAME):
+            within = line.startswith((f"{_FRAME}/", f"{_FRAME}<")) or "/site-packages/" in line
+            left_out += within
+        within = within and line.startswith("  ")
+        if not within:
+            kept.append(line)
+    return kept if any(line.startswith(_FRAME) for line in kept) or not left_out else lines
 
 
 def now() -> int:

@@ -5,13 +5,14 @@ import asyncio
 import contextlib
 import faulthandler
 import gc
+import json
 import os
 import signal
 import stat
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,13 @@ from tako_runtime import clock, log, store
 from tako_runtime.child import NOTHING_TO_RUN
 from tako_runtime.errors import TakoError
 from tako_runtime.guard import ORPHAN_GRACE
-from tako_runtime.manifest import IMPORT_LIMIT, declares, discover, imported, manifest
+from tako_runtime.manifest import IMPORT_LIMIT, Manifest, declares, discover, imported
 from tako_runtime.output import captured
 from tako_runtime.script import run_script
 from tako_runtime.secrets import guarded, masked_json, receive, reserve, stored
 from tako_runtime.spare import stand_by
 from tako_runtime.store.base import DataVersion
+from tako_runtime.store.commit import StoreThread
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
 
@@ -50,12 +52,18 @@ def main(argv: list[str] | None = None) -> int:
     worker.add_argument("--idle-timeout", help="leave after this long without work; without it, never")
     worker.add_argument("--lease", default="15s", help="how long the worker is believed alive after its last word")
     worker.add_argument("--log-level", choices=LEVELS, default="info")
+    worker.add_argument("--trial", action="store_true", help="claim nothing: say that all is there, and stay")
     serve = commands.add_parser("serve", help="one app on this server: its own process, workers, cron")
     serve.add_argument("--server", help="the name under [servers] whose settings hold here")
     serve.add_argument("--env", default="production", help="whose variables they get")
+    serve.add_argument("--on-trial", type=Path, metavar="FILE", help="prove it first where FILE names TAKO_RELEASE")
     serve.add_argument("--log-level", choices=LEVELS, default="info")
     manifest = commands.add_parser("manifest", help="print what the workflows declare, as JSON")
     manifest.add_argument("--dir", default="workflows")
+    manifest.add_argument("--telling", action="store_true", help="first, a line for each file that is to be imported")
+    manifest.add_argument("--without", action="append", default=[], metavar="FILE", help="leave it out")
+    commands.add_parser("fit", help="which live runs would not fit the release in the working folder, as JSON")
+    commands.add_parser("switch", help="switch a server to a release, as the JSON on stdin says")
     script = commands.add_parser("run", help="a script, as python would, with secrets")
     script.add_argument("script")
     script.add_argument("words", nargs=argparse.REMAINDER, help="what follows is the script's own")
@@ -66,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "run":
         run_script(args.script, args.words)
     try:
-        return {"worker": _worker, "serve": _serve, "manifest": _manifest}[args.command](args)
+        return COMMANDS[args.command](args)
     except TakoError as error:
         sys.stderr.write(f"{error}\n{error.hint}\n".rstrip("\n") + "\n")
         return 1
@@ -86,7 +94,14 @@ def _manifest(args: argparse.Namespace) -> int:
     with guarded(receive()):
         _nothing_on_stdin()
         limit = clock.duration(args.import_limit, "--import-limit") / clock.SECOND
-        found = manifest(Path.cwd(), args.dir, _config(), limit)
+        config = _config()
+
+        def tell(file: str) -> None:
+            os.write(out, os.fsencode(file) + b"\n")
+
+        told = {"told": tell} if args.telling else {}
+        mistakes = list(discover(Path.cwd(), args.dir, limit, without=args.without, **told))
+        found = declares(Path.cwd(), mistakes, config)
         said = masked_json(msgspec.json.encode(found), "the manifest") + b"\n"
     with os.fdopen(out, "wb") as pipe:  # a big one does not fit into it at once
         pipe.write(said)
@@ -96,33 +111,78 @@ def _manifest(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    from tako_runtime import config
+    from tako_runtime import config, rollover
+    from tako_runtime.alone import Lock
     from tako_runtime.port import passed_on
-    from tako_runtime.server import Server, alone, serve
+    from tako_runtime.server import Server, serve
 
     found = config.load(Path.cwd() / "tako.toml")
+    found.check_environment(args.env, "production")
     listening = passed_on() if found.app is not None else None
     reserve()
     home = store.locate()._replace(url=found.storage.url, env=args.env)
     out = log.JsonLines(1, LEVELS[args.log_level])
-    with log.sink(out), alone(home.app_dir, "supervisor"):
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it can hand over, it is not asked to
+    lock = Lock(home.app_dir, "supervisor")
+    trial = rollover.trial(home.app_dir, args.on_trial)
+    with log.sink(out), lock:
+        if trial is None:
+            lock.take()
         secrets = stored(home.app_dir)
         opened = store.open_store(home)
         environment = {**found.variables(args.env), **os.environ, "TAKO_ENV": args.env}
 
         async def run() -> None:
-            await serve(
-                Server(
-                    opened, home, found, out.pass_on, server=args.server, log_level=args.log_level,
-                    environment=environment, secrets=secrets, passed_on=listening,
-                )
+            server = Server(
+                opened, home, found, out.pass_on, server=args.server, log_level=args.log_level,
+                environment=environment, secrets=secrets, passed_on=listening,
             )  # fmt: skip
+            await serve(server, lock, trial)
 
         try:
             asyncio.run(run())
+        except rollover.NotTaken as error:
+            sys.stderr.write(f"{error}\n" + "".join(f"{line}\n" for line in error.last_lines))
+            return rollover.NOT_TAKEN
         finally:
             opened.close()
             out.flush()
+    return 0
+
+
+def _fit(_: argparse.Namespace) -> int:
+    from tako_runtime.control import Control
+    from tako_runtime.fit import unfit
+
+    declared = msgspec.json.decode(Path(".release/manifest.json").read_bytes(), type=Manifest)
+    home = store.locate()
+    there, ours = store.versions(home)
+    if there != ours:  # opening it would change it, under the release that runs
+        found = {"orphaned": {}, "strange": [], "unread": 0, "looked_at": 0, "schema": [there, ours]}
+    else:
+        opened = store.open_store(home)
+        found = unfit(Control(opened, app_dir=home.app_dir), declared, Path.cwd())
+        opened.close()
+    sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+def _switch(_: argparse.Namespace) -> int:
+    """What it does, as a JSON object a line. Nobody need listen: it goes on all the same."""
+    from tako_runtime.switch import NotSwitched, Spec, switch
+
+    def say(**said: object) -> None:
+        with contextlib.suppress(OSError):
+            os.write(1, json.dumps(said).encode() + b"\n")
+
+    for number in (signal.SIGHUP, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        spec = msgspec.json.decode(sys.stdin.buffer.read(), type=Spec, dec_hook=lambda kind, text: kind(text))
+        say(taken=True, **switch(spec, lambda stage: say(stage=stage)))
+    except NotSwitched as error:
+        say(taken=False, error=str(error), last_lines=error.last_lines)
+        return 1
     return 0
 
 
@@ -166,7 +226,7 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
     _at_breakpoints(lifeline)
     root, limit = Path.cwd(), clock.duration(args.import_limit, "--import-limit") / clock.SECOND
     mistakes = []
-    for mistake in discover(root, args.dir, limit):
+    for mistake in discover(root, args.dir, limit, told=lambda file: log.emit("file.importing", file=file)):
         mistakes.append(mistake)
         log.emit(
             "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
@@ -179,9 +239,9 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
     ):
         return NOTHING_TO_RUN
     if args.together:
-        files, modules = imported(root, own)
-        found = msgspec.to_builtins(declares(mistakes, _config()))
-        log.emit("worker.declared", manifest=found, files=files, modules=modules)
+        theirs = {name for _, name in imported(root)} | own | {"__main__"}
+        modules = [name for name in sys.modules if name not in theirs]
+        log.emit("worker.declared", manifest=msgspec.to_builtins(declares(root, mistakes, _config())), modules=modules)
     settings = [
         Settings(
             group=group,
@@ -189,10 +249,13 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
             idle_timeout=clock.duration(args.idle_timeout, "--idle-timeout") if args.idle_timeout else None,
             lease=clock.duration(args.lease, "--lease", least=100_000),
             max_value=store.limits().max_value,
+            pace=store.pace(),
         )
         for group in sorted(groups)
     ]
     opened, app_dir = store.current(), store.locate().app_dir
+    if args.trial:
+        return _stay(opened, lifeline, groups)
     gc.collect()
     gc.freeze()  # what is imported stays: no collection has to walk over it again
     gc.set_threshold(20_000, 20, 20)  # a batch of a hundred runs makes some thousand values that live for a commit
@@ -206,6 +269,19 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
             log.emit("worker.unstoppable", worker=workers[0].id, calls=going)
             return 1  # a thread ends with its process only
     opened.close()
+    return 0
+
+
+def _stay(opened: StoreThread, lifeline: "_Lifeline", groups: Collection[str]) -> int:
+    """Be a worker that is ready and claims nothing, until SIGTERM or the supervisor's end."""
+    opened.do_sync(DataVersion())
+    flows = ", ".join(sorted(flow.name for flow in registry.values() if flow.group in groups))
+    log.emit("worker.fit", group=", ".join(sorted(groups)), workflows=flows or "none")
+    over = threading.Event()
+    lifeline.tell(over.set)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: over.set())
+    over.wait()
     return 0
 
 
@@ -286,6 +362,11 @@ def _end_now() -> None:
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "worker": _worker, "serve": _serve, "manifest": _manifest, "fit": _fit, "switch": _switch,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

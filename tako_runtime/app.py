@@ -14,12 +14,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from tako_runtime import clock, guard, port
 from tako_runtime.child import printed
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
-from tako_runtime.errors import ConfigError, TakoError
-from tako_runtime.log import emit
+from tako_runtime.errors import ConfigError, Refused, TakoError
+from tako_runtime.log import INFO, emit, words
 from tako_runtime.process import Process, how, last
 from tako_runtime.secrets import VARIABLE, masked, masked_json, offered
 
@@ -34,10 +36,54 @@ ANSWER = 5.0
 #: One that starts is looked at after these pauses, which grow from the first to the last.
 FIRST_LOOK, LAST_LOOK = 0.05, 1.0
 
+#: How often whoever waits for its proof looks, in seconds.
+_PROOF = 0.05
+
 #: An app that has not answered for so long after its start is told of, in seconds.
 LATE = 30.0
 
+#: States without a process.
+_OVER = frozenset({"ended", "failed", "stopped"})
+
 Event = dict[str, Any]
+
+
+class Noted:
+    """How the app stands, in a file beside the store, for commands that ask: the last that was said of it. A sink of
+    `log`; it is true as long as its supervisor lives."""
+
+    least = INFO
+
+    def __init__(self, app_dir: Path) -> None:
+        self._file = app_dir / "app.json"
+        self._known: dict[str, Any] = {}
+        self._file.unlink(missing_ok=True)  # what the one before has left
+
+    def __call__(self, line: Event) -> None:
+        if not line["event"].startswith("app."):
+            return
+        state = line["event"].removeprefix("app.")
+        if state in _OVER:
+            self._known.clear()
+        self._known |= {name: line[name] for name in ("pid", "url") if name in line and state not in _OVER}
+        said = {"state": state, "since": clock.iso(line["at"]), "message": words(line), "pid": None, "url": None}
+        fresh = self._file.with_suffix(".new")
+        with contextlib.suppress(OSError):  # a full disk: the log has it
+            with open(fresh, "wb", opener=_private) as file:
+                file.write(msgspec.json.encode(said | self._known))
+            fresh.replace(self._file)
+
+
+def standing(app_dir: Path) -> dict[str, Any] | None:
+    """How the app stands (`state`, `since`, `message`, `pid`, `url`); None where nothing was said of one."""
+    try:
+        return msgspec.json.decode((app_dir / "app.json").read_bytes(), type=dict[str, Any])
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
 class App:
@@ -62,8 +108,8 @@ class App:
         self._look_every, self._late = look, late
         self._clock: Clock = clock or SystemClock()
         self._socket = passed_on
-        self._takes_socket = any("{fd}" in word for word in self._config.command)
-        if passed_on is not None and not self._takes_socket:
+        self.takes_socket = any("{fd}" in word for word in self._config.command)
+        if passed_on is not None and not self.takes_socket:
             raise ConfigError(
                 "the service manager passes a socket on, and [app] command does not take it",
                 hint="Put {fd} where the command names the descriptor to listen on, or leave the socket unit out.",
@@ -71,6 +117,7 @@ class App:
         self._environment = self._own(environment)
         self._process: Process | None = None
         self._failures = 0
+        self._why = ""  # it does not answer, or has ended
         self._well_since: float | None = None
         self._stopping, self._renew, self._wake = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -88,13 +135,31 @@ class App:
 
     def bind(self) -> None:
         """Take the port, or see that the app can. Raises `Refused`, which says who has it."""
-        words = " ".join(self._config.command)
-        if self._socket is None and ("{fd}" in words or "{port}" in words or self._config.health is not None):
+        command = " ".join(self._config.command)
+        if self._socket is None and ("{fd}" in command or "{port}" in command or self._config.health is not None):
             listening = port.bound(self._config.port)
-            if self._takes_socket:
+            if self.takes_socket:
                 self._socket = listening
             else:
                 listening.close()
+
+    async def proved(self, stable: float, patience: float) -> None:
+        """Once it answers (without a health path: once it is started) and has done so for `stable` seconds. Raises
+        `Refused` if it ends before that, or does not answer within `patience` seconds."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + patience
+        while self._well_since is None or loop.time() - self._well_since < stable:
+            if self._failures:
+                raise Refused(self._why)
+            if loop.time() > until:
+                raise Refused(f"the app does not answer 200 within {patience:g} s: {self._why or 'it is not started'}")
+            await asyncio.sleep(_PROOF)
+
+    async def unwell(self) -> str:
+        """Once it has ended or does not answer any more: why."""
+        while self._well_since is not None:
+            await asyncio.sleep(_PROOF)
+        return self._why
 
     async def run(self) -> None:
         """Keep it running until `stop()`; then end it, and leave nothing of it behind."""
@@ -140,6 +205,7 @@ class App:
             process = self._process = await self._start()
         except (TakoError, OSError) as error:
             self._failures += 1
+            self._why = f"the app cannot be started: {error}"
             hint = getattr(error, "hint", "")
             emit("app.failed", error=f"{error}. {hint}".rstrip(". "), pause=clock.spell(self._pause()))
             return
@@ -166,6 +232,7 @@ class App:
             return
         well = self._well_since is not None and loop.time() - self._well_since >= LONGEST_PAUSE / clock.SECOND
         self._failures = 1 if well else self._failures + 1
+        self._why, self._well_since = f"the app ended ({how(code)})", None
         emit(
             "app.ended", pid=process.pid, how=how(code), pause=clock.spell(self._pause()),
             last_lines=last(process.last_lines),
@@ -206,7 +273,7 @@ class App:
         loop = asyncio.get_running_loop()
         pause, told = FIRST_LOOK, False
         while True:
-            failure = await self._asked(path)
+            failure = self._why = await self._asked(path)
             if not failure:
                 if self._well_since is None:
                     self._well_since = loop.time()

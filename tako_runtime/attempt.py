@@ -18,7 +18,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 from tako_runtime import clock, codec, failure, log
 from tako_runtime.branches import Branches
-from tako_runtime.clock import Clock
+from tako_runtime.clock import Clock, Pace
 from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy, Unreadable
 from tako_runtime.failure import Failure
 from tako_runtime.inflight import InFlight
@@ -38,7 +38,7 @@ from tako_runtime.state import (
     Waits,
     settle,
 )
-from tako_runtime.step import Step, Suspension, SyncStep
+from tako_runtime.step import NotBegun, Step, Suspension, SyncStep
 from tako_runtime.store.base import Apply, ExpireWait, GetRun, OpenWait, Operation, SaveStep, Steps
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import Workflow, is_text
@@ -54,6 +54,7 @@ class Desk(Protocol):
 
     store: StoreThread
     clock: Clock
+    pace: Pace
     handlers: ThreadPoolExecutor
     bodies: ThreadPoolExecutor
     max_value: int
@@ -76,7 +77,7 @@ class Attempt:
         self.run = claimed.run
         self.history = {step.key: step for step in claimed.steps if not step.rerun}
         self.max_value = desk.max_value
-        self.now = desk.clock.now
+        self.now, self.pace = desk.clock.now, desk.pace
         self._workflow, self._desk = workflow, desk
         self._loop = asyncio.get_running_loop()
         self._store = desk.store.outbox()
@@ -88,6 +89,7 @@ class Attempt:
         self._stop: Outcome | None = None  # what must end this attempt at its next step boundary
         self._lost = False
         self._refused = False
+        self._parked_for: StepRecord | None = None  # what it parks for, if that has an end
         self._began = 0  # when this pass got going: before that, there is nothing to stop
         self._handler_ended = False
 
@@ -229,12 +231,12 @@ class Attempt:
 
     async def _write_end(self, outcome: Outcome, asked: bool) -> None:
         """`asked` says that the store was asked before, and that nobody has heard its answer."""
-        change = settle(self.run, outcome, self.now())
+        change = settle(self.run, outcome, self.now(), self.pace)
         try:
             if not await self.write(Apply(change=change)):
                 run = await self.write(GetRun(seq=self.run.seq))
                 if run is not None and run.claim == self.run.claim and run.status == Status.RUNNING:
-                    change = settle(run, outcome, self.now())  # it was asked to cancel meanwhile
+                    change = settle(run, outcome, self.now(), self.pace)  # it was asked to cancel meanwhile
                     asked = await self.write(Apply(change=change))
                 if not asked:
                     emit("run.lost")
@@ -257,11 +259,12 @@ class Attempt:
                 emit("run.dead", reason=change.reason, error=_shown(outcome), ms=ms)
             case _:
                 until = "a signal" if change.due_at is None else clock.iso(change.due_at)
+                since = change.now if self._parked_for is None else self._parked_for.started_at
                 emit(
                     f"run.{change.reason}", until=until, pause=clock.spell((change.due_at or 0) - change.now),
                     max_attempts=change.max_attempts, error=outcome.failure.line if isinstance(outcome, Raised) else "",
                     traceback=_shown(outcome), signals=", ".join(self._signals()),
-                    ms=(change.now - self._began) / 1_000,
+                    ms=(change.now - self._began) / 1_000, **self.pace.told((change.due_at or since) - since),
                 )  # fmt: skip
 
     def _not_asked_for(self) -> list[str]:
@@ -370,14 +373,32 @@ class Attempt:
 
     async def in_thread(self, fn: Callable[..., Any], *args: Any) -> Any:
         """Call `fn` in a thread, with this code's context; what it returns, or what comes of that where it can be
-        awaited."""
-        call = functools.partial(contextvars.copy_context().run, _contained, fn, *args)
+        awaited. Threads may be few: the body asks again, in its own, whether it may begin, and else raises
+        `NotBegun`."""
+        call = functools.partial(contextvars.copy_context().run, self._in_its_turn, fn, *args)
         try:
             value = await self._loop.run_in_executor(self._desk.bodies, call)
         except asyncio.CancelledError:
             emit("step.left")
             raise
         return await value if inspect.isawaitable(value) else value
+
+    def _in_its_turn(self, fn: Callable[..., Any], *args: Any) -> Any:
+        if self._called_off or self.now() >= self._desk.lease_until:
+            raise NotBegun
+        return _contained(fn, *args)
+
+    @property
+    def _called_off(self) -> bool:
+        """It was stopped from outside. What a handler has begun before its own last word is still done."""
+        return self._lost or isinstance(self._stop, Interrupted | Cancelled)
+
+    async def not_begun(self, key: StepKey) -> None:
+        """A step's body has not begun, and it must not: raises. Where only the lease is in doubt, it may be tried
+        again."""
+        if self._called_off:
+            self.branches.leave(key)  # as in `wait`
+            await self.refuse()
 
     async def see_through(self, key: StepKey, doing: Coroutine[Any, Any, R]) -> R:
         """Do a step whose body runs in a thread. A thread cannot be stopped: where its caller is cancelled (by a task
@@ -463,7 +484,9 @@ class Attempt:
         raise ClaimLost if self._lost else Suspension
 
     def _park(self, records: list[StepRecord]) -> None:
-        due = min((record.due_at for record in records if record.due_at is not None), default=None)
+        ending = [record for record in records if record.due_at is not None]
+        first = self._parked_for = min(ending, key=lambda record: record.due_at or 0, default=None)
+        due = None if first is None else first.due_at
         waits = tuple(record.name for record in records if record.kind == "wait")
         self._stop = Waits(waits, due) if waits else Sleeps(due or self.now())
         self.branches.release()

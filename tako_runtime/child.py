@@ -69,11 +69,20 @@ class Child(Process):
         self.looks = 0  # in a row, at which it was not up yet, or stood still
         self.idle = 0  # looks at which it was up and nothing was due
         self._broken: Event | None = None
+        self._importing = ""  # the file that it was about to import, until it is up
         self._clock, self._cwd = clock, cwd
 
     async def follow(self, show: Callable[[Event], None]) -> int:
         """Pass on each event, and each line that is none; its exit code, negative for a signal."""
-        return await self.follow_lines(lambda line: show(self._heard(line)))
+
+        def hear(line: bytes) -> None:
+            event = self._heard(line)
+            if event["event"] == "file.importing":  # of use only where it is the last word
+                self._importing = str(event.get("file"))
+            else:
+                show(event)
+
+        return await self.follow_lines(hear)
 
     def why(self, code: int) -> tuple[str, str]:
         """Why it could not work, in one sentence, and the last lines of what it said of it."""
@@ -84,7 +93,9 @@ class Child(Process):
         said = [line for line in self.last_lines if line.strip()]
         crash = next((at for at, line in enumerate(said) if line.startswith(_CRASH)), None)
         line, details = (said[-1:], said) if crash is None else (said[crash : crash + 1], said[: crash + LINES])
-        why = self.verdict or ": ".join([f"its worker ended before it claimed anything ({how(code)})", *line])
+        where = f", while it imported {self._importing.removeprefix(f'{self._cwd}/')}" if self._importing else ""
+        ended = f"its worker ended before it claimed anything ({how(code)}){where}"
+        why = self.verdict or ": ".join([ended, *line])
         return why, last(details)
 
     def _heard(self, line: bytes) -> Event:
@@ -97,6 +108,7 @@ class Child(Process):
             return printed(text, self._clock)
         match event["event"]:
             case "worker.started":
+                self._importing = ""
                 self.workers[str(event.get("group"))] = Up(str(event.get("worker")), int(event.get("concurrency") or 0))
                 self.looks = 0
             case "debugger.opened" | "debugger.closed":

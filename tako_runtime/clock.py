@@ -7,8 +7,9 @@ a `timedelta`, as seconds, or as text (`"90s"`, `"1h30m"`, `"3d"`), and `duratio
 import math
 import re
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 from tako_runtime.errors import InvalidValue
 
@@ -147,3 +148,53 @@ def spell(micros: int) -> str:
         elif parts:
             break
     return "".join(parts[:2])
+
+
+#: A day in a second: faster than that, schedules come faster than runs can be written.
+FASTEST = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How much faster than the machine's clock durable time passes: 1, or what `tako dev --time-scale` says.
+
+    It shortens what is stored: the end of a sleep, the deadline of a wait, the pause before a retry, the delay of an
+    enqueue. So every stored instant is one of the machine's clock, and whoever reads it later, at whatever pace, is
+    right. Leases, the `timeout` of code that runs, and health are about real work: they go by the machine's clock.
+
+    >>> Pace(3600).real(HOUR) == SECOND
+    True
+    """
+
+    scale: float = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.scale <= FASTEST:  # no NaN is
+            raise InvalidValue(
+                f"a time scale is a number from 1 to {FASTEST}, not {self.scale:g}",
+                hint="3600 lets an hour of sleeping pass in a second.",
+            )
+
+    def __str__(self) -> str:
+        return str(int(self.scale)) if self.scale == int(self.scale) else repr(self.scale)
+
+    def real(self, micros: int) -> int:
+        """How long so much durable time takes. Nothing is shortened to nothing: a timeout of 0 means something else."""
+        return micros if self.scale == 1 else max(round(micros / self.scale), min(micros, 1))
+
+    def durable(self, micros: int) -> int:
+        """How much durable time passes meanwhile."""
+        return micros if self.scale == 1 else round(micros * self.scale)
+
+    def told(self, micros: int) -> dict[str, Any]:
+        """The facts of an event that names a time which came so much later: what that stands for, if it was scaled."""
+        if self.scale == 1 or micros <= 0:
+            return {}
+        return {"time_scale": self.scale, "stands_for": spell(self.durable(micros))}
+
+    def environment(self) -> dict[str, str]:
+        """The variable from which a child finds the same pace."""
+        return {"TAKO_TIME_SCALE": str(self)}
+
+
+REAL_TIME = Pace()

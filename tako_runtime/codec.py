@@ -155,19 +155,28 @@ def _returns(fn: Callable[..., Any]) -> Any:
 
 
 def annotations(fn: Callable[..., Any]) -> dict[str, Any]:
-    """The resolved annotations of `fn`; names that live only inside an enclosing function are found there too."""
+    """The annotations of `fn` that can be resolved."""
+    found = {}
+    for name in getattr(inspect.unwrap(fn), "__annotations__", {}):
+        with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):
+            found[name] = annotation(fn, name)
+    return found
+
+
+def annotation(fn: Callable[..., Any], name: str) -> Any:
+    """The annotation of one of `fn`'s parameters, `Any` where it has none; names that live only inside an enclosing
+    function are found there too. Raises what its text raises where nobody can resolve it."""
     inner: Any = inspect.unwrap(fn)
+    written = getattr(inner, "__annotations__", {})
+    if name not in written:
+        return Any
     names, cells = getattr(inner, "__code__", None), getattr(inner, "__closure__", None)
     scope = {}
-    for name, cell in zip(names.co_freevars if names else (), cells or (), strict=False):
+    for free, cell in zip(names.co_freevars if names else (), cells or (), strict=False):
         with contextlib.suppress(ValueError):  # a name that its function has not reached yet
-            scope[name] = cell.cell_contents
-    found: dict[str, Any] = {}
-    for name, annotation in getattr(inner, "__annotations__", {}).items():
-        one = types.SimpleNamespace(__annotations__={name: annotation})
-        with contextlib.suppress(NameError, TypeError, AttributeError, SyntaxError):  # one that nobody can resolve
-            found |= typing.get_type_hints(one, getattr(inner, "__globals__", {}), scope, include_extras=True)
-    return found
+            scope[free] = cell.cell_contents
+    one = types.SimpleNamespace(__annotations__={name: written[name]})
+    return typing.get_type_hints(one, getattr(inner, "__globals__", {}), scope, include_extras=True)[name]
 
 
 @functools.lru_cache(maxsize=4096)

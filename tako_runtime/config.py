@@ -128,6 +128,7 @@ class Deploy:
         str | None, Setting(values.data_dir, None, "where a server keeps its data; unset: its usual place")
     ]
     keep_releases: Annotated[int, Setting(values.whole(1, 100), 5, "releases that stay on a server")]
+    max_size: Annotated[int, Setting(values.release_size, "200MiB", "the project's files, at most")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,14 +186,20 @@ class Config:
         """The environments that the file has, be it only with variables; and "development", which needs nothing."""
         return tuple(dict.fromkeys([*self.envs, *_tables_in(self.stated, ("vars",)), "development"]))
 
+    def check_environment(self, env: str, *others: str) -> None:
+        """Raise `ConfigError`, with the nearest, for an environment that is neither in the file nor one of `others`."""
+        known = tuple(dict.fromkeys([*self.environments(), *others]))
+        if env not in known:
+            near = difflib.get_close_matches(env, known, 1, 0.5)
+            hint = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(known)}."
+            raise ConfigError(f"{self.path}: there is no environment {values.shown(env)}", hint=hint)
+
     def explain(self, env: str | None = None, server: str | None = None) -> list[tuple[str, object, str]]:
         """Each effective value: its dotted key, the value as the file would have it, and where it comes from:
         "built-in", or "tako.toml:12 [workflows.email]". `env` says whose variables, `server` whose groups.
         `ConfigError` for one that is not in the file, and for a server that is not one of the environment's."""
-        if env is not None and env not in (known := self.environments()):
-            near = difflib.get_close_matches(env, known, 1, 0.5)
-            hint = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(known)}."
-            raise ConfigError(f"{self.path}: there is no environment {values.shown(env)}", hint=hint)
+        if env is not None:
+            self.check_environment(env)
         theirs = self.envs[env].servers if env is not None and env in self.envs else tuple(self.servers)
         if server in self.servers and server not in theirs:
             hint = f"It has {', '.join(theirs)}."

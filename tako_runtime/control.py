@@ -18,13 +18,13 @@ from tako_runtime import clock, codec, failure, state
 from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import InvalidValue, NotFound, Refused
-from tako_runtime.feed import supervising
+from tako_runtime.feed import supervising, tell
 from tako_runtime.manifest import Declared, Manifest
 from tako_runtime.retention import prune
-from tako_runtime.run import AttemptRecord, Run, Status, StepRecord, first_id_at, new_id
+from tako_runtime.run import SHORT_ID, AttemptRecord, Reason, Run, Status, StepRecord, first_id_at, new_id
 from tako_runtime.signals import AWAITED, signals
 from tako_runtime.status import look, status
-from tako_runtime.store import base, limits
+from tako_runtime.store import base, limits, pace
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.why import seen, why
 from tako_runtime.workflow import check_signal_name, new_run, refuse_unhealthy, signal_op
@@ -44,17 +44,21 @@ class Control:
     # --- looking ---
 
     def find(self, prefix: str) -> Run:
-        """The run whose id is or begins with `prefix`; `NotFound`, or `Refused` where several do."""
+        """The run whose id is, begins or else ends with `prefix`, if that is long enough to be meant as an end;
+        `NotFound`, or `Refused` where several do."""
         wanted = prefix.strip().lower()
         if not wanted or not all(c in "0123456789abcdef-" for c in wanted):
             raise NotFound(f"{prefix!r} is not a run's id", hint="List the runs with: tako runs ls")
         found = self._store.do_sync(base.FindRuns(prefix=wanted))
+        if len(wanted) < SHORT_ID:
+            found = [run for run in found if run.id.startswith(wanted)]
         exact = [run for run in found if run.id == wanted]
         if not found:
             raise NotFound(f"no run {prefix}", hint="List the runs with: tako runs ls")
         if len(found) > 1 and not exact:
             ids = ", ".join(run.id for run in found)
-            raise Refused(f"{prefix} is the beginning of several ids: {ids}", hint="Give more of it.")
+            part = "beginning" if found[0].id.startswith(wanted) else "end"
+            raise Refused(f"{prefix} is the {part} of several ids: {ids}", hint="Give more of it.")
         return (exact or found)[0]
 
     def list_runs(
@@ -111,10 +115,13 @@ class Control:
         return {"run": run.id, "workflow": run.workflow, "status": run.status, **found._asdict()}
 
     def status(self, config: Config | None = None) -> Json:
-        """How the app stands: `groups`, `workers`, `schedules`, `runs`. The configuration says which groups there are
-        to be."""
+        """How the app stands: its own `process`, `groups`, `workers`, `schedules`, `runs`. The configuration says which
+        groups there are to be."""
+        from tako_runtime.app import standing  # no other operation needs it
+
         wanted = {name: config.group(name) for name in config.group_names()} if config else {}
-        return status(look(self._store, self._app_dir, self._clock.now()), wanted, supervising(self._app_dir))
+        seen = look(self._store, self._app_dir, self._clock.now())
+        return status(seen, wanted, supervising(self._app_dir), standing(self._app_dir))
 
     def signals(self, limit: int = 50) -> Json:
         """Signals that runs are `waiting` for, by name, and signals that are `kept`, oldest first; at most `limit` of
@@ -150,7 +157,7 @@ class Control:
         payload = codec.encode(value, f"the payload of {flow.name!r}", limit=limits().max_value)
         now = self._clock.now()
         new = new_run(
-            flow.name, flow.group, payload, now=now, due=now + delay, retries=flow.retries,
+            flow.name, flow.group, payload, now=now, due=now + pace().real(delay), retries=flow.retries,
             backoff_base=flow.backoff_base, backoff_max=flow.backoff_max, priority=priority, unique_key=unique_key,
             scheduled_at=scheduled_at,
         )  # fmt: skip
@@ -159,7 +166,7 @@ class Control:
 
     def refuse_unhealthy(self, group: str) -> None:
         """Raises `GroupUnhealthy` where the workers of the group cannot work: for who develops."""
-        refuse_unhealthy(group, self._store.do_sync(base.ListHealth()))
+        refuse_unhealthy(group, self._store.do_sync(base.ListHealth()), lambda: self._app_dir)
 
     def retry(self, prefix: str, from_step: str | None = None) -> Json:
         """Let an ended run go on after its finished steps; `from_step` forgets that step and what came after it."""
@@ -175,7 +182,31 @@ class Control:
 
     def cancel(self, prefix: str, reason: str = "cancelled by an operator") -> Json:
         """Cancel a pending or parked run now, a running one at its next step boundary."""
-        return self._change(self.find(prefix), lambda run: state.cancel(run, failure.clean(reason), self._clock.now()))
+        found, changes = self.find(prefix), list[state.Change]()
+
+        def decide(run: Run) -> state.Change:
+            changes.append(state.cancel(run, failure.clean(reason), self._clock.now()))
+            return changes[-1]
+
+        shown = self._change(found, decide)
+        if (last := changes[-1]).status is Status.CANCELLED:  # no worker has done it, so none tells of it
+            tell(
+                self._app_dir, "run.cancelled", run=found.id, workflow=found.workflow, group=found.group,
+                attempt=found.attempt, reason=last.reason, ms=(last.now - (found.started_at or last.now)) / 1_000,
+            )  # fmt: skip
+        return shown
+
+    def wake(self, prefix: str | None = None) -> Json:
+        """Let a sleeping run go on now, as if its sleep were over; without an id the one that wakes first. `NotFound`
+        where none sleeps."""
+        run = self.find(prefix) if prefix is not None else self._next_to_wake()
+        return self._change(run, lambda run: state.wake(run, self._clock.now()))
+
+    def _next_to_wake(self) -> Run:
+        found = self._store.do_sync(base.NextDue(reason=Reason.SLEEPING))
+        if found is None:
+            raise NotFound("no run sleeps", hint="A sleep of less than 30 s does not park its run.")
+        return found
 
     def signal(self, name: str, payload: str = "null") -> int:
         """Send a signal with a payload given as JSON text; how many runs took it (0: it is kept)."""

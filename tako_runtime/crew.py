@@ -36,7 +36,6 @@ class Crew:
     ) -> None:
         self.children: dict[Child, asyncio.Task[None]] = {}
         self.environment, self.secrets = environment, secrets  # what those get that start from now on
-        self.files: frozenset[str] = frozenset()  # the project's own, that the one of all groups has imported
         self._root, self._words, self._said, self._ended, self._clock = root, words, said, ended, clock
         self._spare = Spare() if together else None
         self._broken: frozenset[str] = frozenset()
@@ -48,12 +47,9 @@ class Crew:
     async def start(self, group: Group, groups: Iterable[Group], *, replaces: bool = False) -> Child:
         """A worker process of a group, which is told what each of `groups` should be. One that `replaces` others ends
         where a file cannot be imported that could be before. Raises `OSError`."""
-        words = [
-            "worker",
-            *self._words,
-            *(w for each in groups for w in ("--group", f"{each.name}:{each.concurrency}")),
-        ]
-        if group is TOGETHER:
+        told = [word for each in groups for word in ("--group", f"{each.name}:{each.concurrency}")]
+        words = ["worker", *self._words, *told, "--concurrency", str(group.concurrency)]
+        if self._spare is not None:
             words += ["--together"]
         if not group.workers:
             words += ["--idle-timeout", f"{group.idle_timeout}us"]
@@ -64,7 +60,14 @@ class Crew:
         child.replaces = replaces
         self.children[child] = asyncio.get_running_loop().create_task(self._follow(child))
         emit("worker.spawned", pid=child.pid, group=group.name)
+        if self._closed:
+            child.kill()
         return child
+
+    async def on_trial(self, group: Group) -> Child:
+        """A worker that is none of the crew, and claims nothing. Raises `OSError`."""
+        told = ["--group", f"{group.name}:{group.concurrency}", "--concurrency", str(group.concurrency)]
+        return await self._launch(group, ["worker", *self._words, *told, "--trial"])
 
     async def _launch(self, group: Group, words: list[str]) -> Child:
         async with handing_over(self.secrets) as pipe:
@@ -82,12 +85,14 @@ class Crew:
 
     # --- new code ---
 
-    def reload(self, groups: Iterable[Group]) -> bool:
+    def reload(self, group: Group, groups: Iterable[Group]) -> bool:
         """Have the project's files as they are now take over; whether there is anything that they take over from.
 
         The one of all groups goes on until its follower has imported them, and if they cannot be imported, after that.
         Others are told to stop, and followed where there is work."""
         self._reload_at = self._clock.now()
+        if self._closed:
+            return True
         if self._spare is None:
             for child in list(self.children):
                 if not child.leaving:
@@ -99,28 +104,26 @@ class Crew:
                 child.kill()
         if not any(child.workers and not child.leaving for child in self.children):
             return False
-        self._do(self._start_follower(list(groups)))
+        self._do(self._start_follower(group, list(groups)))
         return True
 
-    async def _start_follower(self, groups: list[Group]) -> None:
+    async def _start_follower(self, group: Group, groups: list[Group]) -> None:
         try:
-            await self.start(TOGETHER, groups, replaces=True)
+            await self.start(group, groups, replaces=True)
         except OSError as error:
             emit("code.kept", reason=f"its worker cannot be started: {error.strerror}")
 
     def declared(self, child: Child, event: Event) -> Manifest:
         """It has imported the project's files and takes over, in this instant; what they declare."""
         manifest = msgspec.convert(event["manifest"], Manifest)
-        self.files, self._modules = frozenset(event["files"]), event["modules"]
+        self._modules = event["modules"]
         self._broken = frozenset(one.file for one in manifest.mistakes)
         if child.replaces:
             child.replaces = False
             for older in list(self.children):
                 if older is not child and not older.leaving:
                     self.end(older)
-            emit("code.reloaded", files=len(self.files), ms=(self._clock.now() - self._reload_at) / 1_000)
-        else:
-            emit("code.loaded", files=len(self.files))
+            emit("code.reloaded", ms=(self._clock.now() - self._reload_at) / 1_000)
         self.stand_by()
         return manifest
 
@@ -148,7 +151,8 @@ class Crew:
         self._closed = True
         if self._spare is not None:
             self._spare.discard()
-        await asyncio.gather(*(self._end(child, followed) for child, followed in self.children.items()))
+        while self.children:
+            await asyncio.gather(*(self._end(child, followed) for child, followed in self.children.items()))
 
     def kill(self) -> None:
         """At once, with what they have started."""

@@ -389,22 +389,22 @@ class Firing(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-def due(schedules: Iterable[ScheduleRecord], now: int) -> list[Firing]:
+def due(schedules: Iterable[ScheduleRecord], now: int, late: int = LATE) -> list[Firing]:
     """What is to be written now; schedules that have nothing to do are not in it.
 
     - A new or edited schedule gets its next time and does not fire for the past.
-    - A time that is less than `LATE` late fires, and so does each one after it: a slow tick loses nothing.
+    - A time that is less than `late` late fires, and so does each one after it: a slow tick loses nothing.
     - Otherwise there was an outage. Of all the times that it swallowed only the latest fires; with `catchup="skip"` not
-      even that one, unless it is less than `LATE` late.
+      even that one, unless it is less than `late` late.
     - With `overlap="skip"` a time that comes while a run of the schedule is alive is passed over.
     - A clock that was set back repeats nothing; but where it was ahead by more than `CORRECTION` when the schedule last
       fired, that was a mistake, and the next time is counted from now.
     - A schedule that cannot be read (another release wrote it, its zone is gone) stops no other.
     """
-    return [firing for entry in schedules for firing in _due(entry, now)]
+    return [firing for entry in schedules for firing in _due(entry, now, late)]
 
 
-def _due(entry: ScheduleRecord, now: int) -> list[Firing]:
+def _due(entry: ScheduleRecord, now: int, late: int) -> list[Firing]:
     ahead = 0 if entry.last_at is None else entry.last_at - now
     if entry.next_at is not None and now < entry.next_at and ahead <= CORRECTION:
         return []
@@ -419,9 +419,9 @@ def _due(entry: ScheduleRecord, now: int) -> list[Firing]:
         next_at = schedule.next(now)
         return [Firing(entry.workflow, entry.next_at, None, next_at, "clock")] if next_at < entry.next_at else []
 
-    if now - entry.next_at >= LATE:
+    if now - entry.next_at >= late:
         latest = max(schedule.previous(now) or 0, entry.next_at)  # new zone data may have moved it
-        if entry.catchup == "skip" and now - latest >= LATE:
+        if entry.catchup == "skip" and now - latest >= late:
             return [Firing(entry.workflow, entry.next_at, None, schedule.next(now), "missed")]
         return [_fire(entry, entry.next_at, latest, schedule.next(now), alive=entry.alive)]
 

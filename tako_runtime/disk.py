@@ -1,7 +1,9 @@
-"""What kind of disk a store is on."""
+"""What kind of disk a store is on, and why it cannot be there."""
 
 import subprocess
 from pathlib import Path
+
+from tako_runtime.errors import StoreError
 
 #: The kernel's table of mounts (proc(5)).
 TABLE = Path("/proc/self/mountinfo")
@@ -42,4 +44,32 @@ def of_mounts(place: Path, table: str) -> str | None:
 
 def nearest(folder: Path) -> Path:
     """The folder, or the one above it that is there already."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    return next(place for place in (folder, *folder.parents) if _is_there(place))
+
+
+def _is_there(place: Path) -> bool:
+    try:
+        return place.exists()
+    except OSError:  # the one above it may not be looked into
+        return False
+
+
+def make_private(folder: Path) -> None:
+    """The folder, and those above it that are not there, for this user only."""
+    for one in (*reversed(folder.parents), folder):  # `parents=True` would leave those to the umask
+        if not one.exists():
+            one.mkdir(mode=0o700, exist_ok=True)
+
+
+def unusable(error: OSError, file: Path) -> StoreError:
+    """Why a file of the store cannot be made or opened, and what to do."""
+    there = nearest(file)
+    if there != file and not there.is_dir():
+        return StoreError(
+            f"{there} is a file, and a folder for the store has to be there",
+            hint="Move it away, or rename it: tako makes the folder.",
+        )
+    return StoreError(
+        f"{file} cannot be opened: {error.strerror}",
+        hint=f"tako keeps runs there: this user needs to write to {there}. Look at its owner and mode.",
+    )

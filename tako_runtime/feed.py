@@ -2,21 +2,28 @@
 
 The supervisor listens on a stream socket that only its own user can connect to, and writes each event to each reader as
 a JSON line. It never waits for one: a reader that falls far behind is dropped. That somebody listens there says that a
-supervisor runs: the socket's end is its process's end, however that ends.
+supervisor runs: the socket's end is its process's end, however that ends. And a command that has ended a run by itself
+tells it here, so that the log and the metrics have all ends.
 """
 
 import asyncio
 import contextlib
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from tako_runtime import log
+from tako_runtime import clock, log
 from tako_runtime.bell import socket_folder
+from tako_runtime.clock import REAL_TIME, Pace
+from tako_runtime.secrets import masked_json
 
 Event = dict[str, Any]
+
+#: How a `tako dev` whose time passes faster calls itself: "tako dev --time-scale 3600".
+SCALED = " --time-scale "
 
 #: How many bytes a reader may be behind before it is dropped.
 MOST_BEHIND = 4 << 20
@@ -27,15 +34,21 @@ PARTING = 1.0
 #: How long a supervisor has to answer, in seconds.
 ANSWER = 1.0
 
+_PART = 1 << 16
+
+#: What a command may tell of.
+_TOLD = frozenset({"run.cancelled"})
+
 #: The longest line that a reader takes: an event may carry a whole traceback.
 LONGEST_LINE = 16 << 20
 
 
 class Feed:
-    """The supervisor's side: `async with feed` in its event loop. Events may be published from any thread."""
+    """The supervisor's side: `async with feed` in its event loop. Events may be published from any thread;
+    `heard(event)` gets what a command tells."""
 
-    def __init__(self, app_dir: Path) -> None:
-        self._path = _path(app_dir)
+    def __init__(self, app_dir: Path, heard: Callable[[Event], None] = lambda _: None) -> None:
+        self._path, self._heard = _path(app_dir), heard
         self._readers: dict[asyncio.StreamWriter, asyncio.Task[Any] | None] = {}
         self._server: asyncio.Server | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -84,16 +97,26 @@ class Feed:
                 reader.write(line)
 
     async def _welcome(self, words: asyncio.StreamReader, reader: asyncio.StreamWriter) -> None:
-        """Until it leaves; what it says is of no interest. An empty line tells it that it hears all from now on."""
+        """Until it leaves. An empty line tells it that it hears all from now on."""
         self._readers[reader] = asyncio.current_task()
         reader.write(b"\n")
         try:
-            with contextlib.suppress(OSError):
-                while await words.read(4096):
-                    pass
+            with contextlib.suppress(OSError, ValueError):  # it is gone; or it says too much at once
+                while line := await words.readline():
+                    self._take(line)
         finally:
             self._readers.pop(reader, None)
             reader.close()
+
+    def _take(self, line: bytes) -> None:
+        try:
+            event = msgspec.json.decode(masked_json(line, "what a command says"))
+        except msgspec.MsgspecError:
+            return
+        names = ("at", "level", "event", "message")
+        known = isinstance(event, dict) and all(isinstance(event.get(name), str) for name in names)
+        if known and event["event"] in _TOLD:
+            self._heard(event)
 
 
 class Follower:
@@ -135,11 +158,32 @@ async def follow(app_dir: Path) -> Follower | None:
     return None
 
 
+def tell(app_dir: Path, event: str, **facts: Any) -> None:
+    """Tell the supervisor that runs here, if one does, what this command has done."""
+    line = log.told({"at": clock.SystemClock().now(), "level": log.WORDS[event][0], "event": event, **facts})
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as telling,
+    ):
+        telling.settimeout(ANSWER)
+        telling.connect(str(_path(app_dir)))
+        telling.sendall(msgspec.json.encode(line) + b"\n")
+        telling.shutdown(socket.SHUT_WR)
+        while telling.recv(_PART):  # until it has taken that: who leaves with something unread is cut off
+            pass
+
+
 class Supervising(msgspec.Struct, frozen=True):
-    """Who supervises an app on this machine: "tako dev" or "supervisor"."""
+    """Who supervises an app on this machine: "tako dev" or "supervisor"; the former may say at which time scale."""
 
     pid: int
     what: str
+
+    @property
+    def pace(self) -> Pace:
+        """How fast durable time passes under it."""
+        scale = self.what.partition(SCALED)[2]
+        return Pace(float(scale)) if scale else REAL_TIME
 
 
 def supervising(app_dir: Path) -> Supervising | None:

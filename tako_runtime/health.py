@@ -5,17 +5,26 @@ in the log and in the store, where status, metrics and an enqueue under `tako de
 """
 
 import socket
+from pathlib import Path
 
 from tako_runtime import clock
 from tako_runtime.clock import Clock
 from tako_runtime.errors import StoreBusy
+from tako_runtime.feed import supervising
 from tako_runtime.log import emit
-from tako_runtime.store.base import ListHealth, ReportHealth
+from tako_runtime.store.base import ListHealth, ReportHealth, Unhealthy
 from tako_runtime.store.commit import StoreThread
 
 #: The pause after a failure; doubled with each one, up to the longest.
 FIRST_PAUSE = clock.SECOND
 LONGEST_PAUSE = clock.MINUTE
+
+
+def believed(said: list[Unhealthy], app_dir: Path) -> list[Unhealthy]:
+    """What a supervisor stands behind. One of this machine that was killed has taken nothing back of what it said."""
+    here = socket.gethostname()
+    silent = any(one.host == here for one in said) and supervising(app_dir) is None
+    return [one for one in said if not (silent and one.host == here)]
 
 
 class Health:

@@ -31,15 +31,15 @@ WORDS: dict[str, tuple[int, str]] = {
     "run.resumed": (INFO, "goes on in attempt {attempt} of {max_attempts}, steps done before: {done}"),
     "run.woken": (INFO, "woken by {by}, goes on in attempt {attempt} of {max_attempts}, steps done before: {done}"),
     "run.succeeded": (INFO, "succeeded in {took}"),
-    "run.retrying": (WARNING, "attempt {attempt} of {max_attempts} failed, again in {pause}: {error}"),
-    "run.sleeping": (INFO, "sleeps until {until}"),
-    "run.waiting": (INFO, "waits for {signals}, until {until}"),
+    "run.retrying": (WARNING, "attempt {attempt} of {max_attempts} failed, again in {pause}{scaled}: {error}"),
+    "run.sleeping": (INFO, "sleeps until {until}{scaled}"),
+    "run.waiting": (INFO, "waits for {signals}, until {until}{scaled}"),
     "run.queued": (INFO, "handed back at a step boundary, goes on under the next worker"),
     "run.cancelled": (INFO, "cancelled: {reason}"),
     "run.dead": (ERROR, "dead: {reason}"),
     "run.diverged": (WARNING, "did before what its code does not ask for now: {steps}. Was that renamed or removed?"),
     "run.lost": (WARNING, "claim lost: somebody else has this run, nothing more is written here"),
-    "run.reclaimed": (WARNING, "{message}; {then}"),
+    "run.reclaimed": (WARNING, "{message}; {then}{scaled}"),
     "run.cut_off": (
         WARNING,
         "did not stop {where} when its worker had to; no attempt is used up, and what was cut off runs again under the "
@@ -48,11 +48,11 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.broken": (ERROR, "worker {worker} cannot go on and gives itself up: {error}"),
     "step.done": (DEBUG, "step {step} done in {took}"),
     "step.cached": (DEBUG, "step {step} was done already"),
-    "step.retrying": (WARNING, "step {step} failed, try {n} of {tries}, again in {pause}: {error}"),
+    "step.retrying": (WARNING, "step {step} failed, try {n} of {tries}, again in {pause}{scaled}: {error}"),
     "step.failed": (WARNING, "step {step} failed: {error}"),
     "step.left": (WARNING, "step {step} is not waited for any longer; its thread cannot be stopped and is left behind"),
     "wait.done": (DEBUG, "got signal {signal}"),
-    "wait.timed_out": (INFO, "no signal {signal} by its deadline"),
+    "wait.timed_out": (INFO, "no signal {signal} by its deadline{scaled}"),
     "relay.listening": (INFO, "hears of what other servers do through {database}"),
     "relay.polling": (
         WARNING,
@@ -78,6 +78,7 @@ WORDS: dict[str, tuple[int, str]] = {
     ),
     "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
     "worker.frozen": (ERROR, "worker {worker} (process {pid}) has not renewed its lease: it is ended and replaced"),
+    "worker.fit": (INFO, "a worker of group {group} could begin: {workflows}"),
     "worker.declared": (DEBUG, "the worker process has imported the project's files"),
     "worker.claimed": (DEBUG, "worker {worker} has claimed its first run"),
     "worker.stalled": (
@@ -93,7 +94,7 @@ WORDS: dict[str, tuple[int, str]] = {
         "breakpoint() at {file}:{line} is passed over: there is no terminal",
     ),
     "debugger.closed": (DEBUG, "goes on"),
-    "code.loaded": (DEBUG, "files of the project at work: {files}"),
+    "code.declared": (DEBUG, "workflows of the project: {workflows}, made of {files} files"),
     "code.reloaded": (INFO, "the new code is at work after {took}"),
     "code.kept": (WARNING, "the code as it was before goes on: {reason}"),
     "group.paused": (WARNING, "group {group} is tried again in {pause}; failures in a row: {failures}"),
@@ -110,9 +111,14 @@ WORDS: dict[str, tuple[int, str]] = {
     "app.ended": (ERROR, "the app's process {pid} is gone ({how}), it is started again in {pause}"),
     "app.failed": (ERROR, "the app cannot be started, tried again in {pause}: {error}"),
     "app.stopped": (INFO, "the app has stopped: {how}"),
-    "cron.fired": (INFO, "fired for {scheduled_at}"),
+    "cron.fired": (INFO, "fired for {scheduled_at}{scaled}"),
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
+    "server.trial": (INFO, "release {release} proves itself beside the one that runs: {what}"),
+    "server.refused": (ERROR, "release {release} is not taken: {error}"),
+    "server.took_over": (INFO, "took over from process {pid}, which drains"),
+    "server.handed_over": (INFO, "another release takes over: what is in hand ends, or goes on there"),
     "server.unread": (ERROR, "the workflows cannot be read: {error}"),
+    "file.importing": (DEBUG, "imports {file}"),
     "file.broken": (ERROR, "{file}:{line}: {error}"),
     "metrics.listening": (INFO, "metrics are served on {listen}"),
     "metrics.failed": (ERROR, "metrics cannot be served on {listen}: {error}"),
@@ -127,7 +133,9 @@ WORDS: dict[str, tuple[int, str]] = {
 }
 
 #: What a supervisor must hear of its workers, whatever the level of the log is.
-HEARD = frozenset({"worker.started", "worker.declared", "worker.claimed", "file.broken"})
+HEARD = frozenset(
+    {"file.importing", "worker.started", "worker.declared", "worker.claimed", "worker.fit", "file.broken"}
+)
 
 #: Facts of the run and step that the code is in: they go with every event, and with what a handler prints.
 _context: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar("tako_log", default=None)
@@ -283,7 +291,10 @@ class JsonLines:
 
 
 class _Lenient(dict[str, Any]):
-    """The facts; `took` is spelled from `ms` only where somebody reads it."""
+    """The facts. Two are made only where somebody reads them: `took` is spelled from `ms`, and `scaled` says what a
+    time stands for that `tako dev --time-scale` has brought nearer (`Pace.told`)."""
 
     def __missing__(self, key: str) -> str:
+        if key == "scaled":
+            return f" ({self['stands_for']} at time-scale {self['time_scale']:g})" if "time_scale" in self else ""
         return clock.spell(round(self["ms"] * 1_000)) if key == "took" and "ms" in self else "?"

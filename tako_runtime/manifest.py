@@ -7,6 +7,7 @@ deploy or shows up in the log, and never takes a supervisor down. One bad file d
 import contextlib
 import importlib
 import inspect
+import os
 import re
 import signal
 import subprocess
@@ -21,6 +22,8 @@ import msgspec
 
 from tako_runtime import clock, codec
 from tako_runtime.errors import ConfigError, InvalidValue, TakoError
+from tako_runtime.example import example
+from tako_runtime.process import how
 from tako_runtime.secrets import VARIABLE, Mask, envelope
 from tako_runtime.workflow import Workflow, declaring_once, registry
 
@@ -35,7 +38,8 @@ PATIENCE = 75
 
 
 class Declared(msgspec.Struct, frozen=True):
-    """One workflow as the manifest has it. Durations are microseconds."""
+    """One workflow as the manifest has it. Durations are microseconds; `example` is the JSON text of a payload that
+    fits its type, "" where none could be made."""
 
     name: str
     group: str
@@ -53,6 +57,7 @@ class Declared(msgspec.Struct, frozen=True):
     overlap: str = "allow"
     timeout: int | None = None
     blocking: bool = False
+    example: str = ""
 
 
 class Mistake(msgspec.Struct, frozen=True):
@@ -66,8 +71,12 @@ class Mistake(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
+    """What the workflows declare, and what is wrong with them. `files` are those that their code is made of, the
+    project's own, as they are called in it."""
+
     workflows: tuple[Declared, ...]
     mistakes: tuple[Mistake, ...] = ()
+    files: tuple[str, ...] = ()
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -78,9 +87,17 @@ class Manifest(msgspec.Struct, frozen=True):
         return found
 
 
-def discover(root: Path, folder: str, limit: float = IMPORT_LIMIT) -> Iterator[Mistake]:
-    """Import every module of `root/folder`, so that `registry` has its workflows; what could not be imported, as it
-    turns up. A file that takes longer than `limit` seconds is one that could not. To be called in the main thread.
+def discover(
+    root: Path,
+    folder: str,
+    limit: float = IMPORT_LIMIT,
+    *,
+    without: Container[str] = (),
+    told: Callable[[str], object] = lambda _: None,
+) -> Iterator[Mistake]:
+    """Import every module of `root/folder` but those `without`, so that `registry` has its workflows; what could not be
+    imported, as it turns up. A file that takes longer than `limit` seconds is one that could not; one that ends the
+    process is the last that was `told` of. To be called in the main thread.
 
     A file is the module that its path names (`workflows/fulfill_order.py` is `workflows.fulfill_order`), as the app
     imports it too. Names that begin with `_` are left to be imported by others, hidden ones alone.
@@ -92,29 +109,38 @@ def discover(root: Path, folder: str, limit: float = IMPORT_LIMIT) -> Iterator[M
         )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
-    for file in sorted(place.rglob("*.py")):
+    unread: list[OSError] = []
+    for file in _modules(place, unread.append):
         parts = file.relative_to(root).with_suffix("").parts
         inner = parts[len(Path(folder).parts) :]
-        if any(part.startswith(("_", ".")) for part in inner):
-            continue
         if not all(part.isidentifier() for part in inner):
             why = "cannot be imported: a module's name, and that of its folders, has letters, digits and '_' only"
             yield Mistake(str(file).encode(errors="backslashreplace").decode(), 0, why, "")
             continue
+        if str(file) in without:
+            continue
+        told(str(file))
         try:
             with declaring_once(), _within(limit):
                 importlib.import_module(".".join(parts))
         except (Exception, SystemExit, _TooSlow) as error:  # noqa: BLE001 -- a module of the user's may raise anything
             yield _mistake(error, file, root)
+    for one in unread:
+        if Path(one.filename) == place:
+            raise ConfigError(f"{place} cannot be read: {one.strerror}", hint="Look at the folder's owner and mode.")
+        yield Mistake(str(one.filename), 0, f"cannot be read: {one.strerror}", "")
 
 
-def manifest(root: Path, folder: str, config: "Config | None" = None, limit: float = IMPORT_LIMIT) -> Manifest:
-    """The manifest of the project in `root`, with every mistake in it. `config` is the project's, which knows the
-    names of groups."""
-    return declares(list(discover(root, folder, limit)), config)
+def _modules(place: Path, unread: Callable[[OSError], None]) -> list[Path]:
+    """The files to be imported, in order."""
+    found = []
+    for folder, folders, names in os.walk(place, onerror=unread):
+        folders[:] = [name for name in folders if not name.startswith(("_", "."))]
+        found += [Path(folder, name) for name in names if name.endswith(".py") and not name.startswith(("_", "."))]
+    return sorted(found)
 
 
-def declares(mistakes: list[Mistake], config: "Config | None") -> Manifest:
+def declares(root: Path, mistakes: list[Mistake], config: "Config | None") -> Manifest:
     """The manifest of what this process has discovered, with these mistakes."""
     declared = [_declared(flow) for _, flow in sorted(registry.items())]
     for flow in declared:
@@ -122,26 +148,22 @@ def declares(mistakes: list[Mistake], config: "Config | None") -> Manifest:
         mistakes = mistakes + [
             Mistake(flow.file, flow.line, f"workflow {flow.name!r}: {why}", "") for why in wrong if why
         ]
-    return Manifest(tuple(declared), tuple(mistakes))
+    own = {str(file.relative_to(root)) for file, _ in imported(root) if file.suffix == ".py"}
+    files = {file.encode(errors="backslashreplace").decode() for file in own}
+    return Manifest(tuple(declared), tuple(mistakes), tuple(sorted(files)))
 
 
-def imported(root: Path, known: Container[str]) -> tuple[list[str], list[str]]:
-    """What this process has imported beside what is `known`: the files that are the project's own, and the names of all
-    other modules, which are installed somewhere."""
-    files, modules = [], []
+def imported(root: Path) -> Iterator[tuple[Path, str]]:
+    """The modules that this process has imported and that are the project's own: each one's file, or folder, and
+    name."""
     for name, module in list(sys.modules.items()):
-        if name in known or name == "__main__":
-            continue
         file: str | None = getattr(module, "__file__", None)
-        places: list[str] = [file] if file else [*getattr(module, "__path__", ())]
-        if any(own(Path(place), root) for place in places):
-            files += [place for place in places if place.endswith(".py")]
-        else:
-            modules.append(name)
-    return files, modules
+        for place in [file] if file else [*getattr(module, "__path__", ())]:
+            if is_own(Path(place), root):
+                yield Path(place), name
 
 
-def own(file: Path, root: Path) -> bool:
+def is_own(file: Path, root: Path) -> bool:
     """Whether a file is the project's own, and not of a package that is installed, be it in a folder of the project."""
     return file.is_relative_to(root) and not file.is_relative_to(sys.prefix) and "site-packages" not in file.parts
 
@@ -160,23 +182,34 @@ def fingerprint(root: Path, folder: str) -> frozenset[tuple[str, int, int]]:
 
 def read(root: Path, folder: str, environment: Mapping[str, str], secrets: Mapping[str, str] | None = None) -> Manifest:
     """The manifest, read in a process of its own, so that user code cannot take this one down. Raises `ConfigError`
-    where it cannot be read at all. `secrets` are for modules that read them at import."""
-    words = [sys.executable, "-m", "tako_runtime", "manifest", "--dir", folder]
-    try:
-        done = subprocess.run(
-            words, cwd=root, env={**environment, VARIABLE: "0"}, input=envelope(secrets or {}), capture_output=True,
-            check=False, timeout=PATIENCE,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise ConfigError(
-            f"importing {root / folder} takes more than {PATIENCE} s",
-            hint="Move what takes so long out of the modules' top level: it runs at each import.",
-        ) from None
-    try:
-        return msgspec.json.decode(done.stdout, type=Manifest)
-    except msgspec.MsgspecError:
-        said = Mask(secrets or {}).text(done.stderr.decode(errors="replace").strip(), "what the manifest says")
-        raise ConfigError(said or f"reading {root / folder} ended with exit code {done.returncode}") from None
+    where it cannot be read at all; a file whose import ends that process is a mistake as any other. `secrets` are for
+    modules that read them at import."""
+    words = [sys.executable, "-m", "tako_runtime", "manifest", "--dir", folder, "--telling"]
+    fatal: list[Mistake] = []
+    while True:
+        without = [f"--without={one.file}" for one in fatal]
+        try:
+            done = subprocess.run(
+                words + without, cwd=root, env={**environment, VARIABLE: "0"}, input=envelope(secrets or {}),
+                capture_output=True, check=False, timeout=PATIENCE,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            raise ConfigError(
+                f"importing {root / folder} takes more than {PATIENCE} s",
+                hint="Move what takes so long out of the modules' top level: it runs at each import.",
+            ) from None
+        last = done.stdout.removesuffix(b"\n").rpartition(b"\n")[2]
+        try:
+            found = msgspec.json.decode(last, type=Manifest)
+            return msgspec.structs.replace(found, mistakes=(*fatal, *found.mistakes))
+        except msgspec.MsgspecError:
+            said = Mask(secrets or {}).text(done.stderr.decode(errors="replace").strip(), "what the manifest says")
+            file = os.fsdecode(last)
+            if not file or any(one.file == file for one in fatal):
+                told = said or f"reading {root / folder} ended with {how(done.returncode)}"
+                raise ConfigError(told) from None
+            message = f"cannot be imported: it ends the process that does ({how(done.returncode)})"
+            fatal.append(Mistake(file, 0, ": ".join([message, *said.splitlines()[-1:]]), said))
 
 
 class _TooSlow(BaseException):
@@ -262,6 +295,7 @@ def _declared(flow: Workflow[..., Any]) -> Declared:
         overlap=flow.overlap,
         timeout=flow.timeout,
         blocking=flow.blocking,
+        example=example(annotation) if flow.takes_payload else "null",
     )
 
 

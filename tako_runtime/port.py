@@ -40,6 +40,13 @@ def bound(port: int) -> socket.socket:
     return listening
 
 
+def free() -> int:
+    """A port that nobody has right now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
 def passed_on() -> socket.socket | None:
     """The socket that the service manager listens on for this very process; None where there is none. Raises
     `ConfigError` where there are several, or it takes no connections: whoever connects would wait for ever."""
@@ -59,9 +66,11 @@ def passed_on() -> socket.socket | None:
         raise ConfigError(
             "what the service manager passes on takes no connections", hint="Use ListenStream= and Accept=no."
         )
-    moved = listening.dup()  # its number is the one that secrets are handed over on
-    listening.close()
-    return moved
+    # Its number is the one that secrets are handed over on. A socket's own dup() would make it blocking, for everybody
+    # who has it: the app of the release before this one would wait for a connection, and answer nobody else.
+    moved = os.dup(listening.detach())
+    os.close(FIRST_PASSED)
+    return socket.socket(fileno=moved)
 
 
 def _free_after(port: int) -> int | None:

@@ -58,8 +58,8 @@ class Secrets:
         if (value := self._value(name)) is None:
             raise SecretMissing(
                 f"the secret {name} is not set",
-                hint=f"This process was given: {', '.join(self._names) or 'no secrets at all'}. They come from the "
-                "file secrets.json beside the store.",
+                hint=f"This process was given: {', '.join(self._names) or 'no secrets at all'}. tako secrets set sets "
+                "one; on a server they come from the file secrets.json beside the store.",
             )
         return value
 
@@ -262,7 +262,7 @@ def stored(app_dir: Path) -> dict[str, str]:
     path = app_dir / "secrets.json"
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not hold us up
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         why = "it is a symbolic link" if path.is_symlink() else error.strerror

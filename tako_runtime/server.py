@@ -6,7 +6,6 @@ code: what the workflows declare it learns from the manifest, which a short-live
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import signal
 import socket
@@ -16,21 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from tako_runtime import clock, disk, log
-from tako_runtime.app import App
+from tako_runtime.alone import Lock
+from tako_runtime.app import App, Noted
 from tako_runtime.child import Group
-from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.config import Config
-from tako_runtime.errors import Refused, TakoError
+from tako_runtime.errors import TakoError
 from tako_runtime.feed import Feed
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, read
 from tako_runtime.metrics import Metrics
 from tako_runtime.retention import Retention
+from tako_runtime.rollover import Predecessor, Trial
 from tako_runtime.secrets import SHORTEST, guarded, stored, too_short
 from tako_runtime.store import Home, Limits
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.supervisor import Supervisor
 from tako_runtime.ticker import Cron
+
+#: How long an app stays once all else has been handed over and nobody has told it to go, in seconds.
+PARTING = 60.0
 
 
 class Server:
@@ -51,15 +55,18 @@ class Server:
         passed_on: socket.socket | None = None,
         together: bool = False,
         clock: Clock | None = None,
+        pace: Pace = REAL_TIME,
     ) -> None:
-        self.home = home
-        self._store, self._config, self._server = store, config, server
-        self._environment = self._with_limits(environment or os.environ)
-        groups = {name: _group(config, name, server) for name in config.group_names(server)}
+        self.home, self.config = home, config
+        self._store, self._server, self._pace = store, server, pace
+        self.environment = self._with_limits(environment or os.environ)
+        groups = {name: self.group(name) for name in config.group_names(server)}
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
+        self._together = together
+        self._reloading: asyncio.Future[None] | None = None
         self.metrics = Metrics(config.metrics.listen, store, self._group_names, ticking)
-        self.feed = Feed(home.app_dir)
+        self.feed = Feed(home.app_dir, lambda event: heard("tako", event))
 
         def heard(source: str, event: dict[str, Any]) -> None:
             self.metrics.observe(event)
@@ -68,29 +75,36 @@ class Server:
 
         self.supervisor = Supervisor(
             store, home, config.root, config.workflows.dir, groups, heard,
-            other=lambda name: _group(self._config, name, server), together=together,
-            declare=self.take, reread=None if together else self.declare, lease=config.workflows.lease,
-            log_level="debug" if config.metrics.listen else log_level, environment=self._environment, secrets=secrets,
+            other=self.group, together=together, declare=self.take,
+            reread=None if together else self.declare, lease=config.workflows.lease,
+            log_level="debug" if config.metrics.listen else log_level, environment=self.environment, secrets=secrets,
+            pace=pace,
         )  # fmt: skip
         self.app: App | None = None
         if config.app is not None:
             self.app = App(
-                config, self._environment, lambda event: heard("app", event),
+                config, self.environment, lambda event: heard("app", event),
                 secrets=lambda: self.supervisor.secrets, passed_on=passed_on, clock=ticking,
             )  # fmt: skip
-        self.cron = Cron(store, ticking, home.server)
+        self._successor: Lock | None = None  # the lock that another release waits for
+        self._leaving = asyncio.Event()
+        self.cron = Cron(store, ticking, home.server, pace=pace)
         self.retention = Retention(store, config, server, ticking)
 
     async def declare(self) -> Manifest:
         """Read what the workflows declare, and make the schedules those. Raises `ConfigError` where they cannot be read
         at all; a file that cannot be imported is a mistake in the manifest, and the schedules stay as they were."""
-        folder = self._config.workflows.dir
-        found = await asyncio.to_thread(read, self._config.root, folder, self._environment, self.supervisor.secrets)
+        found = await self._read()
+        await self.take(found)
+        return found
+
+    async def _read(self) -> Manifest:
+        folder = self.config.workflows.dir
+        found = await asyncio.to_thread(read, self.config.root, folder, self.environment, self.supervisor.secrets)
         for mistake in found.mistakes:
             emit(
                 "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
             )
-        await self.take(found)
         return found
 
     async def take(self, manifest: Manifest) -> None:
@@ -100,34 +114,56 @@ class Server:
         if self.app is not None:
             self.app.try_now()
         await self.cron.declare(manifest)
+        emit("code.declared", workflows=len(manifest.workflows), files=len(manifest.files))
+
+    def group(self, name: str) -> Group:
+        """What holds for the workers of a group here."""
+        found = self.config.group(name, self._server)
+        return Group(name, found.workers, found.concurrency, found.idle_timeout, found.grace)
 
     def reload(self) -> None:
-        """The project's files have changed: what runs of it goes on with them as they are now."""
-        self.supervisor.reload()
+        """The project's files have changed: what runs of it goes on with them as they are now. A file that cannot be
+        imported and could be before leaves it as it is."""
+        if self._together:
+            self.supervisor.reload()
+        else:
+            self._reloading = asyncio.ensure_future(self._reload())
         if self.app is not None:
-            self.app.restart(self._environment)
+            self.app.restart(self.environment)
+
+    async def _reload(self) -> None:
+        known = {mistake.file for mistake in self.manifest.mistakes}
+        try:
+            found = await self._read()
+        except TakoError as error:
+            emit("server.unread", error=str(error))
+            return
+        if news := [mistake for mistake in found.mistakes if mistake.file not in known]:
+            emit("code.kept", reason=f"{news[0].file}:{news[0].line}: {news[0].message}")
+            return
+        await self.take(found)
+        self.supervisor.reload()
 
     def configure(self, config: Config, environment: Mapping[str, str]) -> None:
         """Go by this tako.toml from now on, but for where the app, the metrics and the store are."""
-        self._config = config
-        self._environment = self._with_limits(environment)
-        self.supervisor.configure(
-            {name: _group(config, name, self._server) for name in config.group_names(self._server)}, self._environment
-        )
+        self.config = config
+        self.environment = self._with_limits(environment)
+        groups = {name: self.group(name) for name in config.group_names(self._server)}
+        self.supervisor.configure(groups, self.environment)
         self.reload()
 
     def _with_limits(self, environment: Mapping[str, str]) -> dict[str, str]:
-        flows = self._config.workflows
+        flows = self.config.workflows
         limits = Limits(flows.max_value, flows.signal_retention)
-        return {**environment, **self.home.environment(), **limits.environment()}
+        return {**environment, **self.home.environment(), **limits.environment(), **self._pace.environment()}
 
     def _group_names(self) -> set[str]:
-        return {*self._config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
+        return {*self.config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
 
     def look_at_secrets(self) -> None:
         """Warn of what is missing, and of what cannot be masked."""
         given = self.supervisor.secrets
-        if missing := [name for name in self._config.secrets.required if name not in given]:
+        if missing := [name for name in self.config.secrets.required if name not in given]:
             emit("secret.missing", names=", ".join(missing))
         if short := too_short(given):
             emit("secret.short", names=", ".join(short), least=SHORTEST)
@@ -142,17 +178,29 @@ class Server:
         ending = [loop.create_task(part.run()) for part in (self.supervisor, self.app) if part is not None]
         others = [loop.create_task(part.run()) for part in (self.cron, self.retention) if firing]
         parts = ending + others
+        leaving: asyncio.Task[Any] = loop.create_task(self._leaving.wait())
         try:
-            with contextlib.ExitStack() as guards, log.sink(self.metrics.observe), log.sink(self.feed.announce):
+            with contextlib.ExitStack() as sinks:
+                for sink in (self.metrics.observe, self.feed.announce, Noted(self.home.app_dir)):
+                    sinks.enter_context(log.sink(sink))
                 if (kind := disk.filesystem(self.home.app_dir)) in disk.NETWORK:
                     emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
+                sinks.enter_context(self._store.relay())
                 async with self.feed, self.metrics:
-                    guards.enter_context(self._store.relay())
-                    await asyncio.wait(parts, return_when=asyncio.FIRST_COMPLETED)
-                    self.stop()
-                    await asyncio.wait(ending)
+                    await asyncio.wait([*parts, leaving], return_when=asyncio.FIRST_COMPLETED)
+                    if self._successor is None:
+                        self.stop()
+                        await asyncio.wait(ending)
+            if self._successor is not None:  # the feed, the metrics and the notes are its own now
+                for part in others[1:]:
+                    part.cancel()
+                self._successor.let_go()
+                await asyncio.wait(ending[:1])
+                loop.call_later(PARTING, self.stop)
+                await asyncio.wait(ending)
         finally:
             self.stop()
+            leaving.cancel()
             for part in others[1:]:
                 part.cancel()
             await asyncio.gather(*parts, return_exceptions=True)
@@ -167,6 +215,14 @@ class Server:
         if self.app is not None:
             self.app.stop()
 
+    def hand_over(self, lock: Lock) -> None:
+        """Another release takes over: fire and claim nothing more, let the lock go, drain. The app stays until
+        `stop()`, or for a while once all is drained. Call it in the event loop."""
+        self._successor = lock
+        self.cron.stop()
+        self.supervisor.stop(succeeded=True)
+        self._leaving.set()
+
     def kill(self) -> None:
         """End every process at once, with what it has started."""
         self.supervisor.kill()
@@ -174,53 +230,43 @@ class Server:
             self.app.kill()
 
 
-def _group(config: Config, name: str, server: str | None) -> Group:
-    found = config.group(name, server)
-    return Group(name, found.workers, found.concurrency, found.idle_timeout, found.grace)
-
-
 # --- one at a time, and the service manager --------------------------------------------------------------------------
 
 
 @contextmanager
-def alone(app_dir: Path, what: str) -> Iterator[None]:
-    """Be the only one of an app that supervises, within. Raises `Refused`, naming the other one's process id. The lock
-    ends with its process, however that ends."""
-    app_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    file = os.open(app_dir / "supervisor.pid", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid, _, other = os.read(file, 100).decode().partition(" ")
-            raise Refused(
-                f"another {other or 'supervisor'} runs this app: process {pid or 'unknown'}",
-                hint="Stop that one first.",
-            ) from None
-        os.ftruncate(file, 0)
-        os.write(file, f"{os.getpid()} {what}".encode())
-        try:
-            yield
-        finally:
-            os.ftruncate(file, 0)
-    finally:
-        os.close(file)
+def alone(app_dir: Path, what: str) -> Iterator[Lock]:
+    """Be the only one of an app that supervises, within. Raises `Refused`, naming the other one's process id."""
+    with Lock(app_dir, what) as lock:
+        lock.take()
+        yield lock
 
 
-async def serve(server: Server) -> None:
-    """Run as a service: SIGTERM drains, SIGHUP reads the secrets and the workflows anew; tells systemd how it stands
-    (sd_notify(3)). Workers that run on keep the secrets they were given."""
+async def serve(server: Server, lock: Lock, trial: Trial | None = None) -> None:
+    """Run as a service: SIGTERM drains, SIGHUP reads the secrets and the workflows anew, SIGUSR1 hands over to another
+    release; tells systemd how it stands (sd_notify(3)). Workers that run on keep the secrets they were given. With a
+    `trial` it has to prove itself, and gets the lock only then."""
     with contextlib.ExitStack() as guards:
         guards.enter_context(guarded(server.supervisor.secrets))
-        await _serve(server, guards)
+        old = None
+        if trial is not None:
+            await trial.prove(server)
+            old = await trial.succeed(server, lock)
+        await _serve(server, lock, guards, trial, old)
 
 
-async def _serve(server: Server, guards: contextlib.ExitStack) -> None:
+async def _serve(
+    server: Server, lock: Lock, guards: contextlib.ExitStack, trial: Trial | None, old: Predecessor | None
+) -> None:
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
         notify("STOPPING=1")
         server.stop()
+
+    def hand_over() -> None:
+        emit("server.handed_over")
+        notify("STOPPING=1\nSTATUS=drains, for another release has taken over")
+        server.hand_over(lock)
 
     async def declare() -> None:
         try:
@@ -235,25 +281,35 @@ async def _serve(server: Server, guards: contextlib.ExitStack) -> None:
             await server.declare()
         except TakoError as error:
             emit("server.unread", error=str(error))
+
+    async def declare_anew() -> None:
+        await declare()
         notify("READY=1")
 
     reloads: set[asyncio.Task[None]] = set()
 
     def reload() -> None:
         notify(f"RELOADING=1\nMONOTONIC_USEC={clock.monotonic()}")
-        task = loop.create_task(declare())
+        task = loop.create_task(declare_anew())
         reloads.add(task)
         task.add_done_callback(reloads.discard)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
     loop.add_signal_handler(signal.SIGHUP, reload)
+    loop.add_signal_handler(signal.SIGUSR1, hand_over)
     await declare()
+    running = loop.create_task(server.run())
     watching = loop.create_task(_watchdog(server.supervisor))
     try:
-        await server.run()
+        if trial is not None:
+            await trial.settle(server, old)
+        notify("READY=1")
+        await running
     finally:
         watching.cancel()
+        server.stop()
+        await running
 
 
 async def _watchdog(supervisor: Supervisor) -> None:

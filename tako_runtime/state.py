@@ -27,7 +27,7 @@ from typing import Any
 import msgspec
 
 from tako_runtime import clock
-from tako_runtime.clock import Duration
+from tako_runtime.clock import REAL_TIME, Duration, Pace
 from tako_runtime.errors import InvalidValue, Refused
 from tako_runtime.failure import Failure
 from tako_runtime.run import AttemptRecord, Reason, Run, Status, StepKey, StepRecord
@@ -151,14 +151,15 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     open_waits: tuple[str, ...] = ()  # parks on these; where one is open no more, a signal came in between: due now
     drop_from: int | None = None  # an operator's retry: forget the steps from this position on
     fresh_steps: bool = False  # an operator's retry: every failed step runs again
+    ends_sleeps: int | None = None  # an operator's wake: the sleeps that would have ended by then are over
 
     @property
     def goes_on(self) -> bool:
         return self.status is Status.PENDING
 
 
-def settle(run: Run, outcome: Outcome, now: int) -> Change:
-    """What `outcome` makes of `run` at the instant `now`."""
+def settle(run: Run, outcome: Outcome, now: int, pace: Pace = REAL_TIME) -> Change:
+    """What `outcome` makes of `run` at the instant `now`; the pause before a retry passes at `pace`."""
     match outcome:
         case Returned(result):
             return _ended(run, now, Status.SUCCEEDED, "returned", outcome="succeeded", result=result)
@@ -184,8 +185,8 @@ def settle(run: Run, outcome: Outcome, now: int) -> Change:
                 reason = f"{failure.line} ({tries})"
                 return _ended(run, now, Status.DEAD, reason, outcome="failed", error=error, rerun=rerun)
             tries_so_far = run.attempt - (run.max_attempts - run.retries - 1)
-            due = now + _delay(run.backoff_base, run.backoff_max, max(tries_so_far, 1), run.id)
-            return _again(run, now, due, outcome="failed", error=error, rerun=rerun)
+            pause = _delay(run.backoff_base, run.backoff_max, max(tries_so_far, 1), run.id)
+            return _again(run, now, now + pace.real(pause), outcome="failed", error=error, rerun=rerun)
         case WorkerLost(where):
             message = f"worker died during attempt {run.attempt}{' ' + where if where else ''}"
             error = Failure(type="WorkerDied", message=message).text()
@@ -194,7 +195,7 @@ def settle(run: Run, outcome: Outcome, now: int) -> Change:
                 return _ended(run, now, Status.DEAD, message, outcome="lost", error=error, losses=losses)
             # A crash costs the user nothing but the restart; a run that kills its workers must not starve the others.
             pause = 0 if losses == 1 else _delay(run.backoff_base, run.backoff_max, losses - 1, run.id)
-            return _again(run, now, now + pause, outcome="lost", error=error, losses=losses)
+            return _again(run, now, now + pace.real(pause), outcome="lost", error=error, losses=losses)
     raise AssertionError(f"unknown outcome {outcome!r}")
 
 
@@ -239,6 +240,16 @@ def retry(run: Run, now: int, drop_from: int | None = None) -> Change:
         drop_from=drop_from,
         fresh_steps=True,
     )
+
+
+def wake(run: Run, now: int) -> Change:
+    """A sleeping run goes on now, as if the sleep that ends first were over; others beside it go on. Raises `Refused`
+    for a run that does not sleep."""
+    if run.status != Status.PENDING or run.reason != Reason.SLEEPING or run.due_at is None:
+        where = f"{run.status} ({run.reason})" if run.status == Status.PENDING else run.status
+        hint = "A signal wakes it, or its deadline." if run.reason == Reason.WAITING else ""
+        raise Refused(f"run {run.id} is {where}: it does not sleep", hint=hint)
+    return _parked(run, now, Reason.QUEUED, now, ends_sleeps=run.due_at)
 
 
 def steps_from(steps: Sequence[StepRecord], name: str) -> int | None:

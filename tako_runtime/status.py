@@ -10,6 +10,7 @@ import msgspec
 from tako_runtime import clock, inflight
 from tako_runtime.config import Lane
 from tako_runtime.feed import Supervising
+from tako_runtime.health import believed
 from tako_runtime.run import Reason, ScheduleRecord, Status, WorkerRecord
 from tako_runtime.store import base
 from tako_runtime.store.commit import StoreThread
@@ -33,6 +34,7 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     unhealthy: list[base.Unhealthy]
     schedules: list[ScheduleRecord]
     kept: int
+    paused: str | None
 
 
 def look(store: StoreThread, app_dir: Path, now: int) -> Look:
@@ -45,17 +47,20 @@ def look(store: StoreThread, app_dir: Path, now: int) -> Look:
         workers=workers,
         up=frozenset(worker.id for worker in workers if inflight.is_up(worker, app_dir, now)),
         in_hand=store.do_sync(base.InHand()),
-        unhealthy=store.do_sync(base.ListHealth()),
+        unhealthy=believed(store.do_sync(base.ListHealth()), app_dir),
         schedules=store.do_sync(base.ListSchedules()),
         kept=store.do_sync(base.CountKept(now=now)),
+        paused=store.do_sync(base.Paused(now=now)),
     )
 
 
-def status(seen: Look, wanted: Mapping[str, Lane], supervisor: Supervising | None) -> Json:
-    """For programs. `wanted` are the groups of the configuration, where that is known: others are those of which the
-    store knows."""
+def status(seen: Look, wanted: Mapping[str, Lane], supervisor: Supervising | None, process: Json | None = None) -> Json:
+    """For programs. `process` is how the app's own stands, by its supervisor. `wanted` are the groups of the
+    configuration, where that is known: others are those of which the store knows."""
     return {
+        "process": None if supervisor is None else process,
         "supervisor": None if supervisor is None else msgspec.to_builtins(supervisor),
+        "paused": seen.paused,
         "groups": [_group(name, seen, wanted.get(name)) for name in _groups(seen, wanted)],
         "workers": [_worker(worker, seen) for worker in seen.workers],
         "schedules": [_schedule(record) for record in seen.schedules],

@@ -38,6 +38,10 @@ class Suspension(BaseException):
     """
 
 
+class NotBegun(BaseException):
+    """A body had to wait for a thread, and when it got one it might not begin any more."""
+
+
 class Step:
     """The checkpoints of one run, given to its handler.
 
@@ -176,13 +180,18 @@ class Step:
                 finally:
                     in_step.reset(token)
                 text, carried = codec.carry(value, wanted, f"step {key.name!r}", limit=attempt.max_value)
+            except NotBegun:
+                tries -= 1
+                await attempt.not_begun(key)
+                continue
             except Exception as error:  # noqa: BLE001 -- a step may raise anything; it is raised again below
                 described = failure.describe(error, f"the error of step {key.name!r}")
                 if tries <= retries and retry and not isinstance(error, NotCarried | StepMisuse):
                     pause = backoff.delay(tries, f"{self.run_id}:{key.name}")
+                    pause = attempt.pace.real(pause)
                     emit(
                         "step.retrying", step=key.name, n=tries, tries=retries + 1, pause=clock.spell(pause),
-                        error=described.line, ms=(attempt.now() - started) / 1_000,
+                        error=described.line, ms=(attempt.now() - started) / 1_000, **attempt.pace.told(pause),
                     )  # fmt: skip
                     await attempt.pause(key, attempt.now() + pause)
                     continue
@@ -208,14 +217,14 @@ class Step:
         """Sleep for a timedelta, seconds, or text such as "3d". The end is stored first: no restart moves it. From 30 s
         on the run parks and takes up no worker meanwhile."""
         micros = clock.duration(length, "sleep")
-        await self._sleep(name or "sleep", lambda now: now + micros)
+        await self._sleep(name or "sleep", lambda _: micros)
 
     async def sleep_until(self, when: datetime, *, name: str | None = None) -> None:
         """Sleep until a datetime with a time zone."""
         until = clock.instant(when, "sleep_until")
-        await self._sleep(name or "sleep", lambda _: until)
+        await self._sleep(name or "sleep", lambda now: until - now)
 
-    async def _sleep(self, name: str, end: Callable[[int], int]) -> None:
+    async def _sleep(self, name: str, length: Callable[[int], int]) -> None:
         attempt = self._attempt
         if attempt.branches.released:
             await attempt.refuse()
@@ -223,13 +232,13 @@ class Step:
         try:
             now = attempt.now()
             if record is None:
-                until = min(end(now), clock.LATEST)
+                until = min(now + attempt.pace.real(length(now)), clock.LATEST)
                 record = await attempt.save(
                     StepRecord("sleep", key.name, position, "sleeping", attempt.run.attempt, now, due_at=until)
                 )
             due = cast(int, record.due_at)
             while (now := attempt.now()) < due:
-                await attempt.wait(key, record, parks=due - now >= INLINE_SLEEP)
+                await attempt.wait(key, record, parks=attempt.pace.durable(due - now) >= INLINE_SLEEP)
         finally:
             attempt.branches.leave(key)
 
@@ -246,7 +255,11 @@ class Step:
             if record is None or record.status == "waiting":
                 record = await self._wait(key, position, name, micros, record)
                 ms = (attempt.now() - record.started_at) / 1_000
-                emit("wait.done" if record.status == "done" else "wait.timed_out", signal=name, step=key.label, ms=ms)
+                if record.status == "done":
+                    emit("wait.done", signal=name, step=key.label, ms=ms)
+                else:
+                    told = attempt.pace.told((record.due_at or 0) - record.started_at)
+                    emit("wait.timed_out", signal=name, step=key.label, ms=ms, **told)
         finally:
             attempt.branches.leave(key)
         return attempt.reading(key, record, Any)
@@ -257,7 +270,7 @@ class Step:
         attempt = self._attempt
         now = attempt.now()
         if record is None:
-            due = None if timeout is None else min(now + timeout, clock.LATEST)
+            due = None if timeout is None else min(now + attempt.pace.real(timeout), clock.LATEST)
             record = StepRecord("wait", key.name, position, "waiting", attempt.run.attempt, now, due_at=due)
         seq, claim = attempt.run.seq, attempt.run.claim
         if record.due_at is None or now < record.due_at or timeout == 0:

@@ -10,12 +10,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tako_runtime import clock
 from tako_runtime.child import TOGETHER, Child, Event, Group, Up
-from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.crew import Crew
 from tako_runtime.errors import StoreBusy, StoreLocked, TakoError
 from tako_runtime.health import Health
@@ -110,14 +110,17 @@ class Supervisor:
         environment: Mapping[str, str] | None = None,
         secrets: Mapping[str, str] | None = None,
         clock: Clock | None = None,
+        pace: Pace = REAL_TIME,
     ) -> None:
         self.turns = 0  # how often the loop has gone round
         self._store, self._home, self._root, self._folder = store, home, root, folder
         self._wanted, self._other, self._reread = dict(wanted), other, reread
         self._show, self._lease = show, lease
-        self._together, self._declare = together, declare
+        self._declare = declare
+        self._all = self._of_all() if together else None
         self._start_limit, self._stall_limit = start_limit, stall_limit
         self._clock: Clock = clock or SystemClock()
+        self._pace = pace  # of the pauses of runs whose worker died
         words = [
             "--dir", folder, "--lease", f"{lease}us", "--import-limit", f"{start_limit / 2}s", "--log-level", log_level,
         ]  # fmt: skip
@@ -137,7 +140,7 @@ class Supervisor:
         self._lapsed: dict[tuple[str, int], float] = {}  # workers of this machine, their leases, and since when
         self._wake = asyncio.Event()
         self._dirty = True
-        self.stopping = False
+        self.stopping = self._succeeded = False
 
     def declare(self, manifest: Manifest) -> None:
         """What the workflows declare. Until it is known, a worker is started for whatever is due."""
@@ -156,13 +159,16 @@ class Supervisor:
         finally:
             listener.close()
             await self._crew.end_all()
-            await self._health.forget()
-            with contextlib.suppress(TakoError):
-                await self._keep_awake()  # nobody's worker is here any more
+            if not self._succeeded:
+                await self._health.forget()
+                with contextlib.suppress(TakoError):
+                    await self._keep_awake()  # nobody's worker is here any more
 
-    def stop(self) -> None:
-        """Drain and leave. Call it in the event loop."""
+    def stop(self, *, succeeded: bool = False) -> None:
+        """Drain and leave. Where another one has `succeeded` us, what is known of the groups is its to say. Call it in
+        the event loop."""
         self.stopping = True
+        self._succeeded = self._succeeded or succeeded
         self._wake.set()
 
     @property
@@ -173,11 +179,6 @@ class Supervisor:
     @secrets.setter
     def secrets(self, values: Mapping[str, str]) -> None:
         self._crew.secrets = values
-
-    @property
-    def files(self) -> frozenset[str]:
-        """The project's own files that are at work, where one process takes the runs of all groups."""
-        return self._crew.files
 
     @property
     def pids(self) -> list[int]:
@@ -226,10 +227,10 @@ class Supervisor:
         trying = frozenset(child.group.name for child in staying if child.trial and not child.claimed)
         unhealthy = frozenset(self._health.reasons)
         named = {*self._wanted, *(self._manifest.groups if self._manifest else ()), *self._due, *unhealthy}
-        if self._together:
-            lane = frozenset({TOGETHER.name})
-            seen = Seen(frozenset(), live, self._health.paused_until, lane if unhealthy else frozenset(), trying)
-            wanted = {TOGETHER.name: TOGETHER}
+        if self._all is not None:
+            sick = frozenset({self._all.name} if unhealthy else ())
+            seen = Seen(frozenset(), live, self._health.paused_until, sick, trying)
+            wanted = {self._all.name: self._all}
         else:
             seen = Seen(self._due, live, self._health.paused_until, unhealthy, trying)
             wanted = {name: self._group(name) for name in named}
@@ -353,8 +354,12 @@ class Supervisor:
 
     # --- workers ---
 
+    async def on_trial(self, group: Group) -> Child:
+        """A worker of that group that claims nothing, for the caller to follow and to end. Raises `OSError`."""
+        return await self._crew.on_trial(group)
+
     async def _start(self, group: Group) -> None:
-        groups = self._wanted.values() if group is TOGETHER else [group]
+        groups = self._wanted.values() if group is self._all else [group]
         try:
             child = await self._crew.start(group, groups)
         except OSError as error:
@@ -367,7 +372,7 @@ class Supervisor:
 
     def _groups_of(self, group: Group) -> set[str]:
         """The groups whose runs such a worker process takes."""
-        if group is not TOGETHER:
+        if self._all is None:
             return {group.name}
         return {*self._wanted, *(self._manifest.groups if self._manifest else ())} or {Group().name}
 
@@ -376,6 +381,8 @@ class Supervisor:
             case "worker.claimed":
                 self._health.proved(str(event.get("group")))
             case "worker.declared":
+                if child.dismissed:
+                    return
                 manifest = self._crew.declared(child, event)
                 for group in manifest.groups:  # what it could not work for is mended
                     self._health.healthy(group)
@@ -412,13 +419,19 @@ class Supervisor:
     def configure(self, wanted: Mapping[str, Group], environment: Mapping[str, str]) -> None:
         """What the groups are and what their workers find in their environment, from the next start on."""
         self._wanted, self._crew.environment = dict(wanted), self._with_own(environment)
+        if self._all is not None:
+            self._all = self._of_all()
+
+    def _of_all(self) -> Group:
+        """The one process of all groups, where a group that nobody has configured is like any other such."""
+        return replace(TOGETHER, concurrency=self._other("").concurrency)
 
     def _with_own(self, environment: Mapping[str, str]) -> dict[str, str]:
         return {**environment, **self._home.environment(), "PYTHONUNBUFFERED": "1"}
 
     def reload(self) -> None:
         """Go on with the project's files as they are now. What is in hand stops at its next step boundary."""
-        if not self._crew.reload(self._wanted.values()):
+        if not self._crew.reload(self._all or TOGETHER, self._wanted.values()):
             self._health.try_now()
         self._look_anew()
 
@@ -461,7 +474,7 @@ class Supervisor:
         frozen = {key for key, since in self._lapsed.items() if at - since >= patience}
         await self._end_frozen({lapsed[key] for key in frozen})
         spared = {worker for worker, _ in lapsed.keys() - frozen}
-        await reclaim(self._store, self._home.app_dir, self._clock.now(), but=spared)
+        await reclaim(self._store, self._home.app_dir, self._clock.now(), but=spared, pace=self._pace)
 
     async def _end_frozen(self, pids: Collection[int | None]) -> None:
         """End those of ours that are among these and do not renew their leases (stopped, or hanging with the

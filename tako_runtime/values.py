@@ -69,14 +69,14 @@ def duration(least: str, most: str) -> Reader:
     return _reader(f"a duration from {least} to {most}", accept, hint)
 
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib": 2**20}
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def _size(value: object) -> int | None:
+def _size(value: object, least: int = 2**10, most: int = 2**28) -> int | None:
     count = value if type(value) is int else 0
     if isinstance(value, str) and (part := re.fullmatch(r"([0-9]{1,12}) ?([a-z]*)", value.strip().lower())):
         count = int(part[1]) * _UNITS.get(part[2], 0)
-    return count if 2**10 <= count <= 2**28 else None
+    return count if least <= count <= most else None
 
 
 def _folder(value: object) -> str | None:
@@ -111,6 +111,7 @@ name = text(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", "a name: a-z, 0-9 and '-', a let
 variable = text("[A-Za-z_][A-Za-z0-9_]*", "a name that an environment variable can have")
 inside = _reader("a folder inside the project, relative to it, without '..'", _folder)
 value_size = _reader('a size from 1KiB to 256MiB, such as "512KiB", "1MiB" or a number of bytes', _size)
+release_size = _reader('a size from 1KiB to 64GiB, such as "200MiB"', lambda value: _size(value, most=2**36))
 command = _list(text("(?s:.+)", "a word"), "a list of words, the program first", least=1, twice=True)
 servers = _list(name, "a list of server names, each once, at least one", least=1)
 secrets = _list(text("[A-Z][A-Z0-9_]*", "a name"), "a list of names in UPPER_SNAKE, each once")

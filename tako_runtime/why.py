@@ -13,10 +13,21 @@ import msgspec
 from tako_runtime import clock, failure, inflight
 from tako_runtime.config import Config
 from tako_runtime.feed import supervising
+from tako_runtime.health import believed
 from tako_runtime.inflight import Place
 from tako_runtime.manifest import Manifest
 from tako_runtime.run import Reason, Run, Status, StepRecord, WorkerRecord
-from tako_runtime.store.base import InHand, ListHealth, ListWorkers, OpenWaits, RunsAhead, Steps, Unhealthy, Wait
+from tako_runtime.store.base import (
+    InHand,
+    ListHealth,
+    ListWorkers,
+    OpenWaits,
+    Paused,
+    RunsAhead,
+    Steps,
+    Unhealthy,
+    Wait,
+)
 from tako_runtime.store.commit import StoreThread
 
 #: Every cause there is, and what it means. These words are for programs: they stay.
@@ -32,6 +43,7 @@ CAUSES = {
     "retrying": "its last attempt failed, and it pauses before the next one",
     "delayed": "it was enqueued for later",
     "no_workflow": "it is due, and no file of this release declares its workflow in its group",
+    "paused": "it is due, and nothing is claimed for now",
     "unhealthy": "it is due, and the workers of its group cannot work",
     "no_supervisor": "it is due, no worker of its group is up, and nobody here starts one",
     "starting": "it is due, and a worker of its group is being started",
@@ -41,8 +53,11 @@ CAUSES = {
 
 
 class Why(NamedTuple):
+    """`signals` are those that it waits for, if that is the cause."""
+
     cause: str
     sentence: str
+    signals: tuple[str, ...] = ()
 
 
 class Seen(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +66,8 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     `place` is what its worker last noted; `worker` the one that has it in hand, or None where that one is gone.
     `workers` are those of its group that are up, `in_hand` the runs that they have, `hands` the runs that they can
     have, where that is known. `ahead` stand before it in the queue. `declared` are the groups in which this release
-    declares the workflow (None: nobody has looked), `mistakes` what could not be imported.
+    declares the workflow (None: nobody has looked), `mistakes` what could not be imported. `paused` is who has paused
+    the app.
     """
 
     run: Run
@@ -68,6 +84,7 @@ class Seen(msgspec.Struct, frozen=True, kw_only=True):
     supervised: bool = False
     declared: Sequence[str] | None = None
     mistakes: Sequence[str] = ()
+    paused: str | None = None
 
 
 def why(seen: Seen) -> Why:
@@ -129,9 +146,10 @@ def _parked(seen: Seen) -> Why:
             return Why("sleeping", f"It sleeps until {_at(run.due_at)}.")
         case Reason.WAITING:
             waits = [f"{wait.signal} {_until(wait)}" for wait in seen.waits]
+            names = tuple(dict.fromkeys(wait.signal for wait in seen.waits))
             if len(waits) == 1:
-                return Why("waiting", f"It waits for signal {waits[0]}.")
-            return Why("waiting", f"It waits for the first of {len(waits)} signals: {'; '.join(waits)}.")
+                return Why("waiting", f"It waits for signal {waits[0]}.", names)
+            return Why("waiting", f"It waits for the first of {len(waits)} signals: {'; '.join(waits)}.", names)
         case Reason.RETRYING:
             return Why("retrying", f"It is retried at {_at(run.due_at)}, because {_failed(run)}.")
     return Why("delayed", f"It was enqueued for later: it is due at {_at(run.due_at)}.")
@@ -155,6 +173,8 @@ def _due(seen: Seen) -> Why:
     if seen.declared is not None and run.group not in seen.declared:
         return Why("no_workflow", f"{since}, but {_undeclared(seen)}.")
     behind = _behind(seen.ahead, run.group)
+    if seen.paused is not None:
+        return Why("paused", f"{since}, {behind}; nothing is claimed, as {seen.paused} has paused the app.")
     sick = {one.host for one in seen.unhealthy}
     if sick and all(worker.host in sick for worker in seen.workers):
         reasons = "; ".join(f"{_line(one.reason)} (since {_at(one.since)})" for one in seen.unhealthy)
@@ -243,9 +263,10 @@ def seen(
         in_hand=sum(in_hand.get(worker.id, 0) for worker in workers),
         hands=config.group(run.group).concurrency * len(workers) if config else None,
         ahead=store.do_sync(RunsAhead(run=run, now=now)),
-        unhealthy=[one for one in store.do_sync(ListHealth()) if one.group == run.group],
+        unhealthy=[one for one in believed(store.do_sync(ListHealth()), app_dir) if one.group == run.group],
         declared=[flow.group for flow in manifest.workflows if flow.name == run.workflow] if manifest else None,
         mistakes=[f"{one.file}:{one.line}: {one.message}" for one in manifest.mistakes] if manifest else (),
+        paused=store.do_sync(Paused(now=now)),
     )
 
 

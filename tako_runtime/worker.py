@@ -17,7 +17,7 @@ from typing import Any
 
 from tako_runtime import clock, codec, failure
 from tako_runtime.attempt import Attempt, whose
-from tako_runtime.clock import Clock, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.errors import StepFailed, StoreBusy, StoreError, StoreUnreachable
 from tako_runtime.inflight import InFlight
 from tako_runtime.log import emit
@@ -60,6 +60,7 @@ class Settings:
     grace: int = 30 * clock.SECOND
     lease: int = 15 * clock.SECOND
     max_value: int = codec.MAX_VALUE
+    pace: Pace = REAL_TIME
 
 
 class Worker:
@@ -76,7 +77,7 @@ class Worker:
         self.store = store
         self.clock: Clock = clock or SystemClock()
         self.settings = settings
-        self.max_value = settings.max_value
+        self.max_value, self.pace = settings.max_value, settings.pace
         self.id = "w-" + new_id(self.clock.now())
         self._threads = (
             _Threads(settings.concurrency, "tako-handler"),

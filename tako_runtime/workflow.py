@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from tako_runtime import clock, codec, store
@@ -94,6 +95,7 @@ class Workflow(Generic[P, R]):
         self.retries, self.backoff = retries, backoff
         self.schedule, self.timezone, self.catchup, self.overlap = schedule, timezone, catchup, overlap
         self.timeout = None if timeout is None else clock.duration(timeout, f"timeout of {name!r}", least=1_000)
+        _check_handler(handler, name)
         self.blocking = not inspect.iscoroutinefunction(handler)
         self.takes_payload, self.payload_type = _payload_of(handler, name)
         _check_schedule(self)
@@ -177,13 +179,13 @@ class Workflow(Generic[P, R]):
     async def _stored(self, op: Enqueue) -> list[str]:
         opened = store.current()
         if store.developing():
-            refuse_unhealthy(self.group, await opened.do(ListHealth()))
+            refuse_unhealthy(self.group, await opened.do(ListHealth()), lambda: store.locate().app_dir)
         return await opened.do(op)
 
     def _stored_sync(self, op: Enqueue) -> list[str]:
         opened = store.current()
         if store.developing():
-            refuse_unhealthy(self.group, opened.do_sync(ListHealth()))
+            refuse_unhealthy(self.group, opened.do_sync(ListHealth()), lambda: store.locate().app_dir)
         return opened.do_sync(op)
 
     def _enqueue(
@@ -198,11 +200,12 @@ class Workflow(Generic[P, R]):
         now = _clock.now()
         if run_at is not None and delay is not None:
             raise InvalidValue(f"enqueue of {self.name!r}: give run_at or delay, not both")
-        due = now
+        ahead = 0
         if run_at is not None:
-            due = max(now, clock.instant(run_at, "run_at"))
+            ahead = max(0, clock.instant(run_at, "run_at") - now)
         elif delay is not None:
-            due = now + clock.duration(delay, "delay")
+            ahead = clock.duration(delay, "delay")
+        due = now + (store.pace().real(ahead) if ahead else 0)
         if retries is not None:
             check_count(retries, "retries")
         base, longest = self.backoff.base_micros, self.backoff.max_micros
@@ -248,11 +251,13 @@ def new_run(
     )  # fmt: skip
 
 
-def refuse_unhealthy(group: str, unhealthy: list[Unhealthy]) -> None:
+def refuse_unhealthy(group: str, unhealthy: list[Unhealthy], app_dir: Callable[[], Path]) -> None:
     """Raise `GroupUnhealthy`, with what its worker said, if the group is one of these: who develops learns at once what
     in production would only keep the run waiting."""
-    for one in unhealthy:
-        if one.group == group:
+    if said := [one for one in unhealthy if one.group == group]:
+        from tako_runtime.health import believed  # all is well most of the time
+
+        for one in believed(said, app_dir()):
             raise GroupUnhealthy(f"group {group} cannot work: {one.reason}\n{one.details}".rstrip())
 
 
@@ -343,9 +348,31 @@ def _payload_of(handler: Callable[..., Any], name: str) -> tuple[bool, Any]:
         )
     if len(parameters) == 1:
         return False, None
-    annotation = codec.annotations(handler).get(parameters[0].name, Any)
+    annotation = _annotation_of(handler, parameters[0], name)
     codec.decoder(annotation)  # an annotation that nothing can be read into is a mistake of now, not of the first run
     return True, annotation
+
+
+def _annotation_of(handler: Callable[..., Any], payload: inspect.Parameter, name: str) -> Any:
+    """One that names nothing is a mistake of now: read as anything, the payload would be whatever somebody sends."""
+    try:
+        return codec.annotation(handler, payload.name)
+    except (NameError, TypeError, AttributeError, SyntaxError) as error:
+        said = error.msg if isinstance(error, SyntaxError) else error
+        raise InvalidValue(
+            f"the annotation of {payload.name!r} in the handler of {name!r} cannot be resolved: "
+            f"{payload.annotation!r}: {said}",
+            hint="The type has to be there when the handler is declared: define or import it above, at the top level "
+            "of the module, not under `if TYPE_CHECKING`. To take whatever comes, annotate with Any.",
+        ) from None
+
+
+def _check_handler(handler: Callable[..., Any], name: str) -> None:
+    if inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):
+        raise InvalidValue(
+            f"the handler of {name!r} is a generator: it has a yield in it, and calling it would do nothing",
+            hint="A handler returns its result. Write what it did at each yield as a step.",
+        )
 
 
 def _check_schedule(flow: Workflow[..., Any]) -> None:

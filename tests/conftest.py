@@ -8,6 +8,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -140,6 +141,18 @@ def script(code: str, *args: object, home: Home | None = None, cwd: Path | None 
         text=True,
         start_new_session=True,
     )
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Modes of files hold for this process, within, though the tests be run by root."""
+    ours = os.geteuid()
+    if ours == 0:
+        os.seteuid(65_534)
+    try:
+        yield
+    finally:
+        os.seteuid(ours)
 
 
 def finished(process: subprocess.Popen[str], seconds: float = 60) -> str:

@@ -38,7 +38,7 @@ def keep_secrets(home: Home, values: Mapping[str, str]) -> Path:
 
 class Serving:
     def __init__(self, home: Home, root: Path, env: Mapping[str, str], words: tuple[str, ...]) -> None:
-        self.log = home.data_dir / "serve.log"
+        self.log = home.data_dir / f"serve{env.get('TAKO_RELEASE', '')}.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tako_runtime", "serve", "--log-level", "debug", *words], cwd=root,

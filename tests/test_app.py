@@ -453,3 +453,36 @@ def test_the_first_lines_show_where_the_app_is_and_the_log_shows_its_lines(colum
     assert lines[0] == f"tako dev  shop  http://127.0.0.1:{port}"
     assert any(re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3} app +hello", line) for line in lines)
     assert max(map(len, lines)) <= columns
+
+
+# --- in tako status --------------------------------------------------------------------------------------------------
+
+
+def test_status_says_how_the_app_stands_while_its_supervisor_lives(tmp_path: Path) -> None:
+    port = free_port()
+    project = configured(tmp_path / "shop", "fd", port)
+
+    def process() -> Any:
+        return document("status", cwd=project)["status"]["process"]
+
+    assert process() is None
+    with in_dev(project) as dev:
+        started = dev.wait_for("app.started")
+        dev.wait_for("app.healthy")
+        found = until(lambda: (one := process())["state"] == "healthy" and one)
+        assert (found["pid"], found["url"]) == (started["pid"], f"http://127.0.0.1:{port}/healthz")
+        [line] = re.findall(r"^process +(.*)$", done("status", cwd=project), re.MULTILINE)
+        assert re.fullmatch(
+            rf"the app answers at http://127.0.0.1:{port}/healthz, .* after its start \(\d+s ago\)", line
+        )
+        assert max(map(len, plain(at_terminal("status", cwd=project, columns=60)[1]).splitlines())) <= 60
+        died(port)
+        dev.wait_for("app.ended")
+        until(lambda: process()["pid"] != started["pid"])
+        dev.send(signal.SIGKILL)
+        dev.process.wait()
+        assert process() is None, "nobody stands behind what was said"
+    with in_dev(project, "--no-app") as dev:
+        dev.wait_for("dev.ready")
+        until(lambda: document("status", cwd=project)["status"]["supervisor"])
+        assert process() is None

@@ -65,7 +65,7 @@ def test_once_ends_with_1_if_a_run_ended_dead(project: Path) -> None:
     start(project, "fail", {})
     ended = tako("dev", "--once", cwd=project)
     assert ended.returncode == 1
-    assert re.search(r"default +\S+ fail +dead: ValueError: no such card \(attempt 2 of 2\)\n", ended.stdout)
+    assert re.search(r"worker +\S+ fail +dead: ValueError: no such card \(attempt 2 of 2\)\n", ended.stdout)
     assert ended.stdout.count('File "workflows/flows.py", line') == 4
     assert "tako_runtime" not in ended.stdout
     assert tako("dev", "--once", cwd=project).returncode == 0  # that one was dead before
@@ -125,8 +125,8 @@ def test_the_log_is_aligned_and_begins_with_at_most_ten_lines(project: Path) -> 
     top = "\n".join(lines[:first])
     for words in ("shop", "ask", "more: tako workflows ls", ".tako/apps/shop/runs.db", "1 queued", "tako runs start"):
         assert words in top
-    columns = {line.index("  ", 35) for line in lines if run[:13] in line}
-    about = [line for line in lines[first:] if f" default {run[:13]} greet" in line]
+    columns = {line.index("  ", 35) for line in lines if run[-8:] in line}
+    about = [line for line in lines[first:] if re.search(f" worker +{run[-8:]} greet", line)]
     assert len(about) >= 4
     assert len(columns) == 1
     assert any("step prepare done in" in line for line in about)
@@ -143,7 +143,7 @@ def test_the_log_fits_the_terminal(columns: int, project: Path) -> None:
     lines = re.sub(r"\x1b\[[0-9;]*m", "", shown).splitlines()
     assert "waits for approval" in " ".join(" ".join(lines).split())
     assert max(map(len, lines)) <= columns
-    assert all(re.match(r"\d\d:\d\d:\d\d\.|  |tako dev|$", line) for line in lines), shown  # none begins anew
+    assert all(re.match(r"\d\d:\d\d:\d\d[. ]|  |tako dev|$", line) for line in lines), shown  # none begins anew
 
 
 def test_what_a_handler_prints_is_in_the_log_with_its_run(project: Path) -> None:

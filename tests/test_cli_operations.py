@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import subprocess
 from pathlib import Path
@@ -113,6 +114,23 @@ def test_signals_that_are_not_shown_are_said_to_be_there(project: Path) -> None:
 # --- tako runs why ---------------------------------------------------------------------------------------------------
 
 
+def test_the_hint_for_a_run_that_waits_is_a_command_that_sends_it_the_signal(tmp_path: Path) -> None:
+    flows = """
+        from tako_runtime import Step, workflow
+
+        @workflow("ask")
+        async def ask(step: Step):
+            return await step.wait_for("ada's approval")
+    """
+    project = make_project(tmp_path / "shop", flows)
+    run = start(project, "ask")
+    done("dev", "--once", cwd=project)
+    assert document("runs", "why", run, cwd=project)["why"]["signals"] == ["ada's approval"]
+    [command] = re.findall(r"^Send it with: (.*)$", tako("runs", "why", run, cwd=project).stderr, re.MULTILINE)
+    _, *words = shlex.split(command)
+    assert "woke 1 run" in done(*words, cwd=project)
+
+
 @pytest.mark.parametrize(
     ("workflow", "cause", "says"),
     [
@@ -126,7 +144,7 @@ def test_signals_that_are_not_shown_are_said_to_be_there(project: Path) -> None:
 def test_why_is_one_sentence(workflow: str, cause: str, says: str, worked: tuple[Path, dict[str, str]]) -> None:
     project, runs = worked
     found = document("runs", "why", runs[workflow][:30], cwd=project)["why"]
-    assert set(found) == {"run", "workflow", "status", "cause", "sentence"}
+    assert set(found) == {"run", "workflow", "status", "cause", "sentence", "signals"}
     assert (found["run"], found["workflow"], found["cause"]) == (runs[workflow], workflow, cause)
     assert says in found["sentence"]
     shown = done("runs", "why", runs[workflow], cwd=project)
@@ -224,7 +242,7 @@ def test_tail_without_a_supervisor_tells_what_the_store_has(worked: tuple[Path, 
     assert ended.returncode == 0
     assert "no supervisor runs here" in ended.stderr
     lines = [line for line in ended.stdout.splitlines() if not line.startswith(" ")]
-    assert [re.sub(r"^\S+ default \S+ fail  ", "", line)[:24] for line in lines] == [
+    assert [re.sub(r"^\S+ worker \S+ fail  ", "", line)[:24] for line in lines] == [
         "enqueued", "attempt 1 of 2 started", "step prepare done in " + lines[2].split()[-1][:3],
         "attempt 1 of 2 failed, a", "attempt 2 of 2 started", "step break failed: Value", "dead: ValueError: no suc",
     ]  # fmt: skip

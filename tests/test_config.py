@@ -52,7 +52,7 @@ def test_a_file_with_only_a_name_has_the_built_in_values() -> None:
     assert read.storage.url == "sqlite"
     assert (read.vars, read.envs, read.servers) == ({}, {}, {})
     assert read.secrets.required == ()
-    assert read.deploy == config.Deploy(vendor=False, data_dir=None, keep_releases=5)
+    assert read.deploy == config.Deploy(vendor=False, data_dir=None, keep_releases=5, max_size=200 << 20)
     assert read.metrics.listen is None
 
 
@@ -137,7 +137,7 @@ def test_envs_servers_secrets_and_deploy_are_read() -> None:
     assert read.envs == {"production": config.Env(name="production", servers=("web-1",))}
     assert read.servers == {"web-1": config.Server(name="web-1", host="deploy@web-1")}
     assert read.secrets.required == ("STRIPE_KEY", "DB2")
-    assert read.deploy == config.Deploy(vendor=True, data_dir="~/data", keep_releases=2)
+    assert read.deploy == config.Deploy(vendor=True, data_dir="~/data", keep_releases=2, max_size=200 << 20)
 
 
 def test_variables_of_an_environment_win_over_those_of_all() -> None:

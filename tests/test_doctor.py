@@ -26,6 +26,7 @@ from tako_runtime import disk as runtime_disk
 from tako_runtime.bell import Bell
 from tako_runtime.disk import of_mounts
 from tako_runtime.store import Home, project_home
+from tako_runtime.store.queries import migrations
 
 MACHINE = ["python", "sqlite", "zones", "clock", "ssh", "completions"]
 PROJECT = ["tako.toml", "environment", "disk", "space", "store", "sockets", "secrets", "workflows"]
@@ -121,7 +122,7 @@ def test_a_person_sees_each_thing_with_its_mend_and_a_last_word(columns: int, qu
     assert code == 1
     [at] = [at for at, line in enumerate(lines) if line.startswith("broken")]
     assert lines[at].split() == ["broken", "secrets", "not", "set:", "STRIPE_KEY"]
-    assert lines[at + 1].startswith("         mend: Put it into")
+    assert lines[at + 1].startswith("         mend: tako secrets set STRIPE_KEY")
     assert "1 broken" in lines[-1]
 
 
@@ -278,10 +279,22 @@ def test_a_store_of_a_newer_tako_is_broken_and_one_of_an_older_is_not(file: Path
         found = findings(project)["store"]
         assert not found["ok"]
         assert "version 9999" in found["message"]
+    file.unlink()
+    with contextlib.closing(apsw.Connection(str(file))) as db:
+        db.execute(migrations("sqlite")[0][1])
         db.execute("PRAGMA user_version = 1")
-        found = findings(project)["store"]
-        assert is_well(found)
-        assert "version 1," in found["message"]
+    file.chmod(0o600)
+    found = findings(project)["store"]
+    assert is_well(found)
+    assert "version 1," in found["message"]
+
+
+def test_a_store_that_somebody_has_altered_is_broken_and_says_what_does_not_fit(file: Path, project: Path) -> None:
+    with contextlib.closing(apsw.Connection(str(file))) as db:
+        db.execute("PRAGMA user_version = 1")
+    found = findings(project)["store"]
+    assert not found["ok"]
+    assert "says that it has version 1, and lacks runs_finished" in found["message"]
 
 
 def test_a_run_from_the_future_says_that_the_clock_was_or_is_wrong(file: Path, project: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -229,3 +230,33 @@ def test_who_supervises_is_told_until_its_process_is_gone_however_it_went(home: 
         else:
             process.communicate()
         until(lambda: supervising(home.app_dir) is None)
+
+
+def test_a_command_tells_of_a_run_that_it_has_ended_and_of_nothing_else(home: Home) -> None:
+    feed.tell(home.app_dir, "run.cancelled", run="r", reason="nobody runs here")
+    heard: list[dict[str, Any]] = []
+
+    async def body() -> None:
+        async with Feed(home.app_dir, heard.append) as served:
+
+            def say(line: bytes) -> None:
+                with socket.socket(socket.AF_UNIX) as speaker:
+                    speaker.connect(str(served._path))
+                    with contextlib.suppress(OSError):
+                        speaker.sendall(line)
+
+            odd = {"at": "x", "level": "info", "message": "m"}
+            for line in (
+                b"no json\n", b"[]\n", b"1\n", b"\xff\n", b'{"event":"run.cancelled"}\n', b"x" * 200_000,
+                json.dumps({**odd, "event": "run.dead"}).encode() + b"\n",
+                json.dumps({**odd, "event": ["run.cancelled"]}).encode() + b"\n",
+            ):  # fmt: skip
+                await asyncio.to_thread(say, line)
+            await asyncio.to_thread(feed.tell, home.app_dir, "run.cancelled", run="r", reason="enough")
+            await eventually(lambda: heard)
+
+    in_a_loop(body)
+    [event] = heard
+    assert (event["event"], event["run"], event["level"], event["message"]) == (
+        "run.cancelled", "r", "info", "cancelled: enough",
+    )  # fmt: skip

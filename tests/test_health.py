@@ -1,11 +1,13 @@
 """Groups that cannot work: who says so, where, how often it is tried, and what heals it. With real processes."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +72,12 @@ def well(opened: StoreThread, run_id: str) -> None:
         ("x = 1\ndef f(:\n", "flows.py:2: cannot be imported: SyntaxError", "def f(:"),
         ("while True: pass\n", "flows.py:1: cannot be imported: its import takes more than", "while True: pass"),
         ("import sys\nsys.exit('no database')", "SystemExit: no database", "sys.exit('no database')"),
-        ("import os\nos._exit(0)", "ended before it claimed anything (exit code 0)", ""),
-        ("import os\nos.abort()", "(killed by SIGABRT): Fatal Python error: Aborted", "flows.py"),
+        ("import os\nos._exit(0)", "(exit code 0), while it imported workflows/flows.py", ""),
+        (
+            "import os\nos.abort()",
+            "(killed by SIGABRT), while it imported workflows/flows.py: Fatal Python error: Aborted",
+            "flows.py",
+        ),
     ],
     ids=["import error", "syntax error", "endless loop", "exit", "silent exit", "crash"],
 )
@@ -427,3 +433,30 @@ def test_under_tako_dev_the_app_and_the_command_learn_why_nothing_runs_and_that_
         opened.close()
         dev.send(signal.SIGINT)
         assert dev.ended() == 0
+
+
+def test_what_a_killed_tako_dev_said_of_a_group_refuses_nothing_any_more(tmp_path: Path) -> None:
+    flows = """
+        import sys
+        from tako_runtime import workflow
+
+        if "worker" in sys.argv:
+            import no_such_driver
+
+        @workflow("greet")
+        async def greet(payload, step): ...
+    """
+    project = make_project(tmp_path / "shop", flows)
+    app = [sys.executable, "-c", START]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("TAKO_")}
+    with developing(project) as dev, closing(store.open_store(store.project_home("shop", project))) as opened:
+        dev.wait_for("group.unhealthy")
+        until(lambda: unhealthy(opened))
+        assert subprocess.run(app, cwd=project, env=env, capture_output=True, check=False).returncode == 1
+        dev.send(signal.SIGKILL)
+        dev.process.wait()
+        assert unhealthy(opened), "nobody has taken it back"
+        subprocess.run(app, cwd=project, env=env, check=True)
+        run = start(project, "greet", "Ada")
+        assert "unhealthy" not in tako("status", cwd=project).stdout
+        assert json.loads(tako("runs", "why", run, "--json", cwd=project).stdout)["why"]["cause"] == "no_supervisor"

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import unprivileged
 
 from tako_runtime.errors import ConfigError
-from tako_runtime.manifest import IMPORT_LIMIT, Manifest, read
+from tako_runtime.manifest import IMPORT_LIMIT, Manifest, discover, read
+from tako_runtime.store import Home
 from tako_runtime.workflow import registry
 
 GOOD = """
@@ -76,7 +78,7 @@ def test_it_says_all_that_a_workflow_declares(project: Path) -> None:
         "backoff_max": 300_000_000, "payload": "Order", "file": str(project / "workflows/good.py"), "line": 9,
         "signature": "(payload: workflows.good.Order, step: tako_runtime.step.Step) -> str", "doc": "",
         "schedule": None, "timezone": None, "catchup": "latest", "overlap": "allow", "timeout": 3_600_000_000,
-        "blocking": False,
+        "blocking": False, "example": '{"total":1}',
     }  # fmt: skip
     told = {key: report[key] for key in ("schedule", "timezone", "catchup", "overlap", "group", "signature")}
     assert told == {
@@ -277,12 +279,47 @@ def test_reading_it_takes_no_module_of_the_project_into_ones_own_process(project
     assert Manifest(()).groups == {}
 
 
-def test_a_crash_of_the_interpreter_itself_is_an_error_with_its_last_words(project: Path) -> None:
-    write(project, "bad", "import os\nos.write(2, b'last words')\nos.abort()\n")
-    with pytest.raises(ConfigError, match="last words"):
+@pytest.mark.parametrize(("end", "how"), [("os._exit(1)", "exit code 1"), ("os.abort()", "killed by SIGABRT")])
+def test_files_that_end_the_process_are_named_with_its_last_words_and_hide_no_others(
+    end: str, how: str, project: Path
+) -> None:
+    ends = f"import os\nprint('on stdout', flush=True)\nos.write(2, b'last words')\n{end}\n"
+    bad = [write(project, name, ends) for name in ("bad", "worse")]
+    write(project, "z", declaring("after"))
+    found = read(project, "workflows", {})
+    assert [flow.name for flow in found.workflows] == ["after", "fulfill-order", "report"]
+    assert [one.file for one in found.mistakes] == bad
+    assert all(one.message.startswith("cannot be imported: it ends the process that does (") for one in found.mistakes)
+    assert all(one.message.endswith("last words") for one in found.mistakes)
+    assert all(how in one.message and "on stdout" in one.traceback for one in found.mistakes)
+
+
+def test_what_is_wrong_beside_the_files_is_no_files_fault(project: Path) -> None:
+    (project / "tako.toml").write_text("name = 3\n")
+    with pytest.raises(ConfigError, match="name"):
         read(project, "workflows", {})
 
 
 def test_without_the_folder_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="there is no folder 'workflows'"):
         read(tmp_path, "workflows", {})
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_is_not_an_empty_one(home: Home) -> None:
+    home.data_dir.chmod(0o755)
+    inner = home.data_dir / "workflows" / "inner"
+    inner.mkdir(parents=True)
+    write(home.data_dir, "good", declaring("good"))
+    inner.chmod(0o000)
+    with unprivileged():
+        [one] = discover(home.data_dir, "workflows", without=[str(home.data_dir / "workflows" / "good.py")])
+    assert (one.file, one.message) == (str(inner), "cannot be read: Permission denied")
+    inner.parent.chmod(0o000)
+    with (
+        unprivileged(),
+        pytest.raises(ConfigError, match=f"{inner.parent} cannot be read: Permission denied") as caught,
+    ):
+        list(discover(home.data_dir, "workflows"))
+    assert "mode" in caught.value.hint
+    inner.parent.chmod(0o755)
+    inner.chmod(0o755)

@@ -16,6 +16,7 @@ from serving import project, serving
 from workers import now, tamper
 
 from tako_runtime import clock, log
+from tako_runtime.control import Control
 from tako_runtime.metrics import CONTENT_TYPE, Counts, Metrics, family, gauges
 from tako_runtime.state import Waits
 from tako_runtime.store import Home, base
@@ -272,6 +273,27 @@ FLOWS = """
 def start(opened: StoreThread, workflow: str, group: str = "default", retries: int = 0) -> None:
     run = new_run(workflow, group, "null", now=now(), due=now(), retries=retries, backoff_base=1_000, backoff_max=1_000)
     opened.do_sync(base.Enqueue(runs=[run], now=now()))
+
+
+def test_a_parked_run_that_a_command_cancels_is_counted_and_logged_as_any_other(
+    opened: StoreThread, home: Home, tmp_path: Path
+) -> None:
+    flows = """
+        from tako_runtime import workflow
+
+        @workflow("nap")
+        async def nap(step):
+            await step.sleep("1h")
+    """
+    listen = str(home.data_dir / "metrics.sock")
+    root = project(tmp_path / "project", flows, f'[metrics]\nlisten = "{listen}"')
+    start(opened, "nap")
+    with serving(home, root) as server:
+        run = server.wait_for("run.sleeping")["run"]
+        Control(opened, app_dir=home.app_dir).cancel(run, "enough")
+        assert server.wait_for("run.cancelled")["message"] == "cancelled: enough"
+        until(lambda: scrape(listen).has("tako_runs_ended_total", workflow="nap", outcome="cancelled"))
+        assert scrape(listen).value("tako_runs_ended_total", workflow="nap", outcome="cancelled") == 1
 
 
 @pytest.mark.parametrize("kind", ["port", "socket"])

@@ -9,6 +9,7 @@ import pytest
 from workers import eventually, now, shown, status, steps, work
 
 from tako_runtime import Backoff, Step, SyncStep, signal, workflow
+from tako_runtime.control import Control
 from tako_runtime.run import Claimed, StepRecord, WorkerRecord
 from tako_runtime.state import WorkerLost, settle
 from tako_runtime.store import Home
@@ -416,3 +417,83 @@ def test_a_body_in_a_thread_whose_caller_is_cancelled_is_seen_through_and_not_ru
     assert result(opened, run_id) == "charged"
     assert bodies == ["charge"]
     assert [step["attempt"] for step in shown(opened, run_id)["steps"]] == [1]
+
+
+# --- more branches than threads --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["cancel", "drain", "lost claim"])
+def test_a_body_that_waits_for_a_thread_does_not_begin_once_its_attempt_must_stop(
+    end: str, opened: StoreThread, home: Home
+) -> None:
+    gate, bodies = threading.Event(), []
+
+    def body(n: int) -> int:
+        bodies.append(n)
+        gate.wait(30)
+        return n
+
+    @workflow("many")
+    async def many(step: Step) -> int:
+        return sum(await asyncio.gather(*[step.run(f"branch-{n}", body, n) for n in range(200)]))
+
+    run_id = many.enqueue_sync()
+
+    async def stop(worker: Worker) -> None:
+        threads = worker.bodies._max_workers
+        await eventually(lambda: len(bodies) == threads)
+        [attempt] = worker._attempts
+        match end:
+            case "cancel":
+                await asyncio.to_thread(Control(opened).cancel, run_id)
+                await eventually(lambda: attempt._stop is not None)
+            case "drain":
+                worker.stop()
+                await eventually(lambda: attempt._stop is not None)
+            case "lost claim":
+                worker._lose_lease()
+        gate.set()
+        await eventually(lambda: not worker._attempts)
+        await asyncio.to_thread(worker.bodies.shutdown)
+        bodies.append(threads)
+
+    work(opened, home, stop)
+    *begun, threads = bodies
+    assert len(begun) == threads
+    found = {"cancel": "cancelled", "drain": "pending", "lost claim": "running"}
+    assert status(opened, run_id)[0] == found[end]
+    assert len(steps(shown(opened, run_id))) <= threads
+
+
+def test_a_lease_in_doubt_delays_the_bodies_that_wait_and_loses_none(opened: StoreThread, home: Home) -> None:
+    """As after a machine that slept: the store says that the lease holds, and they begin."""
+    gate, bodies, asked = threading.Event(), [], []
+
+    def body(n: int) -> int:
+        bodies.append(n)
+        gate.wait(30)
+        return n
+
+    @workflow("many")
+    async def many(step: Step) -> int:
+        return sum(await asyncio.gather(*[step.run(f"branch-{n}", body, n) for n in range(200)]))
+
+    run_id = many.enqueue_sync()
+
+    async def suspend(worker: Worker) -> None:
+        await eventually(lambda: len(bodies) == worker.bodies._max_workers)
+        confirm = worker.confirm_lease
+
+        async def asks() -> bool:
+            asked.append(True)
+            return await confirm()
+
+        worker.confirm_lease = asks  # type: ignore[method-assign]
+        worker.lease_until = 0
+        gate.set()
+        await eventually(lambda: status(opened, run_id)[0] == "succeeded")
+
+    work(opened, home, suspend)
+    assert result(opened, run_id) == sum(range(200))
+    assert sorted(bodies) == list(range(200))
+    assert asked

@@ -114,10 +114,12 @@ def test_a_new_workflow_in_a_new_group_and_one_that_is_gone(project: Path) -> No
         @workflow("mail", group="email")
         async def mail(step): ...
     """
+    (project / "tako.toml").write_text('name = "shop"\n[workflows]\nconcurrency = 7\n')
     with developing(project) as dev:
         ready(dev)
         (project / "workflows" / "mail.py").write_text(textwrap.dedent(more))
-        dev.wait_for("worker.started", lambda event: event["group"] == "email")
+        begun = dev.wait_for("worker.started", lambda event: event["group"] == "email")
+        assert begun["concurrency"] == 7, "as [workflows] says, since no other place does"
         run = start(project, "mail")
         dev.wait_for("run.succeeded", lambda event: event["run"] == run)
         (project / "workflows" / "mail.py").unlink()
@@ -136,7 +138,8 @@ def test_tako_toml_is_read_anew_and_a_broken_one_leaves_what_was_in_it_before(pr
         config.write_text('name = "shop"\n[vars]\nCOLOUR = "blue"\n[workflows]\nconcurrency = "many"\n')
         broken = dev.wait_for("config.broken")
         assert "tako.toml:5: workflows.concurrency" in broken["message"]
-        config.write_text('name = "shop"\n[vars]\nCOLOUR = "blue"\n')
+        config.write_text('name = "shop"\n[vars]\nCOLOUR = "blue"\n[metrics]\nlisten = "127.0.0.1:9"\n')
+        assert dev.wait_for("config.later")["message"].startswith("[metrics] in tako.toml")
         dev.wait_for("code.reloaded")
         assert price(project, dev)["env"] == "blue"
 
@@ -158,6 +161,11 @@ def test_with_process_workers_are_those_of_production_and_new_code_is_at_work_al
         edit(flows(project), '"version": 1', '"version": 2')
         dev.wait_for("worker.stopped")
         assert price(project, dev)["version"] == 2
+        edit(project / "shop" / "prices.py", "10", "(")
+        dev.wait_for("code.kept")
+        edit(project / "shop" / "prices.py", "(", "12")
+        dev.wait_for("code.declared")
+        assert price(project, dev)["price"] == 12
 
 
 def test_the_app_is_started_again_with_the_new_code(tmp_path: Path) -> None:

@@ -343,7 +343,10 @@ def test_a_secret_that_is_not_there_is_named_with_the_file_that_they_come_from()
     error = caught.value
     assert isinstance(error, TakoError)
     assert str(error) == "the secret STRIPE_KEY is not set"
-    assert error.hint == "This process was given: STRIPE. They come from the file secrets.json beside the store."
+    assert error.hint == (
+        "This process was given: STRIPE. tako secrets set sets one; on a server they come from the file secrets.json "
+        "beside the store."
+    )
     again = pickle.loads(pickle.dumps(error))  # noqa: S301
     assert (type(again), str(again), again.hint) == (SecretMissing, str(error), error.hint)
     with pytest.raises(SecretMissing) as caught_bare:

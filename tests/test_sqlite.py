@@ -72,6 +72,21 @@ def test_every_commit_is_synced_and_readers_do_not_wait_for_writers(path: Path, 
     store.close()
 
 
+def test_what_only_looks_sees_one_state_of_things_while_others_write(
+    caller: Caller, behind: apsw.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caller.enqueue()
+    groups = SqliteStore._groups
+
+    def and_then_somebody_claims(store: SqliteStore, query: str) -> list[str]:
+        found = groups(store, query)
+        behind.execute("UPDATE runs SET ready = NULL, status = 'running'")
+        return found
+
+    monkeypatch.setattr(SqliteStore, "_groups", and_then_somebody_claims)
+    assert caller.do(base.Undeclared(declared={"default": ("order",)})) == {}
+
+
 def test_a_path_that_cannot_be_a_store_is_an_error_that_names_it(home: Home) -> None:
     (home.data_dir / "apps").write_text("a file, not a folder")
     with pytest.raises(StoreError, match=re.escape(str(home.app_dir))) as caught:
@@ -156,6 +171,39 @@ def test_a_file_that_a_newer_tako_wrote_is_refused_and_left_as_it_is(path: Path)
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 3, -1])
+def test_a_file_whose_version_was_altered_is_refused_and_left_as_it_is(wrong: int, path: Path) -> None:
+    SqliteStore(path).close()
+    connection = apsw.Connection(str(path))
+    connection.execute(f"PRAGMA user_version = {wrong}")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match=f"says that it has version {wrong}, and .*altered by hand") as caught:
+        SqliteStore(path)
+    assert "--fresh" in caught.value.hint
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [0, queries.migrations("sqlite")[-1][0]])
+def test_a_file_of_another_program_is_refused_and_left_as_it_is(number: int, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = apsw.Connection(str(path))
+    connection.execute(f"CREATE TABLE notes (text); PRAGMA user_version = {number}")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="another program"):
+        SqliteStore(path)
+    assert path.read_bytes() == before
+
+
+def test_a_store_to_which_somebody_has_added_an_index_of_their_own_is_one(path: Path) -> None:
+    SqliteStore(path).close()
+    connection = apsw.Connection(str(path))
+    connection.execute("CREATE INDEX theirs ON runs (release)")
+    connection.close()
+    SqliteStore(path).close()
+
+
 def test_an_older_file_is_migrated_and_keeps_its_runs(
     caller: Caller, opened: StoreThread, home: Home, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -232,7 +280,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[apsw.Connection
 #: query -> the indexes it may use ("" is the table's own key), and whether it may sort what it found.
 PLANS: dict[str, tuple[set[str], bool]] = {
     "promote": ({"runs_later", ""}, False),
-    "claim": ({"runs_ready", "", "sqlite_autoindex_workers_1", "json_each"}, False),
+    "claim": ({"runs_ready", "", "sqlite_autoindex_workers_1", "sqlite_autoindex_leases_1", "json_each"}, False),
     "holder_of_key": ({"runs_unique_key"}, False),
     "steps_of": ({""}, True),
     "step": ({""}, False),
@@ -241,6 +289,7 @@ PLANS: dict[str, tuple[set[str], bool]] = {
     "apply": ({""}, False),
     "mark_rerun": ({""}, False),
     "mark_all_rerun": ({""}, False),
+    "end_sleeps": ({""}, False),
     "drop_steps": ({""}, False),
     "drop_waits": ({"waits_by_run", "json_each"}, False),
     "answered": ({"waits_by_run"}, True),
@@ -256,6 +305,7 @@ PLANS: dict[str, tuple[set[str], bool]] = {
     "declared_is_ready": ({"runs_ready", "", "json_each"}, False),
     "first_ready": ({"runs_ready"}, False),
     "next_due": ({"runs_later"}, False),
+    "next_due_run": ({"runs_later"}, False),
     "run_by_seq": ({""}, False),
     "find_runs": ({"sqlite_autoindex_runs_1"}, False),
     "list_runs": ({"sqlite_autoindex_runs_1"}, False),
@@ -285,7 +335,7 @@ PLANS: dict[str, tuple[set[str], bool]] = {
     "list_schedules": ({"sqlite_autoindex_runs_1"}, False),
 }
 #: Walks through small tables, or ones that a LIMIT ends.
-WALKS = {"all_waits", "kept_signals"}
+WALKS = {"all_waits", "kept_signals", "find_runs_by_end"}
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -298,7 +348,7 @@ def test_each_query_finds_its_rows_through_the_index_that_is_meant_for_it(filled
     assert used, plan
     walked = [line for line in plan if re.match(r"SCAN (runs|steps|waits|w|signals|attempts)\b(?!.*USING)", line)]
     assert walked == [], plan
-    if name not in ("next_due", "count_live", "find_runs", "list_succeeded", "queues", "in_hand"):
+    if name not in ("next_due", "next_due_run", "count_live", "find_runs", "list_succeeded", "queues", "in_hand"):
         assert [line for line in plan if re.match(r"SCAN (runs|steps|waits|w|signals|attempts)\b", line)] == [], plan
     assert may_sort or not any("TEMP B-TREE" in line for line in plan), plan
 

@@ -333,6 +333,19 @@ def test_a_run_that_did_not_succeed_is_queued_again(fields: dict[str, Any], budg
     assert change.seen_status == fields["status"]
 
 
+def test_a_sleeping_run_that_is_woken_is_queued_within_its_attempt_and_the_sleep_that_ends_first_is_over() -> None:
+    change = state.wake(run(**SLEEPING, due_at=NOW + 9), NOW)
+    assert (change.status, change.reason, change.due_at) == (Status.PENDING, "queued", NOW)
+    assert (change.attempt_started_at, change.used, change.ends_sleeps) == (STARTED, None, NOW + 9)
+    assert change.seen_status == Status.PENDING
+
+
+@pytest.mark.parametrize("fields", [{}, QUEUED, RETRYING, PARKED, SUCCEEDED, DEAD], ids=lambda f: f.get("reason", "-"))
+def test_a_run_that_does_not_sleep_cannot_be_woken(fields: dict[str, Any]) -> None:
+    with pytest.raises(Refused, match="it does not sleep"):
+        state.wake(run(**fields), NOW)
+
+
 def test_a_succeeded_run_is_run_again_only_from_a_step_on() -> None:
     with pytest.raises(Refused) as caught:
         state.retry(run(**SUCCEEDED), NOW)

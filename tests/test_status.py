@@ -71,6 +71,17 @@ def test_a_group_has_its_workers_its_queue_and_the_age_of_the_oldest_due_run(cal
     assert workers == {"w-1": (True, 0), "w-m": (True, 1), "w-lapsed": (False, 0)}
 
 
+def test_a_status_and_a_why_tell_who_has_paused_the_app(caller: Caller, control: Control) -> None:
+    run = caller.enqueue()
+    assert control.status()["paused"] is None
+    caller.do(base.TakeLease(name=base.PAUSE, holder="tako dev, process 7", until=caller.now + SECOND, now=caller.now))
+    assert control.status()["paused"] == "tako dev, process 7"
+    assert control.why(run)["cause"] == "paused"
+    caller.clock.advance(SECOND)
+    assert control.status()["paused"] is None
+    assert control.why(run)["cause"] != "paused"
+
+
 def test_a_worker_is_told_with_all_that_the_store_knows_of_it(caller: Caller, control: Control) -> None:
     assert control.status()["workers"] == [
         {"id": "w-1", "group": "default", "host": "host", "pid": 1, "release": "dev", "up": True, "running": 0,

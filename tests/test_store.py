@@ -13,7 +13,7 @@ from conftest import BOTH, Caller, finished, script
 
 from tako_runtime import state
 from tako_runtime.bell import Bell
-from tako_runtime.clock import DAY, HOUR, SECOND
+from tako_runtime.clock import DAY, HOUR, MINUTE, SECOND
 from tako_runtime.errors import Refused, StoreError
 from tako_runtime.failure import Failure
 from tako_runtime.run import NewRun, Run, ScheduleRecord, Status, StepKey, StepRecord, first_id_at
@@ -659,6 +659,97 @@ def test_the_runs_of_a_worker_are_those_that_it_has_in_hand(caller: Caller) -> N
     assert caller.do(base.RunsOf(worker="nobody")) == []
 
 
+# --- an operator's wake, and the pause -------------------------------------------------------------------------------
+
+
+def asleep(caller: Caller, *lengths: int) -> Run:
+    """A run that sleeps, parked, in so many branches."""
+    run = caller.started()
+    for n, length in enumerate(lengths, 1):
+        until = caller.now + length
+        caller.save(run, f"nap-{n}", n, "sleeping", kind="sleep", due_at=until, finished_at=None, result=None)
+    caller.settle(run, Sleeps(caller.now + min(lengths)))
+    return caller.get(run)
+
+
+def test_the_run_that_is_due_next_is_found_by_what_it_is_pending_for(caller: Caller) -> None:
+    assert caller.do(base.NextDue()) is None
+    caller.enqueue(workflow="other", due_at=caller.now + HOUR)
+    later, sooner = asleep(caller, 3 * HOUR), asleep(caller, 2 * HOUR)
+    [delayed] = caller.do(base.ListRuns(workflow="other"))
+    assert caller.do(base.NextDue()) == delayed
+    assert caller.do(base.NextDue(reason="sleeping")) == sooner
+    assert caller.do(base.NextDue(reason="waiting")) is None
+    assert later.due_at == caller.now + 3 * HOUR
+
+
+def test_a_run_that_an_operator_wakes_goes_on_within_its_attempt_and_its_sleep_is_over(caller: Caller) -> None:
+    run = asleep(caller, HOUR)
+    caller.clock.advance(MINUTE)
+    assert caller.claim() == []
+    assert caller.apply(state.wake(run, caller.now))
+    [again] = caller.claim()
+    assert (again.run.id, again.run.attempt, again.run.claim) == (run.id, 1, 2)
+    assert [(step.name, step.due_at) for step in again.steps] == [("nap-1", caller.now)]
+
+
+def test_a_wake_ends_the_sleep_that_would_have_ended_first_and_no_other(caller: Caller) -> None:
+    run = asleep(caller, 2 * HOUR, HOUR)
+    second = caller.now + 2 * HOUR
+    caller.clock.advance(MINUTE)
+    assert caller.apply(state.wake(run, caller.now))
+    assert [step.due_at for step in caller.do(base.Steps(seq=run.seq))] == [second, caller.now]
+
+
+def test_a_wake_that_comes_when_the_run_is_in_hand_already_changes_nothing(caller: Caller) -> None:
+    run = asleep(caller, HOUR)
+    caller.clock.advance(HOUR)
+    caller.claim()
+    assert not caller.apply(state.wake(run, caller.now))
+
+
+def test_while_an_app_is_paused_nothing_is_claimed_and_nothing_counts_as_due(caller: Caller) -> None:
+    def take(holder: str) -> bool:
+        until = caller.now + SECOND
+        return caller.do(base.TakeLease(name=base.PAUSE, holder=holder, until=until, now=caller.now))
+
+    caller.enqueue()
+    assert caller.do(base.Paused(now=caller.now)) is None
+    assert take("tako dev 7")
+    assert not take("tako dev 8")
+    assert caller.do(base.Paused(now=caller.now)) == "tako dev 7"
+    assert caller.claim() == []
+    assert caller.do(base.Demand(now=caller.now)) == base.Due(frozenset(), caller.now + SECOND)
+    caller.do(base.DropLease(name=base.PAUSE, holder="tako dev 7"))
+    assert caller.do(base.Demand(now=caller.now)).groups == {"default"}
+    assert len(caller.claim()) == 1
+
+
+def test_a_pause_ends_with_whoever_renews_it(caller: Caller) -> None:
+    caller.enqueue()
+    caller.do(base.TakeLease(name=base.PAUSE, holder="tako dev 7", until=caller.now + SECOND, now=caller.now))
+    assert caller.claim() == []
+    caller.clock.advance(SECOND)
+    assert caller.do(base.Paused(now=caller.now)) is None
+    assert len(caller.claim()) == 1
+
+
+def test_the_end_of_a_pause_rings_for_those_who_claim(caller: Caller, opened: StoreThread) -> None:
+    async def heard() -> None:
+        rung = asyncio.Event()
+        listener = opened.bell.listen("c-waits")
+        listener.start(lambda topics: rung.set() if "later" in topics else None)
+        try:
+            await opened.do(base.DropLease(name=base.PAUSE, holder="tako dev 7"))
+            async with asyncio.timeout(20):
+                await rung.wait()
+        finally:
+            listener.close()
+
+    caller.do(base.TakeLease(name=base.PAUSE, holder="tako dev 7", until=caller.now + HOUR, now=caller.now))
+    asyncio.run(heard())
+
+
 # --- leader, schedules, old runs -------------------------------------------------------------------------------------
 
 
@@ -917,10 +1008,23 @@ def test_runs_are_found_by_the_beginning_of_their_id(caller: Caller) -> None:
     assert found("aa") == ["aa-1", "aa-2"]
     assert found("a%") == ["a%"]
     assert found("a_") == ["a_"]
-    assert found("a-1") == []
     assert found("'") == []
     assert len(found("a", limit=2)) == 2
     assert len(found("", limit=100)) == 6
+
+
+def test_runs_are_found_by_the_end_of_their_id_where_none_begins_so(caller: Caller) -> None:
+    for made in ("aa-1", "ab-1", "ac-2", "2b"):
+        caller.enqueue(id=made)
+
+    def found(end: str, limit: int = 5) -> list[str]:
+        return sorted(ids(caller.do(base.FindRuns(prefix=end, limit=limit))))
+
+    assert found("c-2") == ["ac-2"]
+    assert found("-1") == ["aa-1", "ab-1"]
+    assert found("2") == ["2b"]
+    assert found("_-1") == found("%") == found("xaa-1") == []
+    assert len(found("-1", limit=1)) == 1
 
 
 def test_runs_are_listed_newest_first_by_status_workflow_and_age(caller: Caller) -> None:

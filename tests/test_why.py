@@ -107,6 +107,9 @@ TABLE: list[tuple[dict[str, Any], dict[str, Any], str, str]] = [
     ({}, {"declared": [], "mistakes": ["workflows/media.py:3: SyntaxError: invalid syntax"]}, "no_workflow",
      f"It is due since {at(DUE)}, but no workflow charge in group media is declared in this release; what could not be "
      "imported: workflows/media.py:3: SyntaxError: invalid syntax."),
+    ({}, {"paused": "tako dev, process 7", "workers": [worker()], "unhealthy": [sick()], "ahead": 3}, "paused",
+     f"It is due since {at(DUE)}, queued behind 3 runs in group media; nothing is claimed, as tako dev, process 7 has "
+     "paused the app."),
     ({}, {"unhealthy": [sick()], "supervised": True, "declared": ["media"], "ahead": 3}, "unhealthy",
      f"It is due since {at(DUE)}, queued behind 3 runs in group media, whose workers are unhealthy: {sick().reason} "
      f"(since {at(DUE)})."),

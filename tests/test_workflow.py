@@ -1,12 +1,13 @@
 """What an app calls: workflows declared, enqueue and signal in all their forms, with nothing else running."""
 
 import asyncio
+import functools
 import inspect
 import json
 import math
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -209,6 +210,69 @@ def test_a_payload_type_that_nothing_can_be_read_into_is_refused_where_it_is_dec
 
         @workflow("odd")
         async def odd(payload: asyncio.Event, step: Step) -> None: ...
+
+
+def yields(payload: Order, step: Step) -> Iterator[int]:
+    yield 1
+
+
+async def yields_async(payload: Order, step: Step) -> AsyncIterator[int]:
+    yield 1
+
+
+@pytest.mark.parametrize("handler", [yields, yields_async, functools.partial(yields)])
+def test_a_handler_with_a_yield_in_it_is_refused_since_a_call_of_it_does_nothing(handler: Callable[..., Any]) -> None:
+    with pytest.raises(InvalidValue, match="the handler of 'odd' is a generator"):
+        workflow("odd")(handler)
+
+
+FUTURE = """
+from __future__ import annotations
+from typing import TYPE_CHECKING, Any
+import datetime
+from tako_runtime import Step, workflow
+if TYPE_CHECKING:
+    from elsewhere import Cart
+
+def declare(name, wanted):
+    async def handler(payload, step: Step): ...
+    handler.__annotations__["payload"] = wanted
+    return workflow(name)(handler)
+
+def in_a_function():
+    class Inner: ...
+    async def handler(payload: Inner, step: Step): ...
+    return workflow("inner")(handler)
+
+@workflow("good")
+async def good(payload: Above | None, step: Step): ...
+"""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("Ordr", "name 'Ordr' is not defined"),
+        ("Cart", "name 'Cart' is not defined"),
+        ("Below", "name 'Below' is not defined"),
+        ("list[Ordr]", "name 'Ordr' is not defined"),
+        ("datetime.dat", "no attribute 'dat'"),
+        ("int |", "must be an expression"),
+    ],
+)
+def test_a_payload_annotation_that_names_nothing_is_refused_where_it_is_declared(wanted: str, said: str) -> None:
+    module: dict[str, Any] = {"Above": Order, "__name__": "flows"}
+    exec(compile(FUTURE, "flows.py", "exec"), module)  # noqa: S102 -- a module with its own __future__
+    assert module["good"].payload_type == Order | None
+    with pytest.raises(InvalidValue) as caught:
+        module["declare"]("odd", wanted)
+    for part in ("'payload' in the handler of 'odd'", wanted, said):
+        assert part in str(caught.value)
+    assert "TYPE_CHECKING" in caught.value.hint
+    with pytest.raises(InvalidValue, match="'Inner' is not defined"):
+        module["in_a_function"]()
+    module["Below"] = Order
+    assert module["declare"]("now", "Below").payload_type is Order
 
 
 def test_two_workflows_of_one_name_are_a_mistake_that_names_both_places(

@@ -34,10 +34,10 @@ def ls(as_json: Json = False) -> None:
     import msgspec
 
     from tako_cli import context, wording
-    from tako_runtime import timetable
+    from tako_runtime import store, timetable
 
-    with _schedules() as (store, records, mistakes):
-        runs = timetable.last_runs(store, records)
+    with _schedules() as (opened, records, mistakes):
+        runs = timetable.last_runs(opened, records)
     found = [timetable.standing(one, runs, wording.now()) for one in records]
     if as_json:
         output.document({"schedules": found, "mistakes": msgspec.to_builtins(mistakes)})
@@ -47,6 +47,7 @@ def ls(as_json: Json = False) -> None:
         context.tell(mistakes)
         if found:
             context.note_if_nothing_runs("schedules fire while tako dev runs")
+            context.note_if_scaled(store.locate())
         elif not mistakes:
             output.note('no workflow has a schedule; one gets it with @workflow(NAME, schedule="0 9 * * *")')
     if mistakes:
@@ -67,8 +68,8 @@ def next_(
     Example:
       tako cron next daily-report -n 10
     """
-    from tako_cli import wording
-    from tako_runtime import timetable
+    from tako_cli import context, wording
+    from tako_runtime import store, timetable
 
     with _schedules() as (_, records, _):
         one = timetable.choose(records, name)
@@ -79,6 +80,7 @@ def next_(
     output.show(_title(one.workflow, one.expression, one.timezone))
     for time in times:
         output.show(*_lines("", _spelled(time)), *([_note(time["note"])] if time["note"] else []))
+    context.note_if_scaled(store.locate())
 
 
 @app.command("fire")

@@ -20,6 +20,16 @@ def dev(
     process: Annotated[
         bool, typer.Option("--process", help="Workers as in production: each group's own, started when there is work.")
     ] = False,
+    time_scale: Annotated[
+        float,
+        typer.Option("--time-scale", metavar="N", help="Sleeps, waits, retries and schedules pass N times faster."),
+    ] = 1,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Plain lines: no colour, no footer, no keys; as into a file.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Tracebacks whole, with the frames of libraries too.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The log as one JSON object a line.")] = False,
 ) -> None:
     """Run this project here, with one log: its workflows, its schedules, its app.
@@ -29,21 +39,22 @@ def dev(
     terminal. With --once nothing is watched, and the app is not started.
 
     Ctrl-C lets runs reach their next step boundary and stops; a second one stops at once. Nothing is lost either way:
-    the next tako dev goes on.
+    the next tako dev goes on. At a terminal, ? shows the keys.
 
     \b
     Examples:
       tako dev
       tako dev --fresh
       tako dev --port 8001
+      tako dev --time-scale 3600
       tako dev --once --json
     """
     import os
     from dataclasses import replace
 
-    from tako_cli import context
+    from tako_cli import context, output
     from tako_cli.dev.session import Options, develop
-    from tako_runtime import store
+    from tako_runtime import clock, store
     from tako_runtime.config import Config
 
     def read() -> Config:
@@ -52,11 +63,16 @@ def dev(
             return replace(config, app=None)
         return replace(config, app=replace(config.app, port=port or config.app.port))
 
+    pace = clock.Pace(time_scale)
     config = read()
     if port is not None and config.app is None:
         why = "it goes with neither --no-app nor --once" if no_app or once else "tako.toml has no [app]"
         raise typer.BadParameter(f"there is no app to start: {why}", param_hint="'--port'")
     shell = dict(os.environ)
     os.environ.update(context.environment(config, store.project_home(config.name, config.root, config.storage.url)))
-    options = Options(read, shell, once=once, fresh=fresh, process=process, as_json=as_json)
+    if plain:
+        output.be_plain()
+    options = Options(
+        read, shell, once=once, fresh=fresh, process=process, plain=plain, verbose=verbose, as_json=as_json, pace=pace
+    )
     raise typer.Exit(develop(config, context.manifest(config), options))

@@ -35,7 +35,6 @@ def run(
     from tako_cli.become import become
     from tako_runtime import store
     from tako_runtime.errors import NotFound
-    from tako_runtime.secrets import stored
 
     config = context.project()
     home = store.project_home(config.name, config.root, config.storage.url)
@@ -43,7 +42,7 @@ def run(
         if not Path(words[0]).is_file():
             raise NotFound(f"no file {words[0]}", hint="A script is looked up from the current folder.")
         words = [sys.executable, "-m", "tako_runtime", "run", *words]
-    secrets = stored(home.app_dir)
+    secrets = context.secrets(config, home)
     if missing := [name for name in config.secrets.required if name not in secrets]:
         output.note(f"not set, though [secrets] requires it: {', '.join(missing)}")
     become(words, context.environment(config, home), secrets)

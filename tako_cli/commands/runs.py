@@ -10,10 +10,11 @@ from tako_cli.commands import Json, Yes
 
 if TYPE_CHECKING:
     from tako_runtime.control import Control
+    from tako_runtime.run import Run
 
 app = typer.Typer(no_args_is_help=True, help="List, show, explain, follow, start, retry, cancel and prune runs.")
 
-Id = Annotated[str, typer.Argument(metavar="ID", help="A run's id, or the beginning of it.")]
+Id = Annotated[str, typer.Argument(metavar="ID", help="A run's id, or the beginning or the end of it.")]
 Payload = Annotated[
     str, typer.Option("--payload", "-p", metavar="JSON", help="JSON; @FILE reads a file, - reads standard input.")
 ]
@@ -77,7 +78,7 @@ def show(run: Id, as_json: Json = False) -> None:
 
     \b
     Example:
-      tako runs show 0199a3b2-1c4d
+      tako runs show 9c3fa911
     """
     from tako_cli import context
 
@@ -101,7 +102,7 @@ def why(run: Id, as_json: Json = False) -> None:
 
     \b
     Example:
-      tako runs why 0199a3b2-1c4d
+      tako runs why 9c3fa911
     """
     from tako_cli import context
 
@@ -120,7 +121,9 @@ def why(run: Id, as_json: Json = False) -> None:
 
 @app.command("tail")
 def tail(
-    run: Annotated[str | None, typer.Argument(metavar="[ID]", help="A run's id, or the beginning of it.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="A run's id, or the beginning or the end of it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Each event as one JSON object a line.")] = False,
 ) -> None:
     """Follow a run until it ends, or all runs until Ctrl-C.
@@ -130,7 +133,7 @@ def tail(
 
     \b
     Examples:
-      tako runs tail 0199a3b2-1c4d
+      tako runs tail 9c3fa911
       tako runs tail --json | grep run.dead
     """
     import asyncio
@@ -180,7 +183,7 @@ def start(
         run = control.start(flow, text, delay=micros, unique_key=key, priority=priority)
         is_new = run.created_at >= before
         if not as_json:
-            _say_started(run.id, flow.name, is_new, delay)
+            _say_started(run, is_new, delay)
         shown = control.wait(run) if wait else run_json(run)
     if as_json:
         output.document({"run": shown, "started": is_new})
@@ -192,7 +195,9 @@ def start(
 
 @app.command("retry")
 def retry(
-    runs: Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Ids, or the beginnings of them.")] = None,
+    runs: Annotated[
+        list[str] | None, typer.Argument(metavar="ID...", help="Ids, or the beginnings or ends of them.")
+    ] = None,
     from_step: Annotated[
         str | None, typer.Option("--from", metavar="STEP", help="Forget this step and what came after it.")
     ] = None,
@@ -208,8 +213,8 @@ def retry(
 
     \b
     Examples:
-      tako runs retry 0199a3b2-1c4d
-      tako runs retry 0199a3b2-1c4d --from charge
+      tako runs retry 9c3fa911
+      tako runs retry 9c3fa911 --from charge
       tako runs retry --status dead --workflow fulfill-order --since 1d
     """
     from tako_cli import context
@@ -259,7 +264,7 @@ def signal(
 
 @app.command("cancel")
 def cancel(
-    runs: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or the beginnings of them.")],
+    runs: Annotated[list[str], typer.Argument(metavar="ID...", help="Ids, or the beginnings or ends of them.")],
     reason: Annotated[
         str, typer.Option("--reason", metavar="TEXT", help="Why; it is kept with the run.")
     ] = "cancelled by an operator",
@@ -271,7 +276,7 @@ def cancel(
 
     \b
     Example:
-      tako runs cancel 0199a3b2-1c4d --reason "ordered twice"
+      tako runs cancel 9c3fa911 --reason "ordered twice"
     """
     from tako_cli import context
 
@@ -390,17 +395,24 @@ def _change(ids: list[str], change: Any, done: str, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _say_started(run: str, workflow: str, is_new: bool, delay: str | None) -> None:
+def _say_started(run: "Run", is_new: bool, delay: str | None) -> None:
     from tako_cli import context
+    from tako_runtime import clock, store
 
-    output.text(f"{run}  {workflow}  {'started' if is_new else 'is alive with this key: no second one was started'}")
+    said = "started" if is_new else "is alive with this key: no second one was started"
+    output.text(f"{run.id}  {run.workflow}  {said}")
     if is_new and delay is not None:
+        pace = store.pace()
+        if pace.scale != 1:
+            delay = f"{clock.spell((run.due_at or 0) - run.created_at)} ({delay} at time-scale {pace})"
         output.note(f"it is due in {delay}")
     context.note_if_nothing_runs("it goes on when you start tako dev")
 
 
 def _what_to_do(why: dict[str, Any]) -> str:
     """What a person may do about it, if there is something."""
+    import shlex
+
     from tako_cli import context
     from tako_runtime import store
 
@@ -408,7 +420,8 @@ def _what_to_do(why: dict[str, Any]) -> str:
         case "dead" | "cancelled":
             return f"It goes on with: tako runs retry {why['run']}"
         case "waiting":
-            return "Send one with: tako runs signal NAME. What was sent and nobody took: tako signals ls"
+            name = shlex.quote(next(iter(why["signals"]), "NAME"))
+            return f"Send it with: tako runs signal {name}\nWhat was sent and nobody took: tako signals ls"
         case "no_supervisor" | "lost":
             return context.how_to_run(store.locate())
         case "unhealthy":

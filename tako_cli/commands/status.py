@@ -28,3 +28,5 @@ def status(as_json: Json = False) -> None:
     output.show(*overview(found, wording.now(), Path.cwd()))
     if found["supervisor"] is None:
         output.note(f"no supervisor runs here. {context.how_to_run(home)}")
+    elif found["schedules"]:
+        context.note_if_scaled(home)

@@ -10,33 +10,34 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tako_cli import context, output, wording
+from tako_cli.dev import screen
+from tako_cli.dev.board import Board
 from tako_cli.dev.lines import Event, Lines
 from tako_cli.dev.once import Workable, work_off
 from tako_cli.dev.watch import Watch
+from tako_cli.dev.welcome import Found, spelled, welcome
 from tako_runtime import log, store
 from tako_runtime.child import TERMINAL
+from tako_runtime.clock import REAL_TIME, Pace
 from tako_runtime.errors import TakoError
+from tako_runtime.feed import SCALED
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
-from tako_runtime.secrets import guarded, reserve, stored
+from tako_runtime.secrets import guarded, reserve
 from tako_runtime.server import Server, alone
 from tako_runtime.store.base import CountRuns
 from tako_runtime.store.commit import StoreThread
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from tako_runtime.config import Config
-    from tako_runtime.manifest import Declared, Manifest
+    from tako_runtime.manifest import Manifest
     from tako_runtime.store.file import Aside
-
-#: How many workflows the first lines name.
-_LISTED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,20 +50,25 @@ class Options:
     once: bool = False
     fresh: bool = False
     process: bool = False
+    plain: bool = False
+    verbose: bool = False
     as_json: bool = False
+    pace: Pace = REAL_TIME
 
 
 def develop(config: "Config", manifest: "Manifest", options: Options) -> int:
     """Run the project here until told to stop; the exit code."""
     reserve()
     home = store.project_home(config.name, config.root, config.storage.url)
-    with alone(home.app_dir, "tako dev"):
-        secrets = stored(home.app_dir)
+    with alone(home.app_dir, "tako dev" if options.pace.scale == 1 else f"tako dev{SCALED}{options.pace}"):
+        secrets = context.secrets(config, home)
         aside = store.set_aside(home) if options.fresh else None
         opened = store.open_store(home)
         try:
             with guarded(secrets):
                 session = Session(config, manifest, home, opened, options, secrets)
+                if screen.is_there() and not (options.once or options.as_json or options.plain):
+                    session.attend()
                 session.aside = aside
                 return asyncio.run(session.run())
         finally:
@@ -88,19 +94,26 @@ class Session:
             [*(["app"] if config.app else []),
              *sorted({*config.group_names(), *(flow.group for flow in manifest.workflows)})],
             [flow.name for flow in manifest.workflows], as_json=options.as_json, lost=self._stop,
+            verbose=options.verbose,
         )  # fmt: skip
         environment = self._environment()
         self._server = Server(
             opened, home, config, self._heard, log_level="debug", environment=environment,
-            secrets=secrets, together=not (options.process or options.once),
+            secrets=secrets, together=not (options.process or options.once), pace=options.pace,
         )  # fmt: skip
         self._watch: Watch | None = None
         self._broken: set[str] = set()
+        self._board: Board | None = None  # where there is a person at the terminal
+        self._debugging = ExitStack()  # while a debugger has the terminal
         self.aside: Aside | None = None  # the store that was put aside
         self._news = asyncio.Event()
         self._stops = 0
         self._dead = False
         self._failed_starts: dict[str, int] = {}
+
+    def attend(self) -> None:
+        """There is a person at the terminal, who gets a footer and keys."""
+        self._board = Board(self._config, self._server, self._store, self._lines, self._interrupted)
 
     async def run(self) -> int:
         """Until Ctrl-C, or with `once` until nothing is left; the exit code."""
@@ -111,7 +124,7 @@ class Session:
             self._server.app.bind()  # or say who has its port, before anything starts
         given_back: list[Event] = []
         with log.sink(given_back.append):
-            await reclaim(self._store, self._home.app_dir, wording.now())
+            await reclaim(self._store, self._home.app_dir, wording.now(), pace=self._options.pace)
         await self._server.take(self._manifest)
         await self._welcome()
         for event in given_back:
@@ -120,7 +133,8 @@ class Session:
             self._server.look_at_secrets()
             beside = loop.create_task(self._work_off() if once else self._reload_what_is_saved())
             try:
-                await self._server.run(firing=not once)  # to work off is not to start more
+                async with self._board or nullcontext():
+                    await self._server.run(firing=not once)  # to work off is not to start more
             finally:
                 beside.cancel()  # where it has ended, this does nothing
                 [left] = await asyncio.gather(beside, return_exceptions=True)
@@ -141,25 +155,34 @@ class Session:
         if event["event"] == "debugger.opened":
             self._lines.show(source, event)
             self._lines.hold()
+            if self._board is not None:
+                self._debugging.enter_context(self._board.lent())
             self._server.supervisor.cleared(int(event["pid"]))
             return
         if event["event"] == "debugger.closed":
+            self._debugging.close()
             self._lines.go_on()
         if event["event"] == "file.broken":
             self._broken.add(str(event.get("file")))
             self._know()
         self._lines.show(source, event)
-        self._news.set()
+        self._happened(event)
 
     def _announced(self, event: Event) -> None:
         """From the supervisor, in this process."""
         if event["event"] == "group.paused":
             self._failed_starts[event["group"]] = event["failures"]
         self._dead = self._dead or (event["event"] == "run.reclaimed" and event["then"] == Status.DEAD)
-        if event["event"] in ("code.loaded", "code.reloaded"):
+        if event["event"] == "code.declared":
             self._lines.mended()
+            self._broken = {mistake.file for mistake in self._server.manifest.mistakes}
             self._know()
         self._lines.of_supervisor(event)
+        self._happened(event)
+
+    def _happened(self, event: Event) -> None:
+        if self._board is not None:
+            self._board.heard(event)
         self._news.set()
 
     async def _reload_what_is_saved(self) -> None:
@@ -178,6 +201,9 @@ class Session:
         except TakoError as error:
             self._lines.say("config.broken", f"{error}: what was in it before holds", "error", hint=error.hint)
             return
+        before, now = _fixed(self._config), _fixed(config)
+        if later := [name for name in now if now[name] != before[name]]:
+            self._lines.say("config.later", f"{', '.join(later)} in tako.toml: from the next tako dev on", "warning")
         self._config = config
         self._server.configure(config, self._environment())
 
@@ -190,11 +216,14 @@ class Session:
     def _know(self) -> None:
         """What the code at work is made of."""
         if self._watch is not None:
-            self._watch.know(self._server.supervisor.files, self._broken)
+            root = self._config.root
+            self._watch.know([root / file for file in self._server.manifest.files], map(Path, self._broken))
 
     def _interrupted(self) -> None:
         self._stops += 1
         if self._stops == 1:
+            if self._board is not None:
+                self._board.stopping()
             self._lines.say("dev.stopping", "stopping: runs go on to their next step boundary. Again: stop at once")
             self._stop()
             return
@@ -213,32 +242,30 @@ class Session:
     # --- the first and the last lines ---
 
     async def _welcome(self) -> None:
-        left = await self._left()
-        flows = self._manifest.workflows
-        path = (self._home.app_dir / "runs.db").relative_to(self._config.root)
-        url = self._server.app.url if self._server.app is not None else None
-        lines = [output.styled("tako dev  ", "dim").append(self._config.name, "bold")]
-        if url is not None:
-            lines[0].append(f"  {url}", "cyan")
-        name_width = max((len(flow.name) for flow in flows[:_LISTED]), default=0)
-        lines += [_workflow(flow, name_width) for flow in flows[:_LISTED]]
-        if len(flows) > _LISTED:
-            lines.append(output.styled(f"  and {len(flows) - _LISTED} more: tako workflows ls", "dim"))
-        if not flows:
-            lines.append(output.styled(f"  no workflow is declared in {self._config.workflows.dir}/ yet", "yellow"))
-        lines.append(_fact("store", str(path)))
-        if left:
-            lines.append(_fact("left", f"{_spelled(left)}, from last time"))
-        if how := _how_to_start(flows):
-            lines.append(_fact("start", how))
-        self._lines.banner([*lines, output.styled("")])
+        left, config = await self._left(), self._config
+        given = self._server.supervisor.secrets
+        found = Found(
+            app=config.name, url=self._server.app.url if self._server.app is not None else None, root=config.root,
+            folder=config.workflows.dir, store=self._home.app_dir / "runs.db", workflows=self._manifest.workflows,
+            secrets=sorted(given), missing=[name for name in config.secrets.required if name not in given], left=left,
+            keys=self._board is not None,
+        )  # fmt: skip
+        self._lines.banner([*welcome(found), output.styled("")])
         for one in self._manifest.mistakes:
             message = f"{context.place(one.file, one.line)}: {one.message}"
             self._lines.say("file.broken", message, "error", file=one.file, line=one.line, error=one.message)
+            self._broken.add(one.file)
         self._lines.say(
-            "dev.ready", f"{self._config.name} is ready", app=self._config.name, store=str(self._config.root / path),
-            pid=os.getpid(), workflows=[flow.name for flow in flows], left=left, url=url,
+            "dev.ready", f"{config.name} is ready", app=config.name, store=str(found.store), pid=os.getpid(),
+            workflows=[flow.name for flow in found.workflows], left=left, url=found.url, secrets=found.secrets,
+            missing=found.missing,
         )  # fmt: skip
+        if (pace := self._options.pace).scale != 1:
+            scaled = (
+                f"sleeps, waits, retries, delays and schedules pass {pace} times faster; code, its timeouts and the "
+                "times shown here are those of the clock"
+            )
+            self._lines.say("dev.scaled", scaled, "warning", time_scale=pace.scale)
         if self.aside is not None:
             gone, place = self.aside.runs, self.aside.path.relative_to(self._config.root)
             runs = "a store that cannot be read" if gone is None else f"{gone} run{'s' * (gone != 1)}"
@@ -247,7 +274,7 @@ class Session:
     async def _farewell(self) -> None:
         left = await self._left()
         self._lines.say(
-            "dev.stopped", f"stopped; kept for next time: {_spelled(left)}" if left else "stopped", left=left
+            "dev.stopped", f"stopped; kept for next time: {spelled(left)}" if left else "stopped", left=left
         )
 
     async def _left(self) -> dict[str, int]:
@@ -258,29 +285,9 @@ class Session:
         return dict(counted)
 
 
-def _workflow(flow: "Declared", width: int) -> "Text":
-    line = output.styled("  ").append(flow.name, "bold")
-    if flow.schedule or flow.group != "default":
-        line.append(" " * (width - len(flow.name)))
-    if flow.schedule:
-        line.append(f"  {flow.schedule} {flow.timezone or 'UTC'}", "cyan")
-    if flow.group != "default":
-        line.append(f"  group {flow.group}", "dim")
-    return line
-
-
-def _fact(name: str, words: str) -> "Text":
-    return output.styled(f"  {name:<7}", "dim").append(words, "default not dim")
-
-
-def _spelled(left: dict[str, int]) -> str:
-    return ", ".join(f"{count} {state}" for state, count in sorted(left.items()))
-
-
-def _how_to_start(flows: "tuple[Declared, ...]") -> str:
-    """The command that starts a run of the workflow that nothing else would start."""
-    flow: Any = next((flow for flow in flows if not flow.schedule), flows[0] if flows else None)
-    if flow is None:
-        return ""
-    payload = "" if flow.payload in (None, "NoneType") else " --payload JSON"
-    return f"tako runs start {flow.name}{payload}"
+def _fixed(config: "Config") -> dict[str, object]:
+    """What a running `tako dev` cannot change."""
+    return {
+        "name": config.name, "dir": config.workflows.dir, "[app]": config.app, "[storage]": config.storage,
+        "[metrics]": config.metrics,
+    }  # fmt: skip

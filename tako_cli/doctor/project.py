@@ -14,11 +14,10 @@ from tako_cli.doctor import Finding, broken, disk, warning, well
 from tako_runtime import clock, holders, store
 from tako_runtime.bell import socket_folder
 from tako_runtime.config import Config, load
-from tako_runtime.disk import filesystem
+from tako_runtime.disk import filesystem, nearest, unusable
 from tako_runtime.errors import ConfigError, StoreError, TakoError
 from tako_runtime.feed import supervising
 from tako_runtime.manifest import read
-from tako_runtime.secrets import stored
 from tako_runtime.store import Home
 
 #: A socket's path may have so many bytes everywhere, and the longest name of one has about forty of them.
@@ -47,10 +46,12 @@ def project(path: Path) -> Iterator[Finding]:
     yield from sockets(home)
     values: Mapping[str, str] = {}
     try:
-        values = stored(home.app_dir)
+        values = context.secrets(config, home)
         yield secrets(config, home, values)
     except ConfigError as error:
-        yield broken("secrets", str(error), f"chmod 600 {home.app_dir / 'secrets.json'}, and see that it is yours")
+        own = home.app_dir / "secrets.json"
+        mend = f"chmod 600 {own}, and see that it is yours" if str(own) in str(error) else error.hint
+        yield broken("secrets", str(error), mend)
     yield from workflows(config, values)
     if config.app is not None:
         yield port(config.app.port, home)
@@ -74,6 +75,10 @@ def the_store(home: Home, now: int) -> Finding:
     except StoreError as error:
         return broken("store", str(error), error.hint or anew)
     if seen is None:
+        there = nearest(home.app_dir)
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            refused = unusable(PermissionError(errno.EACCES, os.strerror(errno.EACCES)), home.app_dir / "runs.db")
+            return broken("store", str(refused), refused.hint)
         return well("store", "none yet: the first tako dev, or the first run, makes it")
     if seen.damage:
         return broken("store", f"{seen.path} is damaged: {'; '.join(seen.damage)}", anew)
@@ -132,7 +137,7 @@ def secrets(config: Config, home: Home, values: Mapping[str, str]) -> Finding:
     required = config.secrets.required
     if missing := [name for name in required if name not in values]:
         what = f"not set: {', '.join(missing)}"
-        return broken("secrets", what, f"Put it into {home.app_dir / 'secrets.json'}, mode 0600.")
+        return broken("secrets", what, f"tako secrets set {missing[0]}")
     return well("secrets", f"{len(values)} there, {len(required)} required")
 
 

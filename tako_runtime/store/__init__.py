@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from tako_runtime import clock, codec
 from tako_runtime.bell import Bell
+from tako_runtime.clock import REAL_TIME, Pace
 from tako_runtime.errors import ConfigError, InvalidValue, TakoUnavailable
 from tako_runtime.store.base import Store
 from tako_runtime.store.commit import StoreThread
@@ -160,6 +161,28 @@ def in_development() -> bool:
     return env == DEVELOPMENT if env else not os.environ.get("TAKO_APP_NAME")
 
 
+def pace() -> Pace:
+    """How fast durable time passes for what this process starts: as the `tako dev` has said that started it, else the
+    one that works for its app now. In production, as the machine's clock does."""
+    if not in_development():
+        return REAL_TIME
+    told = os.environ.get("TAKO_TIME_SCALE")
+    if told is not None:
+        try:
+            return Pace(float(told))
+        except ValueError:
+            raise ConfigError(
+                f"TAKO_TIME_SCALE={told!r} cannot be read", hint="tako dev sets it; unset it, and use --time-scale."
+            ) from None
+    from tako_runtime.feed import supervising
+
+    try:
+        who = supervising(locate().app_dir)
+    except TakoUnavailable:  # whoever opens the store says so
+        return REAL_TIME
+    return who.pace if who is not None else REAL_TIME
+
+
 def project_home(app: str, root: Path, url: str = EMBEDDED) -> Home:
     """The development home of the project in the folder `root`, with that `[storage] url`."""
     return Home(app, root / ".tako", url)
@@ -249,6 +272,14 @@ def examine(home: Home) -> "Examined | None":
     from tako_runtime.store.file import examine
 
     return examine(home.app_dir / "runs.db")
+
+
+def versions(home: Home) -> tuple[int, int]:
+    """The version of the store, and the one that this tako writes: opening it would make it that. Raises `StoreError`
+    where it cannot be read."""
+    from tako_runtime.store.file import versions
+
+    return versions(home.app_dir / "runs.db")
 
 
 def set_aside(home: Home) -> "Aside | None":

@@ -29,8 +29,12 @@ from tako_runtime.state import Change
 
 R = TypeVar("R")
 
-#: What a listener of the bell may want to know of a batch: "due:<group>", "signal", "cancel", "ended".
+#: What a listener of the bell may want to know of a batch: "due:<group>", "later", "signal", "cancel", "ended".
 Topics = set[str]
+
+#: The lease that pauses an app (`TakeLease`): while somebody holds it, nothing is claimed and nothing counts as due. It
+#: ends when it is dropped, or with whoever renews it.
+PAUSE = "pause"
 
 
 class Operation(msgspec.Struct, Generic[R], frozen=True, kw_only=True):
@@ -59,7 +63,7 @@ class Enqueue(Operation[list[str]], frozen=True):
 class ClaimRuns(Operation[list[Claimed]], frozen=True):
     """Claim up to `limit` due runs of `group` whose workflow is one of `workflows`: highest priority first, then the
     oldest due, then in order of insertion. Each claim has a new number. Starts an attempt where none is open. A worker
-    that is not on the list (`AddWorker`), or was given up, gets none."""
+    that is not on the list (`AddWorker`), or was given up, gets none; while the app is paused (`PAUSE`) nobody does."""
 
     acknowledged = False
     worker: str
@@ -200,10 +204,17 @@ class TakeLease(Operation[bool], frozen=True):
 
 
 class DropLease(Operation[None], frozen=True):
-    """Let go of a lease, if it is one's own."""
+    """Let go of a lease, if it is one's own. Who claims looks anew, as it may have been the pause."""
 
     name: str
     holder: str
+
+
+class Paused(Operation[str | None], frozen=True):
+    """Who has paused the app, as the lease's holder says it; None where nobody has."""
+
+    writes = False
+    now: int
 
 
 class SetSchedules(Operation[None], frozen=True):
@@ -275,7 +286,8 @@ class GiveBackSpace(Operation[bool], frozen=True):
 
 
 class Demand(Operation["Due"], frozen=True):
-    """What is due at `now`, by group, and when the next run becomes due. Also makes claimable what has become due."""
+    """What may be claimed at `now`, by group, and when to ask again: when the next run becomes due, or a pause ends.
+    Also makes claimable what has become due."""
 
     acknowledged = False
     now: int
@@ -306,11 +318,20 @@ class GetRun(Operation[Run | None], frozen=True):
 
 
 class FindRuns(Operation[list[Run]], frozen=True):
-    """The runs whose id begins with `prefix`, at most `limit`."""
+    """The runs whose id begins with `prefix`, or, where none does, ends with it: at most `limit`. Those of one
+    millisecond differ in their ends only."""
 
     writes = False
     prefix: str
     limit: int = 5
+
+
+class NextDue(Operation[Run | None], frozen=True):
+    """The pending run that becomes due first of those that are not due yet; with a `reason`, of those that are pending
+    for it."""
+
+    writes = False
+    reason: str | None = None
 
 
 class ListRuns(Operation[list[Run]], frozen=True):

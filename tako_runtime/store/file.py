@@ -8,6 +8,7 @@ import apsw
 
 from tako_runtime import holders
 from tako_runtime.errors import Refused
+from tako_runtime.store import shape
 from tako_runtime.store.queries import migrations
 from tako_runtime.store.sqlite import Q, translated
 
@@ -49,10 +50,22 @@ def examine(path: Path) -> Examined | None:
             said = [str(line) for (line,) in db.execute(f"PRAGMA quick_check({_TOLD})")]
             if said != ["ok"]:
                 return found._replace(damage=tuple(said))
+            shape.check(db, path)
             runs, latest = _counted(db) if found.version else (0, None)
             return found._replace(runs=runs, latest=latest)
     except _DAMAGED as error:
         return found._replace(damage=(str(error),))
+    except apsw.Error as error:
+        raise translated(error, path) from error
+
+
+def versions(path: Path) -> tuple[int, int]:
+    """The version of the file, and the one that this tako writes. Nothing is changed."""
+    newest = migrations("sqlite")[-1][0]
+    try:
+        with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
+            db.set_busy_timeout(PATIENCE)
+            return int(db.pragma("user_version")), newest
     except apsw.Error as error:
         raise translated(error, path) from error
 
@@ -78,7 +91,7 @@ def set_aside(path: Path) -> Aside | None:
             f"{path} is open in {others or 'another process'}",
             hint="Nothing was put aside. Stop that first: it would go on in the old store.",
         ) from None
-    except _DAMAGED:
+    except (*_DAMAGED, apsw.SQLError):  # it is damaged, or another program's
         runs = None
     except apsw.Error as error:
         raise translated(error, path) from error

@@ -113,7 +113,7 @@ class SqlStore(Store):
     def _claim(self, op: base.ClaimRuns, topics: Topics) -> list[Claimed]:
         self._change("promote", {"now": op.now})
         bound = {
-            "worker": op.worker, "group": op.group, "now": op.now, "limit": op.limit,
+            "worker": op.worker, "group": op.group, "now": op.now, "limit": op.limit, "pause": base.PAUSE,
             "workflows": self._listed(op.workflows),
         }  # fmt: skip
         found = self._all("claim", bound)
@@ -185,6 +185,8 @@ class SqlStore(Store):
                 self._change(query, {"seq": seq, "drop_from": change.drop_from})
         if change.fresh_steps:
             self._change("mark_all_rerun", {"seq": seq})
+        if change.ends_sleeps is not None:
+            self._change("end_sleeps", {"seq": seq, "now": change.now, "until": change.ends_sleeps})
         if not change.goes_on:
             topics.add("cancel")
             return
@@ -275,7 +277,12 @@ class SqlStore(Store):
         return self._value("take_lease", bound) is not None
 
     def _drop_lease(self, op: base.DropLease, topics: Topics) -> None:
-        self._change("drop_lease", {"name": op.name, "holder": op.holder})
+        if self._changed("drop_lease", {"name": op.name, "holder": op.holder}):
+            topics.add("later")
+
+    def _paused(self, op: base.Paused, topics: Topics) -> str | None:
+        held = self._one("held_lease", {"name": base.PAUSE, "now": op.now})
+        return held[0] if held else None
 
     def _set_schedules(self, op: base.SetSchedules, topics: Topics) -> None:
         named = {schedule.workflow for schedule in op.schedules}
@@ -334,6 +341,8 @@ class SqlStore(Store):
 
     def _demand(self, op: base.Demand, topics: Topics) -> base.Due:
         self._change("promote", {"now": op.now})
+        if pause := self._one("held_lease", {"name": base.PAUSE, "now": op.now}):
+            return base.Due(frozenset(), pause[1])
         return base.Due(frozenset(self._groups("next_ready_group")), self._value("next_due", {}))
 
     def _undeclared(self, op: base.Undeclared, topics: Topics) -> dict[str, str]:
@@ -357,7 +366,14 @@ class SqlStore(Store):
 
     def _find_runs(self, op: base.FindRuns, topics: Topics) -> list[Run]:
         where = {"prefix": op.prefix, "beyond": op.prefix + "\U0010ffff", "limit": op.limit}
-        return [rows.run(row) for row in self._all("find_runs", where)]
+        found = self._all("find_runs", where)
+        if not found:
+            found = self._all("find_runs_by_end", {"ending": op.prefix, "limit": op.limit})
+        return [rows.run(row) for row in found]
+
+    def _next_due_run(self, op: base.NextDue, topics: Topics) -> Run | None:
+        row = self._one("next_due_run", {"reason": op.reason})
+        return rows.run(row) if row else None
 
     def _list_runs(self, op: base.ListRuns, topics: Topics) -> list[Run]:
         where = {"since_id": op.since_id or "", "limit": op.limit, "workflow": op.workflow}
@@ -484,6 +500,7 @@ class SqlStore(Store):
         base.ListHealth: _list_health,
         base.TakeLease: _take_lease,
         base.DropLease: _drop_lease,
+        base.Paused: _paused,
         base.SetSchedules: _set_schedules,
         base.ListSchedules: _list_schedules,
         base.FireSchedule: _fire_schedule,
@@ -496,6 +513,7 @@ class SqlStore(Store):
         base.DataVersion: _seen_version,
         base.GetRun: _get_run,
         base.FindRuns: _find_runs,
+        base.NextDue: _next_due_run,
         base.ListRuns: _list_runs,
         base.Steps: _steps,
         base.Attempts: _attempts,

@@ -34,6 +34,7 @@ UPDATE runs
  WHERE seq {those} SELECT seq FROM runs
                      WHERE ready = 1 AND "group" = :group AND workflow {in_workflows}
                        AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND lease_until > 0)
+                       AND NOT EXISTS (SELECT 1 FROM leases WHERE name = :pause AND until > :now)
                      ORDER BY priority DESC, due_at, seq LIMIT :limit {lock} {end}
 RETURNING {claimed};
 
@@ -84,6 +85,9 @@ UPDATE steps SET rerun = 1 WHERE run = :seq AND kind = :kind AND name = :name AN
 
 -- name: mark_all_rerun
 UPDATE steps SET rerun = 1 WHERE run = :seq AND status = 'failed';
+
+-- name: end_sleeps
+UPDATE steps SET due_at = :now WHERE run = :seq AND kind = 'sleep' AND due_at > :now AND due_at <= :until;
 
 -- name: drop_steps
 DELETE FROM steps WHERE run = :seq AND position >= :drop_from;
@@ -189,6 +193,9 @@ RETURNING 1;
 -- name: drop_lease
 DELETE FROM leases WHERE name = :name AND holder = :holder;
 
+-- name: held_lease
+SELECT holder, until FROM leases WHERE name = :name AND until > :now;
+
 -- name: set_schedule
 -- An edited schedule begins anew; one that is as it was keeps its place.
 INSERT INTO schedules (workflow, "group", expression, timezone, catchup, overlap, next_at)
@@ -254,12 +261,20 @@ SELECT workflow FROM runs WHERE ready = 1 AND "group" = :group ORDER BY priority
 -- name: next_due
 SELECT min(due_at) FROM runs WHERE ready = 0 AND due_at IS NOT NULL;
 
+-- name: next_due_run
+SELECT {run} FROM runs
+ WHERE ready = 0 AND due_at IS NOT NULL AND (reason = :reason OR :reason IS NULL) ORDER BY due_at, seq LIMIT 1;
+
 -- name: run_by_seq
 SELECT {run} FROM runs WHERE seq = :seq;
 
 -- name: find_runs
 -- A range, so that the index on ids serves a prefix.
 SELECT {run} FROM runs WHERE id >= :prefix AND id < :beyond ORDER BY id LIMIT :limit;
+
+-- name: find_runs_by_end
+-- Every id is looked at: it is a person who asks, of a run that has just been shown.
+SELECT {run} FROM runs WHERE substr(id, length(id) - length(:ending) + 1) = :ending ORDER BY id DESC LIMIT :limit;
 
 -- name: list_runs
 SELECT {run} FROM runs WHERE id >= :since_id ORDER BY id DESC LIMIT :limit;

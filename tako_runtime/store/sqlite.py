@@ -18,8 +18,10 @@ from typing import Any, Literal
 import apsw
 import msgspec
 
+from tako_runtime import disk
 from tako_runtime.errors import Refused, StoreBusy, StoreError, StoreTooNew
 from tako_runtime.run import RUN_COLUMNS
+from tako_runtime.store import shape
 from tako_runtime.store.base import Operation, Topics
 from tako_runtime.store.operations import Bound, SqlStore, sort
 from tako_runtime.store.queries import load, migrations
@@ -111,6 +113,7 @@ class SqliteStore(SqlStore):
                 self._turnstile = Turnstile(path, PATIENCE)
             self._db = apsw.Connection(str(path), _OPEN)
             self._db.set_busy_timeout(BUSY_TIMEOUT)
+            shape.check(self._db, path)
             if not self._db.pragma("page_count"):  # only a new file can be told to give its free pages back
                 self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             self._db.execute("PRAGMA journal_mode = WAL").fetchall()
@@ -157,10 +160,10 @@ class SqliteStore(SqlStore):
         topics: Topics = set()
         sorts = sort(batch)
         try:
-            if not any(kind.writes for kind in sorts):
-                return self._run(batch, sorts, topics), topics
-            self._sync(any(kind.writes and kind.acknowledged for kind in sorts))
-            self._db.execute("BEGIN IMMEDIATE")
+            writes = any(kind.writes for kind in sorts)
+            if writes:
+                self._sync(any(kind.writes and kind.acknowledged for kind in sorts))
+            self._db.execute("BEGIN IMMEDIATE" if writes else "BEGIN")  # what only looks sees one state of things, too
             try:
                 answers = self._run(batch, sorts, topics)
                 self._db.execute("COMMIT")
@@ -234,9 +237,7 @@ class SqliteStore(SqlStore):
 
 def _make_private(path: Path) -> None:
     """The file 0600 and its folders 0700, before SQLite opens it: its WAL takes the same mode."""
-    for folder in (*reversed(path.parent.parents), path.parent):  # `parents=True` would leave those to the umask
-        if not folder.exists():
-            folder.mkdir(mode=0o700, exist_ok=True)
+    disk.make_private(path.parent)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
@@ -252,5 +253,5 @@ def translated(error: apsw.Error | OSError, path: Path) -> StoreError | Refused:
     if isinstance(error, apsw.NotADBError | apsw.CorruptError):
         return StoreError(f"the store {path} is damaged ({what})", hint="Restore it from a backup.")
     if isinstance(error, OSError):
-        return StoreError(f"the store {path} cannot be opened ({what})", hint="Look at the folder's owner and mode.")
+        return disk.unusable(error, path)
     return StoreError(f"the store {path} failed ({what})")

@@ -1,0 +1,116 @@
+"""tako releases, tako rollback"""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tako_cli import output
+from tako_cli.commands import Json, Yes
+from tako_cli.commands.deploy import (
+    Env,
+    KeepGoing,
+    Parallel,
+    carried_out,
+    connected,
+    finish,
+    preflight,
+    servers_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tako_cli.deploy.facts import Facts
+
+app = typer.Typer(no_args_is_help=True, help="What was deployed to your servers.")
+
+
+@app.command("ls")
+def ls(env: Env = "production", as_json: Json = False) -> None:
+    """List the releases that each server has, the newest first.
+
+    \b
+    Example:
+      tako releases ls
+    """
+    from tako_cli import context
+
+    config = context.project()
+    facts = preflight(config, env, connected(config, servers_of(config, env)), as_json=as_json, keep_going=True)
+    rows = [row for one in facts for row in _rows(one)]
+    if as_json:
+        output.document({"releases": rows})
+        return
+    shown = [[str(row[key] or "") for key in ("server", "release", "state", "when", "by")] for row in rows]
+    output.show(*output.table(["server", "release", "", "deployed", "by"], shown, flexible=[4, 1]))
+
+
+def rollback(
+    release: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="Which one; else the one before.", show_default=False)
+    ] = None,
+    env: Env = "production",
+    yes: Yes = False,
+    parallel: Parallel = False,
+    keep_going: KeepGoing = False,
+    as_json: Json = False,
+) -> None:
+    """Go back to an earlier release, in seconds: nothing is packed, sent or installed.
+
+    Every server has to have it. It proves itself as at a deploy, and takes over in the same way. Runs that only the
+    newer code knows are told of first.
+
+    \b
+    Examples:
+      tako rollback
+      tako rollback 3f2a91c04b7e --env staging
+    """
+    from tako_cli import context
+    from tako_cli.deploy.plan import back
+
+    config = context.project()
+    remotes = connected(config, servers_of(config, env))
+    facts = preflight(config, env, remotes, as_json=as_json)
+    wanted = [_chosen(one, release) for one in facts]
+    plans = [back(one, name, config.deploy.keep_releases) for one, name in zip(facts, wanted, strict=True)]
+    finish(carried_out(plans, remotes, yes=yes, parallel=parallel, keep_going=keep_going), as_json=as_json)
+
+
+def _chosen(facts: "Facts", release: str | None) -> str:
+    """The release that is meant, on one server. Raises where it does not have it, or could not use it."""
+    from tako_runtime.errors import NotFound, Refused
+
+    ready = [str(one["id"]) for one in facts.releases if one["ready"]]
+    wanted = release or facts.previous
+    found = [name for name in ready if name == wanted] or [name for name in ready if wanted and name.startswith(wanted)]
+    if not wanted or not found:
+        what = f"has no release {wanted}" if wanted else "has no release before the one that runs"
+        there = ", ".join(name for name in ready if name != facts.current)
+        raise NotFound(f"{facts.server}: it {what}", hint=f"It has {there}." if there else "Deploy one: tako deploy")
+    if len(found) > 1:
+        raise Refused(f"{facts.server}: {wanted} is the beginning of several: {', '.join(found)}")
+    known = facts.known(found[0])
+    schema, needed = (facts.answer.get("schema") or 0), int((known or {}).get("schema") or 0)
+    if needed and schema > needed:
+        raise Refused(
+            f"{facts.server}: {found[0]} cannot open the store any more: a newer tako has written it",
+            hint="Deploy what it had with the tako of today: check that commit out, and tako deploy.",
+        )
+    return found[0]
+
+
+def _rows(facts: "Facts") -> "Sequence[dict[str, Any]]":
+    rows = []
+    for one in sorted(facts.releases, key=lambda one: float(one["at"]), reverse=True):
+        name = str(one["id"])
+        unit = facts.unit_state(name)
+        runs = {"active": "runs", "deactivating": "drains", "activating": "starts"}.get(unit, "")
+        state = ("current" if runs == "runs" else f"current, {runs or 'down'}") if name == facts.current else runs
+        rows.append(
+            {
+                "server": facts.server, "release": name, "current": name == facts.current, "unit": unit or None,
+                "state": state if one["ready"] else "not finished", "when": one.get("when"), "by": one.get("by"),
+                "commit": one.get("commit"),
+            }
+        )  # fmt: skip
+    return rows

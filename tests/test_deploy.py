@@ -1,0 +1,335 @@
+"""`tako deploy` to real servers: Debian with systemd as PID 1, its own sshd, network and disk."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import until
+from deploying import APP, FLOWS, Hammering, Shop, index
+from machines import Machine, machines
+
+pytestmark = pytest.mark.slow
+
+PORT = 8123
+WITH_APP = f"""
+    [app]
+    command = ["python", "app.py", "{{fd}}"]
+    port = {PORT}
+    health = "/healthz"
+"""
+
+
+@pytest.fixture
+def web() -> Iterator[Machine]:
+    with machines("web") as [one]:
+        yield one
+
+
+@pytest.fixture
+def shop(web: Machine, tmp_path: Path) -> Shop:
+    return Shop(tmp_path / "shop", {"web": web})
+
+
+# --- taken -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("suite", "user"), [("bookworm", "root"), ("bookworm", "deploy"), ("trixie", "root")])
+def test_a_run_that_is_parked_over_a_deploy_ends_on_the_new_release_with_its_finished_steps_kept(
+    tmp_path: Path, suite: str, user: str
+) -> None:
+    """And the whole of it: to servers without a way out, as root and as an ordinary user."""
+    with machines("web", suite=suite) as [web]:
+        shop = Shop(tmp_path / "shop", {"web": web}, user)
+        first = shop.release()
+        shop.runs_on(first)
+        run_id = shop.start("ask")
+        until(lambda: shop.run(run_id)["reason"] == "waiting")
+        second = shop.release()
+        assert second != first
+        shop.runs_on(second)
+        shop.signal("go")
+        assert shop.ended(run_id) == [first, second]
+        assert shop.run(run_id)["attempt"] == 1
+
+
+def test_what_is_not_vendored_comes_from_the_servers_own_index(shop: Shop, web: Machine) -> None:
+    from tako_cli.deploy.lock import Target
+    from tako_cli.deploy.release import pack
+    from tako_runtime import config
+
+    pack(config.load(shop.folder / "tako.toml"), "production", [Target("3.11", "x86_64", "2.36")])
+    shop.configure(deploy="vendor = false")
+    with index(web, (shop.folder / ".tako" / "deploy" / "wheels").resolve()):
+        shop.runs_on(shop.release())
+
+
+def test_a_step_of_ten_minutes_does_not_hold_the_deploy_and_costs_its_run_no_attempt(shop: Shop) -> None:
+    shop.configure('[workflows]\ngrace = "10s"\n')
+    first = shop.release()
+    run_id = shop.start("long")
+    until(lambda: [step["name"] for step in shop.run(run_id)["steps"]] == ["first"])  # and it is in the next one
+    shop.change()
+    begun = time.monotonic()
+    [result] = shop.deploy()
+    assert time.monotonic() - begun < 60
+    assert result["draining"] == [first]
+    assert shop.ended(run_id) == [first, result["release"]]
+    shop.runs_on(result["release"])
+
+
+def test_no_request_fails_at_300_a_second_over_five_deploys(shop: Shop, web: Machine) -> None:
+    shop.configure(WITH_APP)
+    shop.write("app.py", APP)
+    releases = [shop.release()]
+    hammer = Hammering(web, PORT, 300)
+    releases += [shop.release() for _ in range(5)]
+    told = hammer.stop()
+    assert told["failures"] == []
+    assert set(told["answers"]) == set(releases)
+    assert sum(told["answers"].values()) == told["asked"]
+    assert told["asked"] > 290 * told["seconds"]
+
+
+def test_the_units_are_valid_and_nothing_of_theirs_is_a_secret(shop: Shop, web: Machine) -> None:
+    shop.configure(WITH_APP)
+    shop.write("app.py", APP)
+    release = shop.release()
+    names = [f"tako-shop@{release}.service", "tako-shop.socket", "tako-shop.service"]
+    words = ["systemd-analyze", "verify", "--recursive-errors=yes", *(f"/etc/systemd/system/{name}" for name in names)]
+    done = web.attempt(*words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+
+
+def test_the_way_back_needs_no_build_and_the_one_after_that_leads_forward_again(shop: Shop) -> None:
+    first, second = shop.release(), shop.release()
+    begun = time.monotonic()
+    done = shop.tako("rollback")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - begun < 10 * 2  # of which half is the machine's, that several share
+    shop.runs_on(first)
+    assert shop.tako("rollback", second[:8]).returncode in (0, 1)
+    listed = json.loads(shop.tako("releases", "ls", "--json").stdout)["releases"]
+    assert {row["release"] for row in listed} == {first, second}
+    assert [row["release"] for row in listed if row["current"]] == [shop.current()]
+    missing = shop.tako("rollback", "nosuch")
+    assert missing.returncode == 4
+    assert "it has no release nosuch" in missing.stderr
+
+
+def test_old_releases_go_but_the_newest(shop: Shop, web: Machine) -> None:
+    shop.configure(deploy="vendor = true\nkeep_releases = 2")
+    releases = [shop.release() for _ in range(3)]
+    until(lambda: set(shop.units()) == {releases[-1]} or shop.units())
+    assert set(web.run("ls", f"{shop.base}/releases").split()) == set(releases[1:])
+    assert f"tako-shop@{releases[0]}.service" not in web.run("ls", "/etc/systemd/system")
+
+
+# --- not taken -------------------------------------------------------------------------------------------------------
+
+AT_IMPORT = FLOWS + '\n    if "TAKO_RELEASE" in os.environ:\n        import no_such_module\n'
+AFTER_THREE_SECONDS = (
+    FLOWS
+    + """
+    import sys, threading
+    if "worker" in sys.argv:
+        threading.Timer(3, lambda: (print("no licence", flush=True), os._exit(9))).start()
+"""
+)
+NEVER_HEALTHY = """
+    import http.server, os, socket, sys
+    print("waits for the database", flush=True)
+    class Sick(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_error(503)
+        def log_message(self, *_): ...
+    server = http.server.HTTPServer(("127.0.0.1", 0), Sick, bind_and_activate=False)
+    server.socket = socket.socket(fileno=int(sys.argv[1]))
+    server.serve_forever()
+"""
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "error", "line"),
+    [
+        ("workflows/flows.py", AT_IMPORT, "No module named 'no_such_module'", "ModuleNotFoundError"),
+        ("workflows/flows.py", AFTER_THREE_SECONDS, "a worker of group default ended (exit code 9)", "no licence"),
+        ("app.py", NEVER_HEALTHY, "the app does not answer 200 within 60 s", "waits for the database"),
+    ],
+    ids=["an import error", "a crash after three seconds", "an app that never gets healthy"],
+)
+def test_a_release_that_does_not_prove_itself_is_not_taken(
+    shop: Shop, web: Machine, file: str, text: str, error: str, line: str
+) -> None:
+    shop.configure(WITH_APP)
+    shop.write("app.py", APP)
+    good = shop.release()
+    before = web.run("systemctl", "show", "-p", "MainPID,NRestarts", f"tako-shop@{good}.service")
+    hammer = Hammering(web, PORT, 50)
+    shop.write(file, text)
+    done = shop.tako("deploy", "--yes")
+    told = hammer.stop()
+    assert done.returncode == 1
+    assert error in done.stderr
+    assert line in done.stderr
+    assert told["failures"] == []
+    assert set(told["answers"]) == {good}, "nobody has met the bad one"
+    assert web.run("systemctl", "show", "-p", "MainPID,NRestarts", f"tako-shop@{good}.service") == before
+    shop.runs_on(good)
+    shop.write("app.py", APP)
+    shop.write("workflows/flows.py", FLOWS)
+    shop.runs_on(shop.release())
+
+
+# --- cut off ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_command_that_is_killed_between_any_two_steps_changes_nothing_and_the_next_deploy_mends_it(
+    shop: Shop,
+) -> None:
+    good = shop.release()
+    steps = ["makes its folders", "uploads the release", "unpacks it", "installs what it needs", "looks which runs"]
+    for step in steps:
+        shop.change()
+        deploying = shop.begin("deploy", "--yes")
+        assert deploying.stdout is not None
+        for line in deploying.stdout:
+            if step in line:
+                break
+        else:
+            pytest.fail(f"it never came to {step!r}")
+        os.killpg(deploying.pid, signal.SIGKILL)
+        deploying.wait()
+        deploying.stdout.close()
+        shop.runs_on(good)
+    shop.runs_on(shop.release())  # at once: nobody holds the lock any more
+
+
+def test_a_command_that_is_killed_in_the_switch_leaves_one_release_that_runs(shop: Shop, web: Machine) -> None:
+    good = shop.release()
+    shop.change()
+    deploying = shop.begin("deploy", "--yes")
+    until(lambda: stage(web, good).startswith("watches"), 60)
+    os.killpg(deploying.pid, signal.SIGKILL)
+    deploying.communicate()
+    until(lambda: shop.current() != good, 60)  # what runs there in one go runs to its end
+    shop.runs_on(shop.current())
+    shop.runs_on(shop.release())
+
+
+def stage(web: Machine, but: str) -> str:
+    """How far the trial of another release than that is, read off the server's disk."""
+    try:
+        told = json.loads((web.root / "var/lib/tako/production/apps/shop/trial.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    return str(told["stage"]) if told["release"] != but else ""
+
+
+def test_a_cable_that_is_cut_in_the_upload_is_noticed_and_the_next_deploy_mends_it(shop: Shop, web: Machine) -> None:
+    good = shop.release()
+    (shop.folder / "large.bin").write_bytes(os.urandom(150_000_000))
+    incoming = web.root / "opt/tako/shop/incoming"
+
+    def cut() -> None:
+        until(lambda: any(path.stat().st_size > 5_000_000 for path in incoming.glob("*.part")), 120)
+        web.cut()
+
+    cutting = threading.Thread(target=cut)
+    cutting.start()
+    done = shop.tako("deploy", "--yes")
+    cutting.join()
+    web.mend()
+    assert done.returncode == 1
+    assert "the connection to root@web broke" in done.stderr
+    assert "do it again" in done.stderr
+    shop.runs_on(good)
+    until(lambda: shop.tako("deploy", "--yes").returncode == 0, 120)  # the server gives the lock up within a minute
+    shop.runs_on(shop.current())
+    assert shop.current() != good
+    assert list(incoming.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_stops_the_deploy_and_the_next_one_mends_it(shop: Shop, web: Machine) -> None:
+    shop.configure(deploy='vendor = true\nmax_size = "1GiB"')
+    good = shop.release()
+    (shop.folder / "large.txt").write_bytes(bytes(260_000_000))
+    web.fill_disk(leave=230_000_000)
+    done = shop.tako("deploy", "--yes")
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    shop.runs_on(good)
+    web.fill_disk()
+    asked = shop.tako("deploy", "--yes")
+    assert asked.returncode == 1
+    assert "MiB are free" in asked.stderr
+    assert "Nothing was changed." in asked.stderr
+    web.empty_disk()
+    shop.deploy()
+    shop.runs_on(shop.current())
+    assert shop.current() != good
+
+
+def test_a_power_cut_in_the_switch_leaves_the_old_release_and_the_next_deploy_mends_it(
+    shop: Shop, web: Machine
+) -> None:
+    good = shop.release()
+    run_id = shop.start("ask")
+    until(lambda: shop.run(run_id)["reason"] == "waiting")
+    shop.change()
+    deploying = shop.begin("deploy", "--yes")
+    until(lambda: stage(web, good).startswith("watches"), 60)
+    web.power_cut()
+    said, _ = deploying.communicate(timeout=120)
+    assert deploying.returncode == 1
+    assert "broke" in said
+    web.boot()
+    shop.runs_on(good)
+    release = shop.release()
+    shop.runs_on(release)
+    shop.signal("go")
+    assert shop.ended(run_id) == [good, release]
+
+
+# --- who may, and where ----------------------------------------------------------------------------------------------
+
+
+def test_a_second_deploy_at_once_is_refused_and_names_who_has_the_lock(shop: Shop, web: Machine) -> None:
+    good = shop.release()
+    shop.change()
+    first = shop.begin("deploy", "--yes")
+    until(lambda: stage(web, good) != "", 60)
+    second = shop.tako("deploy", "--yes")
+    assert second.returncode == 1
+    assert "web: a deploy of root on " in second.stderr
+    assert "is under way, for " in second.stderr
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, said
+
+
+def test_one_of_two_servers_that_is_down_stops_the_deploy_before_anything_is_changed(tmp_path: Path) -> None:
+    with machines("web", "api") as [web, api]:
+        shop = Shop(tmp_path / "shop", {"web": web, "api": api}, more=WITH_APP)
+        shop.write("workflows/flows.py", "")  # two servers cannot share the runs of a workflow
+        shop.write("app.py", APP)
+        assert [one["state"] for one in shop.deploy()] == ["taken", "taken"]
+        good = shop.current(web)
+        assert shop.current(api) == good
+        shop.change()
+        api.cut()
+        done = shop.tako("deploy", "--yes")
+        assert done.returncode == 1
+        assert "api: root@api cannot be reached" in done.stderr
+        assert "Nothing was changed." in done.stderr
+        assert shop.current(web) == good
+        partly = shop.tako("deploy", "--yes", "--keep-going", "--json")
+        assert shop.current(web) != good, partly.stdout + partly.stderr
+        api.mend()
+        rest = shop.deploy("--resume")
+        assert [(one["server"], one["state"]) for one in rest] == [("api", "taken")]
+        assert shop.current(api) == shop.current(web)

@@ -1,0 +1,23 @@
+"""The screens of the README are what `tako dev` shows."""
+
+import re
+from pathlib import Path
+
+import pytest
+import screens
+
+README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+
+
+def test_the_readme_shows_both_and_they_are_there() -> None:
+    shown = re.findall(r"!\[[^\]]+\]\((docs/[\w-]+\.svg)\)", README)
+    assert shown == ["docs/dev.svg", "docs/dev-mend.svg"]
+    assert all((screens.DOCS.parent / name).is_file() for name in shown)
+
+
+@pytest.mark.slow
+def test_they_are_up_to_date_but_for_what_changes_with_time(tmp_path: Path) -> None:
+    screens.main(tmp_path)
+    for name in ("dev.svg", "dev-mend.svg"):
+        now, kept = (screens.steady((folder / name).read_text("utf-8")) for folder in (tmp_path, screens.DOCS))
+        assert now == kept, "make screens"
