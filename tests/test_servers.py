@@ -91,9 +91,7 @@ def test_one_server_wakes_a_group_at_rest_and_hears_at_once_of_what_another_enqu
             assert control.wait(control.find(run_id))["status"] == "succeeded"
             places.add(shown(opened, run_id)["result"])
         begun = [event for server in servers for event in server.events("run.started")]
-        assert sum(event["ms"] for event in begun[1:]) < 5_000, (
-            "by a look once a second it would be ten seconds"
-        )
+        assert sum(event["ms"] for event in begun[1:]) < 5_000, "by a look once a second it would be ten seconds"
         assert len(places) == 1
         assert len(spawned(servers)) == 1
 
