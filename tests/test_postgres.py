@@ -21,7 +21,7 @@ from workers import shown, status, worker_process, workers
 from tako_runtime import store
 from tako_runtime.clock import SECOND
 from tako_runtime.control import Control
-from tako_runtime.errors import ConfigError, StoreError, StoreTooNew, StoreUnreachable
+from tako_runtime.errors import ConfigError, Refused, StoreError, StoreTooNew, StoreUnreachable
 from tako_runtime.run import StepRecord
 from tako_runtime.state import Returned
 from tako_runtime.store import Home, base, database, open_store, queries, schema
@@ -409,3 +409,18 @@ def test_a_process_that_writes_nothing_more_is_forgotten(opened: StoreThread, ho
         other.do_sync(base.GiveBackSpace())
     [(left,)] = server.ask(f'SELECT count(*) FROM "{home.schema}".writers', home.url)
     assert left == 1, "the one that forgot the others"
+
+
+def test_the_store_is_examined_without_being_made_or_brought_up_to_date(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert store.examine(home) is None
+    assert store.versions(home) == (1, 1)
+    with closing(open_store(home)) as opened:
+        Caller(opened).enqueue()
+    later(monkeypatch, "ALTER TABLE runs ADD COLUMN shade TEXT;")
+    seen = store.examine(home)
+    assert seen is not None
+    assert (seen.version, seen.newest, seen.runs, seen.damage) == (1, 2, 1, ())
+    with pytest.raises(Refused, match="not put aside"):
+        store.set_aside(home)

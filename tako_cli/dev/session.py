@@ -246,7 +246,7 @@ class Session:
         given = self._server.supervisor.secrets
         found = Found(
             app=config.name, url=self._server.app.url if self._server.app is not None else None, root=config.root,
-            folder=config.workflows.dir, store=self._home.app_dir / "runs.db", workflows=self._manifest.workflows,
+            folder=config.workflows.dir, store=Path(store.where(self._home)), workflows=self._manifest.workflows,
             secrets=sorted(given), missing=[name for name in config.secrets.required if name not in given], left=left,
             keys=self._board is not None,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from tako_runtime import clock, codec
 from tako_runtime.bell import Bell
 from tako_runtime.clock import REAL_TIME, Pace
-from tako_runtime.errors import ConfigError, InvalidValue, TakoUnavailable
+from tako_runtime.errors import ConfigError, InvalidValue, Refused, TakoUnavailable
 from tako_runtime.store.base import Store
 from tako_runtime.store.commit import StoreThread
 
@@ -267,8 +267,12 @@ def where(home: Home) -> str:
 
 
 def examine(home: Home) -> "Examined | None":
-    """The health of the store's file, looked at without writing to it, also while others work; None where there is none
-    yet. Raises `StoreError` where it cannot be opened."""
+    """The health of the store, looked at without writing to it, also while others work; None where there is none yet.
+    Raises `StoreError` where it cannot be opened."""
+    if home.url != EMBEDDED:
+        from tako_runtime.store.schema import examine as examine_schema
+
+        return examine_schema(_database(home), home.schema)
     from tako_runtime.store.file import examine
 
     return examine(home.app_dir / "runs.db")
@@ -277,6 +281,11 @@ def examine(home: Home) -> "Examined | None":
 def versions(home: Home) -> tuple[int, int]:
     """The version of the store, and the one that this tako writes: opening it would make it that. Raises `StoreError`
     where it cannot be read."""
+    if home.url != EMBEDDED:
+        from tako_runtime.store.queries import migrations
+
+        seen, newest = examine(home), migrations(POSTGRES)[-1][0]
+        return seen.version if seen is not None else newest, newest
     from tako_runtime.store.file import versions
 
     return versions(home.app_dir / "runs.db")
@@ -284,7 +293,12 @@ def versions(home: Home) -> tuple[int, int]:
 
 def set_aside(home: Home) -> "Aside | None":
     """Put the store aside, so that the next one begins empty; None where there is none. Raises `Refused` while another
-    process has it open."""
+    process has it open, and for one that others share."""
+    if home.url != EMBEDDED:
+        raise Refused(
+            f"{where(home)} is not put aside: others may be at work there",
+            hint=f'Drop the schema "{home.schema}" yourself, if nobody needs it.',
+        )
     from tako_runtime.store.file import set_aside
 
     return set_aside(home.app_dir / "runs.db")

@@ -9,12 +9,14 @@ import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import psycopg
 
 from tako_runtime.errors import StoreError, StoreTooNew
-from tako_runtime.store.database import Database
+from tako_runtime.store.database import Database, translated
+from tako_runtime.store.file import Examined
 from tako_runtime.store.queries import migrations
 
 _SERVES = re.compile(r"^-- serves: (\d+)$", re.MULTILINE)
@@ -67,6 +69,25 @@ def _fits(db: "psycopg.Connection[Any]", schema: str, database: Database, newest
             f"{serves}; this one knows versions up to {newest}"
         )
     return bool(version >= newest)
+
+
+def examine(database: Database, schema: str) -> Examined | None:
+    """As `file.examine`; what a database is sound by, it sees to itself."""
+    try:
+        with database.connect() as db:
+            there = db.execute("SELECT to_regclass(%s)", (f'"{schema}".store',)).fetchone()
+            if there is None or there[0] is None:
+                return None
+            asked = (
+                f'SELECT (SELECT version FROM "{schema}".store), count(*), max(created_at), '  # noqa: S608
+                f"pg_total_relation_size('\"{schema}\".runs') + pg_total_relation_size('\"{schema}\".steps') "
+                f'FROM "{schema}".runs'
+            )
+            version, runs, latest, size = db.execute(asked).fetchone() or (0, 0, None, 0)
+    except psycopg.Error as error:
+        raise translated(error, database) from error
+    place = Path(f"{schema} in {database.where}")
+    return Examined(place, size, 0o600, version, migrations("postgres")[-1][0], runs=runs, latest=latest)
 
 
 @contextmanager
