@@ -171,7 +171,7 @@ def test_secrets_come_along_and_are_nowhere_but_in_their_file(shop: Shop, web: M
     assert shop.ended(run_id) == f"4711{release}"
     path = f"{shop.data_dir}/apps/shop/secrets.json"
     assert web.run("stat", "-c", "%a %U", path).strip() == "600 tako"
-    hidden = "! grep -rl sk_live_a1b2c3d4 /etc /opt /run /var/log /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null"
+    hidden = "! grep -rl sk_live_[a]1b2c3d4 /etc /opt /run /var/log /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null"
     assert web.attempt("sh", "-c", hidden).stdout == ""
     assert "sk_live" not in web.run("journalctl", "--no-pager")
 
