@@ -101,7 +101,7 @@ def _manifest(args: argparse.Namespace) -> int:
 
         told = {"told": tell} if args.telling else {}
         mistakes = list(discover(Path.cwd(), args.dir, limit, without=args.without, **told))
-        found = declares(mistakes, config)
+        found = declares(Path.cwd(), mistakes, config)
         said = masked_json(msgspec.json.encode(found), "the manifest") + b"\n"
     with os.fdopen(out, "wb") as pipe:  # a big one does not fit into it at once
         pipe.write(said)
@@ -120,8 +120,7 @@ def _serve(args: argparse.Namespace) -> int:
     found.check_environment(args.env, "production")
     listening = passed_on() if found.app is not None else None
     reserve()
-    store.check_storage(found)
-    home = store.locate()
+    home = store.locate()._replace(url=found.storage.url, env=args.env)
     out = log.JsonLines(1, LEVELS[args.log_level])
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it can hand over, it is not asked to
     lock = Lock(home.app_dir, "supervisor")
@@ -240,9 +239,9 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
     ):
         return NOTHING_TO_RUN
     if args.together:
-        files, modules = imported(root, own)
-        found = msgspec.to_builtins(declares(mistakes, _config()))
-        log.emit("worker.declared", manifest=found, files=files, modules=modules)
+        theirs = {name for _, name in imported(root)} | own | {"__main__"}
+        modules = [name for name in sys.modules if name not in theirs]
+        log.emit("worker.declared", manifest=msgspec.to_builtins(declares(root, mistakes, _config())), modules=modules)
     settings = [
         Settings(
             group=group,
@@ -266,6 +265,9 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
         reason, told_to_stop = asyncio.run(_until_stopped(workers, lifeline))
         if reason != "lost lease":  # with a lost one, start over with a new identity
             break
+        if opened.shared and (going := sum(worker.going for worker in workers)):
+            log.emit("worker.unstoppable", worker=workers[0].id, calls=going)
+            return 1  # a thread ends with its process only
     opened.close()
     return 0
 

@@ -36,7 +36,6 @@ class Crew:
     ) -> None:
         self.children: dict[Child, asyncio.Task[None]] = {}
         self.environment, self.secrets = environment, secrets  # what those get that start from now on
-        self.files: frozenset[str] = frozenset()  # the project's own, that the one of all groups has imported
         self._root, self._words, self._said, self._ended, self._clock = root, words, said, ended, clock
         self._spare = Spare() if together else None
         self._broken: frozenset[str] = frozenset()
@@ -117,16 +116,14 @@ class Crew:
     def declared(self, child: Child, event: Event) -> Manifest:
         """It has imported the project's files and takes over, in this instant; what they declare."""
         manifest = msgspec.convert(event["manifest"], Manifest)
-        self.files, self._modules = frozenset(event["files"]), event["modules"]
+        self._modules = event["modules"]
         self._broken = frozenset(one.file for one in manifest.mistakes)
         if child.replaces:
             child.replaces = False
             for older in list(self.children):
                 if older is not child and not older.leaving:
                     self.end(older)
-            emit("code.reloaded", files=len(self.files), ms=(self._clock.now() - self._reload_at) / 1_000)
-        else:
-            emit("code.loaded", files=len(self.files))
+            emit("code.reloaded", ms=(self._clock.now() - self._reload_at) / 1_000)
         self.stand_by()
         return manifest
 

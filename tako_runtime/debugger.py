@@ -29,16 +29,30 @@ class _Debugger(pdb.Pdb):
         fd = os.open(terminal, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
         super().__init__(stdin=os.fdopen(fd), stdout=os.fdopen(os.dup(fd), "w"), nosigint=True)
         self._cleared = cleared
+        self._stands = False
+        self._said: list[str] = []
 
     def interaction(self, frame: FrameType | None, traceback: TracebackType | None) -> None:
         where = frame or sys._getframe()  # noqa: SLF001 -- after an error there is only its traceback
         emit("debugger.opened", file=_file(where), line=where.f_lineno, pid=os.getpid())
         self._cleared()
+        self._stands = True
         try:
+            for said in self._said:
+                self.message(said)
             super().interaction(frame, traceback)
         finally:
+            self._stands = False
+            self._said.clear()
             self.stdout.flush()
             emit("debugger.closed", pid=os.getpid())
+
+    def message(self, msg: str) -> None:
+        """What it says before it stands ("--Return--") is said once the terminal is cleared."""
+        if self._stands:
+            super().message(msg)
+        else:
+            self._said.append(msg)
 
 
 def _file(frame: FrameType) -> str:

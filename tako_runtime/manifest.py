@@ -71,8 +71,12 @@ class Mistake(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True):
+    """What the workflows declare, and what is wrong with them. `files` are those that their code is made of, the
+    project's own, as they are called in it."""
+
     workflows: tuple[Declared, ...]
     mistakes: tuple[Mistake, ...] = ()
+    files: tuple[str, ...] = ()
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
@@ -136,7 +140,7 @@ def _modules(place: Path, unread: Callable[[OSError], None]) -> list[Path]:
     return sorted(found)
 
 
-def declares(mistakes: list[Mistake], config: "Config | None") -> Manifest:
+def declares(root: Path, mistakes: list[Mistake], config: "Config | None") -> Manifest:
     """The manifest of what this process has discovered, with these mistakes."""
     declared = [_declared(flow) for _, flow in sorted(registry.items())]
     for flow in declared:
@@ -144,26 +148,22 @@ def declares(mistakes: list[Mistake], config: "Config | None") -> Manifest:
         mistakes = mistakes + [
             Mistake(flow.file, flow.line, f"workflow {flow.name!r}: {why}", "") for why in wrong if why
         ]
-    return Manifest(tuple(declared), tuple(mistakes))
+    own = {str(file.relative_to(root)) for file, _ in imported(root) if file.suffix == ".py"}
+    files = {file.encode(errors="backslashreplace").decode() for file in own}
+    return Manifest(tuple(declared), tuple(mistakes), tuple(sorted(files)))
 
 
-def imported(root: Path, known: Container[str]) -> tuple[list[str], list[str]]:
-    """What this process has imported beside what is `known`: the files that are the project's own, and the names of all
-    other modules, which are installed somewhere."""
-    files, modules = [], []
+def imported(root: Path) -> Iterator[tuple[Path, str]]:
+    """The modules that this process has imported and that are the project's own: each one's file, or folder, and
+    name."""
     for name, module in list(sys.modules.items()):
-        if name in known or name == "__main__":
-            continue
         file: str | None = getattr(module, "__file__", None)
-        places: list[str] = [file] if file else [*getattr(module, "__path__", ())]
-        if any(own(Path(place), root) for place in places):
-            files += [place for place in places if place.endswith(".py")]
-        else:
-            modules.append(name)
-    return files, modules
+        for place in [file] if file else [*getattr(module, "__path__", ())]:
+            if is_own(Path(place), root):
+                yield Path(place), name
 
 
-def own(file: Path, root: Path) -> bool:
+def is_own(file: Path, root: Path) -> bool:
     """Whether a file is the project's own, and not of a package that is installed, be it in a folder of the project."""
     return file.is_relative_to(root) and not file.is_relative_to(sys.prefix) and "site-packages" not in file.parts
 
@@ -201,7 +201,7 @@ def read(root: Path, folder: str, environment: Mapping[str, str], secrets: Mappi
         last = done.stdout.removesuffix(b"\n").rpartition(b"\n")[2]
         try:
             found = msgspec.json.decode(last, type=Manifest)
-            return Manifest(found.workflows, (*fatal, *found.mistakes))
+            return msgspec.structs.replace(found, mistakes=(*fatal, *found.mistakes))
         except msgspec.MsgspecError:
             said = Mask(secrets or {}).text(done.stderr.decode(errors="replace").strip(), "what the manifest says")
             file = os.fsdecode(last)

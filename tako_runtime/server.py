@@ -63,6 +63,8 @@ class Server:
         groups = {name: self.group(name) for name in config.group_names(server)}
         ticking: Clock = clock or SystemClock()
         self.manifest = Manifest(())
+        self._together = together
+        self._reloading: asyncio.Future[None] | None = None
         self.metrics = Metrics(config.metrics.listen, store, self._group_names, ticking)
         self.feed = Feed(home.app_dir, lambda event: heard("tako", event))
 
@@ -86,19 +88,23 @@ class Server:
             )  # fmt: skip
         self._successor: Lock | None = None  # the lock that another release waits for
         self._leaving = asyncio.Event()
-        self.cron = Cron(store, ticking, pace=pace)
+        self.cron = Cron(store, ticking, home.server, pace=pace)
         self.retention = Retention(store, config, server, ticking)
 
     async def declare(self) -> Manifest:
         """Read what the workflows declare, and make the schedules those. Raises `ConfigError` where they cannot be read
         at all; a file that cannot be imported is a mistake in the manifest, and the schedules stay as they were."""
+        found = await self._read()
+        await self.take(found)
+        return found
+
+    async def _read(self) -> Manifest:
         folder = self.config.workflows.dir
         found = await asyncio.to_thread(read, self.config.root, folder, self.environment, self.supervisor.secrets)
         for mistake in found.mistakes:
             emit(
                 "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
             )
-        await self.take(found)
         return found
 
     async def take(self, manifest: Manifest) -> None:
@@ -108,6 +114,7 @@ class Server:
         if self.app is not None:
             self.app.try_now()
         await self.cron.declare(manifest)
+        emit("code.declared", workflows=len(manifest.workflows), files=len(manifest.files))
 
     def group(self, name: str) -> Group:
         """What holds for the workers of a group here."""
@@ -115,10 +122,27 @@ class Server:
         return Group(name, found.workers, found.concurrency, found.idle_timeout, found.grace)
 
     def reload(self) -> None:
-        """The project's files have changed: what runs of it goes on with them as they are now."""
-        self.supervisor.reload()
+        """The project's files have changed: what runs of it goes on with them as they are now. A file that cannot be
+        imported and could be before leaves it as it is."""
+        if self._together:
+            self.supervisor.reload()
+        else:
+            self._reloading = asyncio.ensure_future(self._reload())
         if self.app is not None:
             self.app.restart(self.environment)
+
+    async def _reload(self) -> None:
+        known = {mistake.file for mistake in self.manifest.mistakes}
+        try:
+            found = await self._read()
+        except TakoError as error:
+            emit("server.unread", error=str(error))
+            return
+        if news := [mistake for mistake in found.mistakes if mistake.file not in known]:
+            emit("code.kept", reason=f"{news[0].file}:{news[0].line}: {news[0].message}")
+            return
+        await self.take(found)
+        self.supervisor.reload()
 
     def configure(self, config: Config, environment: Mapping[str, str]) -> None:
         """Go by this tako.toml from now on, but for where the app, the metrics and the store are."""
@@ -156,9 +180,12 @@ class Server:
         parts = ending + others
         leaving: asyncio.Task[Any] = loop.create_task(self._leaving.wait())
         try:
-            with log.sink(self.metrics.observe), log.sink(self.feed.announce), log.sink(Noted(self.home.app_dir)):
+            with contextlib.ExitStack() as sinks:
+                for sink in (self.metrics.observe, self.feed.announce, Noted(self.home.app_dir)):
+                    sinks.enter_context(log.sink(sink))
                 if (kind := disk.filesystem(self.home.app_dir)) in disk.NETWORK:
                     emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
+                sinks.enter_context(self._store.relay())
                 async with self.feed, self.metrics:
                     await asyncio.wait([*parts, leaving], return_when=asyncio.FIRST_COMPLETED)
                     if self._successor is None:

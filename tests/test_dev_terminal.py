@@ -278,6 +278,21 @@ def test_a_footer_survives_a_resize_and_garbles_no_line(project: Path) -> None:
         assert dev.ended() == 0
 
 
+def test_a_question_is_drawn_anew_for_the_width_that_there_is(project: Path) -> None:
+    with at_terminal("dev", cwd=project, columns=100) as dev:
+        dev.wait_for_foot("for keys")
+        dev.press("s3")
+        dev.wait_for("payload of order")
+        dev.press("\x15" + "9" * 90)
+        dev.wait_for("9{90}")
+        dev.resize(60)
+        dev.wait_for("^   9{56}\n   9{34}$")
+        dev.press("\r")
+        dev.wait_for("PayloadRefused")
+        dev.press("q")
+        assert dev.ended() == 0
+
+
 def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(project: Path) -> None:
     shell = Terminal(["bash", "--norc", "-i"], project, 100, PS1="$ ")
     try:
@@ -316,6 +331,33 @@ def test_a_worker_that_is_killed_harms_neither_the_footer_nor_the_terminal(proje
         assert in_raw_mode(dev)
         dev.press("q")
         assert dev.ended() == 0
+
+
+def test_a_terminal_that_is_closed_ends_it_with_all_its_children(project: Path) -> None:
+    with at_terminal("dev", cwd=project) as dev:
+        dev.wait_for_foot("for keys")
+        run = start(project, "report", None)
+        dev.wait_for(f"{run[-8:]} report +succeeded")
+        workers = workers_of(project)
+        assert workers
+        dev.program.ptyproc.fileobj.close()  # what a window does that is closed
+        until(lambda: not any(map(is_alive, [*workers, dev.program.pid])))
+
+
+def test_in_the_background_it_takes_no_key_and_draws_no_footer_until_it_is_in_front(project: Path) -> None:
+    shell = Terminal(["bash", "--norc", "-i"], project, 100, PS1="$ ")
+    try:
+        shell.press(f"{sys.executable} -m tako_cli dev &\n")
+        shell.wait_for("group default started")
+        shell.press("echo typed-$((1 + 1))\n")
+        shell.wait_for("^typed-2")
+        assert "for keys" not in "\n".join(shell.lines)
+        shell.press("fg\n")
+        shell.wait_for_foot("for keys")
+        shell.press("q")
+        shell.wait_for("stopped")
+    finally:
+        shell.program.close(force=True)
 
 
 SCREEN = """
@@ -374,9 +416,11 @@ def test_while_it_is_lent_the_terminal_is_as_it_was_and_no_key_is_taken(project:
     assert terminal.lines[-1] == "then y"
 
 
-def test_a_breakpoint_has_the_terminal_and_then_the_footer_and_the_keys_are_back(project: Path) -> None:
+@pytest.mark.parametrize("place", ["    breakpoint()\n{line}", "{line}\n    breakpoint()"], ids=["first", "last"])
+def test_a_breakpoint_has_the_terminal_and_then_the_footer_and_the_keys_are_back(project: Path, place: str) -> None:
     flows = project / "workflows" / "flows.py"
-    flows.write_text(flows.read_text().replace("    print(f", "    breakpoint()\n    print(f"))
+    line = '    print(f"charged {total}")'
+    flows.write_text(flows.read_text().replace(line, place.format(line=line)))
     with at_terminal("dev", cwd=project) as dev:
         dev.wait_for_foot("for keys")
         dev.press("s3")
@@ -385,6 +429,7 @@ def test_a_breakpoint_has_the_terminal_and_then_the_footer_and_the_keys_are_back
         dev.wait_for_foot(r"\(Pdb\)")
         assert not in_raw_mode(dev)
         assert sum("for keys" in line for line in dev.lines) == 0
+        assert sum("0 running" in line or "1 running" in line for line in dev.lines) == 0
         dev.press("p total * 2\n")
         dev.wait_for("^19.0")
         dev.press("c\n")

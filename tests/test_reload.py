@@ -161,6 +161,11 @@ def test_with_process_workers_are_those_of_production_and_new_code_is_at_work_al
         edit(flows(project), '"version": 1', '"version": 2')
         dev.wait_for("worker.stopped")
         assert price(project, dev)["version"] == 2
+        edit(project / "shop" / "prices.py", "10", "(")
+        dev.wait_for("code.kept")
+        edit(project / "shop" / "prices.py", "(", "12")
+        dev.wait_for("code.declared")
+        assert price(project, dev)["price"] == 12
 
 
 def test_the_app_is_started_again_with_the_new_code(tmp_path: Path) -> None:

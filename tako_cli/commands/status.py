@@ -18,7 +18,7 @@ def status(as_json: Json = False) -> None:
 
     home, config = store.locate(), context.known()
     with context.control() as control:
-        found = {"app": home.app, "store": str(home.app_dir / "runs.db"), **control.status(config)}
+        found = {"app": home.app, "store": store.where(home), **control.status(config)}
     if as_json:
         output.document({"status": found})
         return

@@ -17,7 +17,7 @@ from tako_cli.dev.welcome import payload_file
 from tako_cli.timeline import runs_table, short_id
 from tako_runtime import clock
 from tako_runtime.control import Control
-from tako_runtime.errors import StoreBusy, TakoError
+from tako_runtime.errors import StoreBusy, StoreError, TakoError
 from tako_runtime.store.base import PAUSE, DropLease, Paused, TakeLease
 
 if TYPE_CHECKING:
@@ -104,7 +104,8 @@ class Board:
         finally:
             drawing.cancel()
             if self._pausing is not None:
-                await self._go_on(self._pausing)
+                with suppress(StoreError):  # it lapses
+                    await self._go_on(self._pausing)
 
     async def _do(self, action: Callable[[], Awaitable[None]]) -> None:
         try:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Event = dict[str, Any]
 
 #: Of use to a program that follows the log; a person has it from the lines around it.
-_FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "code.loaded", "dev.ready"}
+_FOR_PROGRAMS = {"worker.spawned", "worker.claimed", "code.declared", "dev.ready"}
 #: Of use to a person who looks for something, and asks for it with `verbose`.
 _DETAILS = {"step.cached"}
 
@@ -195,6 +195,8 @@ class Lines:
         lines = wording.frames(traceback, self._root, whole=self._verbose)
         if event["event"] == "file.broken":
             self._tracebacks.update(lines[-1:])
+        if lines and lines[-1] in str(event.get("message")):
+            del lines[-1]  # what was raised has been said
         last = str(event.get("last_lines") or "").splitlines()
         return [
             output.clean(line) for line in lines + ([] if set(last[-1:]) & {*self._tracebacks, *self._recent} else last)

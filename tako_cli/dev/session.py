@@ -59,8 +59,7 @@ class Options:
 def develop(config: "Config", manifest: "Manifest", options: Options) -> int:
     """Run the project here until told to stop; the exit code."""
     reserve()
-    store.check_storage(config)
-    home = store.project_home(config.name, config.root)
+    home = store.project_home(config.name, config.root, config.storage.url)
     with alone(home.app_dir, "tako dev" if options.pace.scale == 1 else f"tako dev{SCALED}{options.pace}"):
         secrets = context.secrets(config, home)
         aside = store.set_aside(home) if options.fresh else None
@@ -174,8 +173,9 @@ class Session:
         if event["event"] == "group.paused":
             self._failed_starts[event["group"]] = event["failures"]
         self._dead = self._dead or (event["event"] == "run.reclaimed" and event["then"] == Status.DEAD)
-        if event["event"] in ("code.loaded", "code.reloaded"):
+        if event["event"] == "code.declared":
             self._lines.mended()
+            self._broken = {mistake.file for mistake in self._server.manifest.mistakes}
             self._know()
         self._lines.of_supervisor(event)
         self._happened(event)
@@ -216,7 +216,8 @@ class Session:
     def _know(self) -> None:
         """What the code at work is made of."""
         if self._watch is not None:
-            self._watch.know(self._server.supervisor.files, self._broken)
+            root = self._config.root
+            self._watch.know([root / file for file in self._server.manifest.files], map(Path, self._broken))
 
     def _interrupted(self) -> None:
         self._stops += 1
@@ -245,7 +246,7 @@ class Session:
         given = self._server.supervisor.secrets
         found = Found(
             app=config.name, url=self._server.app.url if self._server.app is not None else None, root=config.root,
-            folder=config.workflows.dir, store=self._home.app_dir / "runs.db", workflows=self._manifest.workflows,
+            folder=config.workflows.dir, store=Path(store.where(self._home)), workflows=self._manifest.workflows,
             secrets=sorted(given), missing=[name for name in config.secrets.required if name not in given], left=left,
             keys=self._board is not None,
         )  # fmt: skip
@@ -253,6 +254,7 @@ class Session:
         for one in self._manifest.mistakes:
             message = f"{context.place(one.file, one.line)}: {one.message}"
             self._lines.say("file.broken", message, "error", file=one.file, line=one.line, error=one.message)
+            self._broken.add(one.file)
         self._lines.say(
             "dev.ready", f"{config.name} is ready", app=config.name, store=str(found.store), pid=os.getpid(),
             workflows=[flow.name for flow in found.workflows], left=left, url=found.url, secrets=found.secrets,

@@ -7,7 +7,7 @@ harm, and a burst of saves is one change.
 
 import asyncio
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from watchfiles import awatch
@@ -28,11 +28,12 @@ class Watch:
         self._moved = asyncio.Event()
         self._seen = self._fingerprint()
 
-    def know(self, imported: Collection[str], broken: Collection[str]) -> None:
+    def know(self, imported: Iterable[Path], broken: Iterable[Path]) -> None:
         """What the code at work has imported, and which files cannot be."""
         before = self._folders()
-        self._imported, self._broken = frozenset(map(Path, imported)), frozenset(map(Path, broken))
-        self._seen = {**self._fingerprint(), **self._seen}  # what is new here is as it is, not changed
+        self._imported, self._broken = frozenset(imported), frozenset(broken)
+        now = self._fingerprint()  # what is new here is as it is, not changed; what is no concern any more is not gone
+        self._seen = now | {path: was for path, was in self._seen.items() if path in now or not path.exists()}
         if self._folders() != before:
             self._moved.set()
 
