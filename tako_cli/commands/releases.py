@@ -75,7 +75,7 @@ def rollback(
     remotes = connected(config, servers_of(config, env))
     facts = preflight(config, env, remotes, as_json=as_json)
     wanted = [_chosen(one, release) for one in facts]
-    plans = [back(one, name, config.deploy.keep_releases) for one, name in zip(facts, wanted, strict=True)]
+    plans = [back(config, one, name) for one, name in zip(facts, wanted, strict=True)]
     finish(carried_out(plans, remotes, yes=yes, parallel=parallel, keep_going=keep_going), as_json=as_json)
 
 
