@@ -11,12 +11,12 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks import contention, drain, history, idle, imports, latency, reload, start, steps
+from benchmarks import contention, drain, history, idle, imports, latency, postgres, reload, start, steps
 from benchmarks.measure import Row, Spread, machine
 
 BENCHMARKS = {
     module.__name__.rpartition(".")[2]: module
-    for module in (drain, latency, steps, history, contention, idle, start, reload, imports)
+    for module in (drain, latency, steps, history, contention, idle, start, reload, imports, postgres)
 }
 
 

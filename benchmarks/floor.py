@@ -58,7 +58,7 @@ class Floor:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", "cache_size = -65536", "wal_autocheckpoint = 4000"):
             self._db.execute(f"PRAGMA {pragma}").fetchall()
         if self._db.pragma("user_version") == 0:
-            for number, script in migrations():
+            for number, script in migrations("sqlite"):
                 self._db.execute(f"{script}; PRAGMA user_version = {number}")
 
     def fill(self, runs: int) -> None:

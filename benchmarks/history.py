@@ -90,7 +90,7 @@ def history(ended: int) -> Path:
     """A store with so many ended runs and a tenth as many parked ones; built once, then copied."""
     folder = Path(tempfile.gettempdir()) / "tako-benchmark-history"
     folder.mkdir(exist_ok=True)
-    schema = "".join(script for _, script in migrations())
+    schema = "".join(script for _, script in migrations("sqlite"))
     path = folder / f"{ended}-{zlib.crc32((schema + BUILD).encode()):08x}.db"
     if not path.exists():
         for old in folder.glob(f"{ended}-*"):  # of another schema, or half built

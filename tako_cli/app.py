@@ -29,6 +29,7 @@ from tako_cli.commands import (
     secrets,
     signals,
     status,
+    store,
     workflows,
 )
 from tako_cli.commands import run as run_
@@ -57,6 +58,7 @@ app.add_typer(workflows.app, name="workflows")
 app.add_typer(cron.app, name="cron")
 app.add_typer(secrets.app, name="secrets")
 app.add_typer(config.app, name="config")
+app.add_typer(store.app, name="store")
 app.command("doctor")(doctor.doctor)
 app.command("completions")(completions.completions)
 

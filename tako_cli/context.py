@@ -143,7 +143,7 @@ def manifest(config: "Config") -> "Manifest":
     from tako_runtime.manifest import read
     from tako_runtime.store import project_home
 
-    home = project_home(config.name, config.root)
+    home = project_home(config.name, config.root, config.storage.url)
     return read(config.root, config.workflows.dir, environment(config, home), secrets(config, home))
 
 

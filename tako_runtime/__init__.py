@@ -19,6 +19,7 @@ from tako_runtime.errors import (
     StoreError,
     StoreLocked,
     StoreTooNew,
+    StoreUnreachable,
     TakoError,
     TakoUnavailable,
     TooLarge,
@@ -62,4 +63,5 @@ __all__ = [
     "StoreBusy",
     "StoreLocked",
     "StoreTooNew",
+    "StoreUnreachable",
 ]

@@ -122,8 +122,7 @@ def _serve(args: argparse.Namespace) -> int:
     found.check_environment(args.env, "production")
     listening = passed_on() if found.app is not None else None
     reserve()
-    store.check_storage(found)
-    home = store.locate()
+    home = store.locate()._replace(url=found.storage.url, env=args.env)
     out = log.JsonLines(1, LEVELS[args.log_level])
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until it can hand over, it is not asked to
     lock = Lock(home.app_dir, "supervisor")
@@ -290,6 +289,9 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
         reason, told_to_stop = asyncio.run(_until_stopped(workers, lifeline))
         if reason != "lost lease":  # with a lost one, start over with a new identity
             break
+        if opened.shared and (going := sum(worker.going for worker in workers)):
+            log.emit("worker.unstoppable", worker=workers[0].id, calls=going)
+            return 1  # a thread ends with its process only
     opened.close()
     return 0
 

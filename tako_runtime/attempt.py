@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, Protocol, TypeVar
 
-from tako_runtime import clock, codec, failure, log
+from tako_runtime import announce, clock, codec, failure, log
 from tako_runtime.branches import Branches
 from tako_runtime.clock import Clock, Pace
 from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy, Unreadable
@@ -28,7 +28,6 @@ from tako_runtime.secrets import NOT_IN_NAMES, named_in
 from tako_runtime.state import (
     Bailed,
     Cancelled,
-    Change,
     Failed,
     Interrupted,
     Outcome,
@@ -100,7 +99,8 @@ class Attempt:
         run, broken = self.run, None
         try:
             with log.about(run=run.id, workflow=run.workflow, attempt=run.attempt, group=run.group):
-                self._announce_begin()
+                self._began = self.now()
+                announce.begun(run, self.history, self._began)
                 try:
                     outcome = None if self._lost else self._misfit() or await self._call()
                 except (Exception, SystemExit) as error:  # noqa: BLE001 -- what no stage expected ends its run only
@@ -115,30 +115,6 @@ class Attempt:
         except BaseException as error:  # noqa: BLE001 -- the worker gives up what cannot be written
             broken = error
         self._desk.ended(self, broken)
-
-    def _announce_begin(self) -> None:
-        run = self.run
-        self._began = self.now()
-        by = self._woken_by() if self.history else ""
-        emit(
-            "run.woken" if by else "run.resumed" if self.history else "run.started", max_attempts=run.max_attempts,
-            done=len(self.history), by=by, ms=(self._began - (run.due_at or self._began)) / 1_000,
-        )  # fmt: skip
-
-    def _woken_by(self) -> str:
-        """Where a parked run goes on within its attempt: what it had waited for, which is the last that happened."""
-
-        def ended(step: StepRecord) -> int:
-            at = step.finished_at if step.finished_at is not None else step.due_at
-            return at if at is not None and at <= self._began else 0
-
-        last = max(self.history.values(), key=ended)
-        if last.kind == "run" or ended(last) < (self.run.attempt_started_at or 0):
-            return ""
-        if last.kind == "sleep":
-            return "the end of its sleep"
-        signal = last.name.partition("#")[0]
-        return f"signal {signal}" if last.status == "done" else f"the deadline of signal {signal}"
 
     def _misfit(self) -> Outcome | None:
         """Read the payload. One that does not fit cannot be mended by a retry."""
@@ -244,40 +220,9 @@ class Attempt:
         except ClaimLost:
             emit("run.lost")
             return
-        self._announce(outcome, change)
-
-    def _announce(self, outcome: Outcome, change: Change) -> None:
-        if self.history and isinstance(outcome, Returned | Sleeps | Waits) and (left := self._not_asked_for()):
-            emit("run.diverged", steps=", ".join(left))
-        ms = (change.now - (self.run.started_at or change.now)) / 1_000
-        match change.status:
-            case Status.SUCCEEDED:
-                emit("run.succeeded", ms=ms)
-            case Status.CANCELLED:
-                emit("run.cancelled", reason=change.reason, ms=ms)
-            case Status.DEAD:
-                emit("run.dead", reason=change.reason, error=_shown(outcome), ms=ms)
-            case _:
-                until = "a signal" if change.due_at is None else clock.iso(change.due_at)
-                since = change.now if self._parked_for is None else self._parked_for.started_at
-                emit(
-                    f"run.{change.reason}", until=until, pause=clock.spell((change.due_at or 0) - change.now),
-                    max_attempts=change.max_attempts, error=outcome.failure.line if isinstance(outcome, Raised) else "",
-                    traceback=_shown(outcome), signals=", ".join(self._signals()),
-                    ms=(change.now - self._began) / 1_000, **self.pace.told((change.due_at or since) - since),
-                )  # fmt: skip
-
-    def _not_asked_for(self) -> list[str]:
-        """Steps that were done before and that this pass had no use for: the code is another by now."""
-        left = []
-        for key in self.history:
-            name, _, number = key.name.partition("#")
-            if key.kind == "run" and self._uses.get(StepKey("run", name), 0) < int(number or 1):
-                left.append(key.name)
-        return left
-
-    def _signals(self) -> list[str]:
-        return [key.name for key, step in self.history.items() if step.status == "waiting"]
+        if self.history and isinstance(outcome, Returned | Sleeps | Waits):
+            announce.diverged(self.history, self._uses)
+        announce.settled(self.run, self.history, outcome, change, self._began, self.pace, self._parked_for)
 
     # --- what a step asks for ---
 
@@ -529,7 +474,3 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         if isinstance(link, BaseExceptionGroup):
             todo += link.exceptions
     return seen
-
-
-def _shown(outcome: Outcome) -> str:
-    return outcome.failure.traceback if isinstance(outcome, Raised | Failed) else ""

@@ -90,7 +90,9 @@ class Storage:
 
     url: Annotated[
         str,
-        Setting(values.storage_url, "sqlite", "sqlite; postgres (secret DATABASE_URL) and postgresql://... come later"),
+        Setting(
+            values.storage_url, "sqlite", "sqlite; postgres (secret DATABASE_URL); postgresql://... without a password"
+        ),
     ]
 
 

@@ -19,8 +19,9 @@
     ├── RunTimeout (TimeoutError)   an attempt ran past its workflow's `timeout`
     └── StoreError                  the store could not do it
         ├── StoreBusy               not now: disk full, no answer; the same call may work later
-        │   └── StoreLocked         another process holds the store for long
-        └── StoreTooNew             the file was written by a newer tako
+        │   ├── StoreLocked         another process holds the store for long
+        │   └── StoreUnreachable    the store's database cannot be reached from here
+        └── StoreTooNew             the store was written by a newer tako
 
 What suspends or ends a run (`Suspension` in `step.py`) is a `BaseException` on purpose and not in this tree:
 `except Exception` in a handler must not swallow it.
@@ -164,8 +165,15 @@ class StoreLocked(StoreBusy):
     holder: int | None = None  # its process id, where it is known
 
 
+class StoreUnreachable(StoreBusy):
+    """The store's database cannot be reached from here; others may be able to."""
+
+    code = "store_unreachable"
+    hint = "Nothing was stored. Try again; if it lasts, look at the database's server and the network to it."
+
+
 class StoreTooNew(StoreError):
     """The store was written by a newer tako."""
 
     code = "store_too_new"
-    hint = "Upgrade tako here; an older one must not touch this file."
+    hint = "Upgrade tako here; an older one must not touch this store."

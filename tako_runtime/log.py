@@ -53,6 +53,13 @@ WORDS: dict[str, tuple[int, str]] = {
     "step.left": (WARNING, "step {step} is not waited for any longer; its thread cannot be stopped and is left behind"),
     "wait.done": (DEBUG, "got signal {signal}"),
     "wait.timed_out": (INFO, "no signal {signal} by its deadline{scaled}"),
+    "relay.listening": (INFO, "hears of what other servers do through {database}"),
+    "relay.polling": (
+        WARNING,
+        "{database} is behind a pooler, where nobody can listen: what other servers do is looked for once a second. "
+        "The secret DATABASE_DIRECT_URL may name the database itself",
+    ),
+    "relay.lost": (WARNING, "the ear at {database} is lost, once a second has to do until it is back: {error}"),
     "store.busy": (WARNING, "a write waits and is tried again: {error}"),
     "store.on_network": (
         ERROR,
@@ -64,6 +71,11 @@ WORDS: dict[str, tuple[int, str]] = {
     "worker.draining": (INFO, "worker {worker} drains, runs in hand: {runs}"),
     "worker.stopped": (INFO, "worker {worker} stopped: {reason}"),
     "worker.lost_lease": (ERROR, "worker {worker} lost its lease and gives up what it has in hand (runs: {runs})"),
+    "worker.unstoppable": (
+        ERROR,
+        "worker {worker} has lost its lease and cannot stop what is at work in threads ({calls}): the process ends, "
+        "before others start that",
+    ),
     "worker.died": (WARNING, "the worker process {pid} is gone: {how}"),
     "worker.frozen": (ERROR, "worker {worker} (process {pid}) has not renewed its lease: it is ended and replaced"),
     "worker.fit": (INFO, "a worker of group {group} could begin: {workflows}"),

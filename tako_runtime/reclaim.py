@@ -1,16 +1,81 @@
 """Give back the runs of workers that are gone: the outcome "worker lost"."""
 
+import asyncio
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from tako_runtime import clock, inflight
-from tako_runtime.clock import REAL_TIME, Pace
+from tako_runtime.child import Child
+from tako_runtime.clock import REAL_TIME, Clock, Pace
+from tako_runtime.errors import StoreBusy
+from tako_runtime.inflight import gone
 from tako_runtime.log import emit
 from tako_runtime.run import Status, WorkerRecord
 from tako_runtime.state import Interrupted, WorkerLost, settle
-from tako_runtime.store.base import Apply, GiveUpWorker, ListWorkers, RemoveWorker, RunsOf
+from tako_runtime.store import Home
+from tako_runtime.store.base import Apply, GiveUpWorker, ListWorkers, RemoveWorker, RunsOf, TakeLease
 from tako_runtime.store.commit import StoreThread
+
+#: The least time, in seconds, that a worker of this machine has to renew a lease that has lapsed, once the store takes
+#: writes again.
+RENEWAL = 2.0
+
+
+class Lost:
+    """Workers that are gone, as the supervisor of `children` sees them."""
+
+    def __init__(
+        self, store: StoreThread, home: Home, children: Collection[Child], ticking: Clock, lease: int, pace: Pace
+    ) -> None:
+        self._store, self._home, self._children, self._clock = store, home, children, ticking
+        self._lease, self._pace = lease, pace
+        self._lapsed: dict[tuple[str, int], float] = {}  # workers of this machine, their leases, and since when
+
+    async def look(self) -> None:
+        """Give back what lost workers had in hand. One of this machine whose lease has lapsed may have been kept from
+        renewing it: by a store that took no write, a machine that was suspended, a clock that was set. So it gets the
+        time for that, once a write of ours has landed; if it stays lapsed, it does not run any more."""
+        now, seconds = self._clock.now(), asyncio.get_running_loop().time
+        lapsed = {
+            (worker.id, worker.lease_until): worker.pid
+            for worker in await self._store.do(ListWorkers())
+            if worker.lease_until <= now and gone(self._home.app_dir, worker.id) is False
+        }
+        if lapsed.keys() - self._lapsed.keys():
+            await self._store.do(
+                TakeLease(name=f"reclaim {self._home.server}", holder=self._home.server, until=now, now=now)
+            )
+        at = seconds()
+        self._lapsed = {key: self._lapsed.get(key, at) for key in lapsed}
+        patience = max(self._lease / 2 / clock.SECOND, RENEWAL)
+        frozen = {key for key, since in self._lapsed.items() if at - since >= patience}
+        await self.end_frozen({lapsed[key] for key in frozen})
+        spared = {worker for worker, _ in lapsed.keys() - frozen}
+        await reclaim(self._store, self._home.app_dir, self._clock.now(), but=spared, pace=self._pace)
+
+    async def end_frozen(self, pids: Collection[int | None]) -> None:
+        """End those of ours that are among these processes and do not renew their leases (stopped, or hanging with the
+        interpreter held), with whatever lock they hold. Their runs go on in others."""
+        if not any(child.pid in pids for child in self._children):
+            return
+        now = self._clock.now()
+        lapsed = {w.pid: w.id for w in await self._store.do(ListWorkers()) if w.lease_until <= now}
+        for child in self._children:
+            if child.pid in pids and child.pid in lapsed:
+                child.verdict = "its worker did not renew its lease"
+                emit("worker.frozen", worker=lapsed[child.pid], pid=child.pid, group=child.group.name)
+                child.kill()
+
+    async def ended(self, child: Child) -> None:
+        """Give back what that one had in hand, be it at a drain."""
+        try:
+            if child.drained:
+                ids = {up.worker for up in child.workers.values()}
+                await cut_off(self._store, self._home.app_dir, ids, self._clock.now())
+            await self.look()
+        except StoreBusy as error:  # the next round does it
+            emit("store.busy", error=str(error))
 
 
 async def reclaim(

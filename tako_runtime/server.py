@@ -88,7 +88,7 @@ class Server:
             )  # fmt: skip
         self._successor: Lock | None = None  # the lock that another release waits for
         self._leaving = asyncio.Event()
-        self.cron = Cron(store, ticking, pace=pace)
+        self.cron = Cron(store, ticking, home.server, pace=pace)
         self.retention = Retention(store, config, server, ticking)
 
     async def declare(self) -> Manifest:
@@ -180,9 +180,12 @@ class Server:
         parts = ending + others
         leaving: asyncio.Task[Any] = loop.create_task(self._leaving.wait())
         try:
-            with log.sink(self.metrics.observe), log.sink(self.feed.announce), log.sink(Noted(self.home.app_dir)):
+            with contextlib.ExitStack() as sinks:
+                for sink in (self.metrics.observe, self.feed.announce, Noted(self.home.app_dir)):
+                    sinks.enter_context(log.sink(sink))
                 if (kind := disk.filesystem(self.home.app_dir)) in disk.NETWORK:
                     emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
+                sinks.enter_context(self._store.relay())
                 async with self.feed, self.metrics:
                     await asyncio.wait([*parts, leaving], return_when=asyncio.FIRST_COMPLETED)
                     if self._successor is None:

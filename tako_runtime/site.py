@@ -63,7 +63,7 @@ class Site(Control):
         return self._home.data_dir.name == ".tako"
 
     def status(self, config: Config | None = None, server: str | None = None) -> Json:
-        at = {"app": self._home.app, "store": str(self._home.app_dir / "runs.db")}
+        at = {"app": self._home.app, "store": store.where(self._home)}
         return {**at, **super().status(config or self._config, server or self._server)}
 
     def why(self, prefix: str, config: Config | None = None, declared: Callable[[], Manifest] | None = None) -> Json:

@@ -6,10 +6,10 @@ events it sleeps: the bell, a child's end, the next due time and a look once a s
 """
 
 import asyncio
+import contextlib
 import os
-import socket
 import sys
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,14 +19,13 @@ from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.crew import Crew
 from tako_runtime.errors import StoreBusy, StoreLocked, TakoError
 from tako_runtime.health import Health
-from tako_runtime.inflight import gone
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, fingerprint
 from tako_runtime.process import how
-from tako_runtime.reclaim import cut_off, reclaim
+from tako_runtime.reclaim import Lost
 from tako_runtime.run import new_id
 from tako_runtime.store import Home
-from tako_runtime.store.base import DataVersion, Demand, ListWorkers, RunsOf, TakeLease, Undeclared
+from tako_runtime.store.base import DataVersion, Demand, DropLease, RunsOf, TakeLease, Undeclared
 from tako_runtime.store.commit import StoreThread
 
 #: The net under the bell, in seconds. At each look the supervisor also sees how its workers stand.
@@ -35,9 +34,8 @@ LOOK = 1.0
 #: How often lapsed leases are looked for.
 RECLAIM_EVERY = 5 * clock.SECOND
 
-#: The least time, in seconds, that a worker of this machine has to renew a lease that has lapsed, once the store takes
-#: writes again.
-RENEWAL = 2.0
+#: How long a group that only one of several machines may wake is that machine's, after its last word.
+AWAKE = 10 * clock.SECOND
 
 #: A worker that is not up after so many looks hangs; so does one that at so many looks in a row had free slots, and due
 #: runs to take, and took none. Looks are counted, not seconds: a supervisor that was itself stopped accuses nobody.
@@ -133,8 +131,8 @@ class Supervisor:
         self._undeclared: dict[str, str] = {}
         self._told: set[tuple[str, str]] = set()
         self._reading = False
-        self._host = socket.gethostname()
-        self._lapsed: dict[tuple[str, int], float] = {}  # workers of this machine, their leases, and since when
+        self._awake: dict[str, int] = {}  # groups at rest that are this machine's to wake, and until when
+        self._lost = Lost(store, home, self._crew.children, self._clock, lease, pace)
         self._wake = asyncio.Event()
         self._dirty = True
         self.stopping = self._succeeded = False
@@ -158,6 +156,8 @@ class Supervisor:
             await self._crew.end_all()
             if not self._succeeded:
                 await self._health.forget()
+                with contextlib.suppress(TakoError):
+                    await self._keep_awake()  # nobody's worker is here any more
 
     def stop(self, *, succeeded: bool = False) -> None:
         """Drain and leave. Where another one has `succeeded` us, what is known of the groups is its to say. Call it in
@@ -194,7 +194,7 @@ class Supervisor:
                 version = await self._store.do(DataVersion())
                 if now >= reclaim_at:
                     reclaim_at = now + RECLAIM_EVERY
-                    await self._reclaim()
+                    await self._lost.look()
                     self._dirty = True
                 if self._dirty or version != data_version or (next_at is not None and next_at <= now):
                     self._dirty, data_version = False, version
@@ -204,10 +204,11 @@ class Supervisor:
                     await self._look_at_workers()
                     self._look_at_files()
                 await self._health.report()
+                await self._keep_awake()
             except StoreBusy as error:
                 emit("store.busy", error=str(error))
                 if isinstance(error, StoreLocked):
-                    await self._end_frozen({error.holder})
+                    await self._lost.end_frozen({error.holder})
             await self._act(now)
             self.turns += 1
             times = [at for at in (next_at, *self._health.paused_until.values()) if at is not None and at > now]
@@ -229,7 +230,35 @@ class Supervisor:
             seen = Seen(self._due, live, self._health.paused_until, unhealthy, trying)
             wanted = {name: self._group(name) for name in named}
         for name in decide(seen, wanted, now):
-            await self._start(wanted.get(name) or self._group(name))
+            group = wanted.get(name) or self._group(name)
+            if group.workers or await self._may_wake(name):
+                await self._start(group)
+
+    async def _may_wake(self, name: str) -> bool:
+        """Of several machines one wakes a group that is at rest: who has the lease for it, which is kept while the
+        group's worker lives there. The others see that it is taken, and stay as they are."""
+        now = self._clock.now()
+        if not self._store.shared or self._awake.get(name, 0) > now + AWAKE // 2:
+            return True
+        lease = TakeLease(name=f"wake {name}", holder=self._home.server, until=now + AWAKE, now=now)
+        try:
+            taken = await self._store.do(lease)
+        except StoreBusy as error:
+            emit("store.busy", error=str(error))
+            return False
+        if taken:
+            self._awake[name] = lease.until
+        return taken
+
+    async def _keep_awake(self) -> None:
+        """Keep that lease for the groups that have a worker here, and let go of it for those that have none now."""
+        here = {child.group.name for child in self._crew.children}
+        for name in list(self._awake):
+            if name in here:
+                await self._may_wake(name)
+            else:
+                await self._store.do(DropLease(name=f"wake {name}", holder=self._home.server))
+                del self._awake[name]
 
     async def _sleep(self, seconds: float) -> None:
         handle = asyncio.get_running_loop().call_later(seconds, self._wake.set)
@@ -373,7 +402,7 @@ class Supervisor:
                 if not child.workers or name in self._due:  # an idle one that somebody ended proves nothing
                     self._health.unhealthy(name, *child.why(code))
             self._health.paused(group)
-        await self._give_back(child)
+        await self._lost.ended(child)
         self._look_anew()
 
     def cleared(self, pid: int) -> None:
@@ -419,49 +448,6 @@ class Supervisor:
         if not child.claimed:
             self._health.paused(group)
         self._crew.end(child, within=None if child.workers else 0, drained=False)
-
-    async def _reclaim(self) -> None:
-        """Give back what lost workers had in hand. One of this machine whose lease has lapsed may have been kept from
-        renewing it: by a store that took no write, a machine that was suspended, a clock that was set. So it gets the
-        time for that, once a write of ours has landed; if it stays lapsed, it does not run any more."""
-        now, seconds = self._clock.now(), asyncio.get_running_loop().time
-        lapsed = {
-            (worker.id, worker.lease_until): worker.pid
-            for worker in await self._store.do(ListWorkers())
-            if worker.lease_until <= now and gone(self._home.app_dir, worker.id) is False
-        }
-        if lapsed.keys() - self._lapsed.keys():
-            await self._store.do(TakeLease(name=f"reclaim {self._host}", holder=self._host, until=now, now=now))
-        at = seconds()
-        self._lapsed = {key: self._lapsed.get(key, at) for key in lapsed}
-        patience = max(self._lease / 2 / clock.SECOND, RENEWAL)
-        frozen = {key for key, since in self._lapsed.items() if at - since >= patience}
-        await self._end_frozen({lapsed[key] for key in frozen})
-        spared = {worker for worker, _ in lapsed.keys() - frozen}
-        await reclaim(self._store, self._home.app_dir, self._clock.now(), but=spared, pace=self._pace)
-
-    async def _end_frozen(self, pids: Collection[int | None]) -> None:
-        """End those of ours that are among these and do not renew their leases (stopped, or hanging with the
-        interpreter held), with whatever lock they hold. Their runs go on in others."""
-        if not any(child.pid in pids for child in self._crew.children):
-            return
-        now = self._clock.now()
-        lapsed = {w.pid: w.id for w in await self._store.do(ListWorkers()) if w.lease_until <= now}
-        for child in self._crew.children:
-            if child.pid in pids and child.pid in lapsed:
-                child.verdict = "its worker did not renew its lease"
-                emit("worker.frozen", worker=lapsed[child.pid], pid=child.pid, group=child.group.name)
-                child.kill()
-
-    async def _give_back(self, child: Child) -> None:
-        """What it had in hand."""
-        try:
-            if child.drained:
-                ids = {up.worker for up in child.workers.values()}
-                await cut_off(self._store, self._home.app_dir, ids, self._clock.now())
-            await self._reclaim()
-        except StoreBusy as error:  # the next round does it
-            emit("store.busy", error=str(error))
 
     def _task(self, work: Awaitable[object]) -> None:
         task = asyncio.ensure_future(work)

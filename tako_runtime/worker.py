@@ -9,8 +9,8 @@ import asyncio
 import os
 import socket
 import threading
-from collections.abc import Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ from typing import Any
 from tako_runtime import clock, codec, failure
 from tako_runtime.attempt import Attempt, whose
 from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
-from tako_runtime.errors import StepFailed, StoreBusy, StoreError
+from tako_runtime.errors import StepFailed, StoreBusy, StoreError, StoreUnreachable
 from tako_runtime.inflight import InFlight
 from tako_runtime.log import emit
 from tako_runtime.run import Claimed, WorkerRecord, new_id
+from tako_runtime.state import Interrupted, settle
 from tako_runtime.store.base import (
     AddWorker,
+    Apply,
     ClaimRuns,
     DataVersion,
     Demand,
@@ -31,7 +33,7 @@ from tako_runtime.store.base import (
     RenewLease,
     RunsOf,
 )
-from tako_runtime.store.commit import StoreThread
+from tako_runtime.store.commit import PATIENCE, StoreThread
 from tako_runtime.workflow import Workflow, release
 
 #: The net under the bell, in seconds.
@@ -39,6 +41,10 @@ LOOK = 1.0
 
 #: How soon a lease is renewed again that could not be, since the store was busy, in seconds.
 AGAIN = 0.5
+
+#: The share of a lease that is left for handlers to stop in, where it cannot be renewed and others go by it; and the
+#: last moment of that, in seconds, in which the process ends.
+STOPPING, LAST = 0.25, 0.2
 
 #: Attempts that were abandoned get this long to unwind before their worker starts over without them.
 UNWIND = 5.0
@@ -73,8 +79,12 @@ class Worker:
         self.settings = settings
         self.max_value, self.pace = settings.max_value, settings.pace
         self.id = "w-" + new_id(self.clock.now())
-        self.handlers = ThreadPoolExecutor(settings.concurrency, "tako-handler")
-        self.bodies = ThreadPoolExecutor(max(32, 4 * settings.concurrency), "tako-step")
+        self._threads = (
+            _Threads(settings.concurrency, "tako-handler"),
+            _Threads(max(32, 4 * settings.concurrency), "tako-step"),
+        )
+        self.handlers: ThreadPoolExecutor = self._threads[0]
+        self.bodies: ThreadPoolExecutor = self._threads[1]
         self._app_dir = app_dir
         self._workflows = {name: flow for name, flow in workflows.items() if flow.group == settings.group}
         self._busy = 0  # attempts whose handler has not ended
@@ -83,10 +93,13 @@ class Worker:
         self.lease_until = 0
         self._active_at = self.clock.now()
         self._lost_lease = False
+        self._unwound_by: int | None = None  # others may start its runs then
+        self._unsure = False  # whether the last claim has landed, its answer having been lost
         self._left = False
         self._claimed = False
         self._broken: BaseException | None = None
         self._stopping = ""
+        self._working: asyncio.Task[str]
         self._wake = asyncio.Event()
         self._topics: set[str] = set()
         self._more = True  # there may be due runs that were not claimed yet
@@ -98,15 +111,7 @@ class Worker:
         loop.set_task_factory(_task)
         listener = self.store.bell.listen(self.id)
         self.inflight = InFlight(self._app_dir, self.id, room=2 * settings.concurrency)  # ends on their way count too
-        now = self.clock.now()
-        self.lease_until = now + settings.lease
-        await self.store.do(
-            AddWorker(
-                worker=WorkerRecord(
-                    self.id, settings.group, socket.gethostname(), os.getpid(), release(), now, self.lease_until
-                )
-            )
-        )
+        await self._join()
         ended = threading.Event()
         renewal = threading.Thread(target=self._renew, args=(loop, ended), name="tako-lease", daemon=True)
         renewal.start()
@@ -116,7 +121,7 @@ class Worker:
             workflows=", ".join(sorted(self._workflows)) or "none",
         )  # fmt: skip
         try:
-            reason = await self._work()
+            reason = await self._work_while_held()
             await self._drain()
         finally:
             ended.set()
@@ -132,6 +137,25 @@ class Worker:
         emit("worker.stopped", worker=self.id, group=settings.group, reason=reason)
         return reason
 
+    async def _join(self) -> None:
+        """Onto the list; a store that cannot be reached is waited for."""
+        group, host, pause = self.settings.group, socket.gethostname(), AGAIN
+        while True:
+            now = self.clock.now()
+            until = now + self.settings.lease
+            try:
+                await self.store.do(
+                    AddWorker(worker=WorkerRecord(self.id, group, host, os.getpid(), release(), now, until))
+                )
+            except StoreUnreachable as error:
+                emit("store.busy", error=str(error))
+                if self._stopping:
+                    raise
+                await asyncio.sleep(pause)
+                continue
+            self.lease_until = until
+            return
+
     def stop(self, reason: str = "drained") -> None:
         """Claim nothing more; let attempts reach their end or their next step boundary. Call it in the event loop."""
         self._stopping = self._stopping or reason
@@ -141,12 +165,26 @@ class Worker:
     def runs_in_hand(self) -> int:
         return len(self._attempts)
 
+    @property
+    def going(self) -> int:
+        """How much of the user's code is at work in threads, which nobody can stop."""
+        return sum(len(threads.going) for threads in self._threads)
+
     # --- the loop ---
+
+    async def _work_while_held(self) -> str:
+        """A lost lease ends it wherever it is: it may wait for a store that does not answer."""
+        self._working = asyncio.get_running_loop().create_task(self._work())
+        try:
+            return await self._working
+        except asyncio.CancelledError:
+            if self._lost_lease:
+                return self._stopping
+            raise
 
     async def _work(self) -> str:
         loop = asyncio.get_running_loop()
-        version = await self.store.do(DataVersion())
-        looked_at = loop.time()
+        version, looked_at = -1, loop.time()
         next_at: int | None = None
         busy = 0.0
         while not self._stopping:
@@ -167,6 +205,7 @@ class Worker:
                 busy = 0.0
             except StoreBusy as error:
                 emit("store.busy", error=str(error))
+                self._unsure = self._unsure or isinstance(error, StoreUnreachable)
                 self._more = True  # what was asked for is not done: ask again, with growing pauses
                 self._topics |= {"cancel", "signal"}
                 busy = min(max(busy * 2, 0.05), 1.0)
@@ -208,6 +247,8 @@ class Worker:
 
     async def _claim(self) -> int | None:
         """Claim for every free slot, begin the attempts; when the next run is due."""
+        if self._unsure:
+            await self._hand_back()
         free, now = self._free, self.clock.now()
         self._more = False
         claimed = await self.store.do(
@@ -224,6 +265,14 @@ class Worker:
             self._more = True
             return None
         return (await self.store.do(Demand(now=now))).next_at
+
+    async def _hand_back(self) -> None:
+        """A claim whose answer never came may have taken runs that nobody does now."""
+        known = {(attempt.run.seq, attempt.run.claim) for attempt in self._attempts}
+        for run in await self.store.do(RunsOf(worker=self.id)):
+            if (run.seq, run.claim) not in known:
+                await self.store.do(Apply(change=settle(run, Interrupted(), self.clock.now())))
+        self._unsure = False
 
     def _begin(self, claimed: Claimed) -> None:
         run = claimed.run
@@ -284,14 +333,23 @@ class Worker:
     # --- the lease ---
 
     def _renew(self, loop: asyncio.AbstractEventLoop, ended: threading.Event) -> None:
-        """In a thread of its own, so that a handler that blocks the event loop does not cost its worker the lease."""
+        """In a thread of its own, so that a handler that blocks the event loop does not cost its worker the lease.
+
+        Where other machines have the store too, they go by the lease alone: one that cannot be renewed is lost some
+        time before it ends, in which the handlers stop."""
         pause = every = self.settings.lease / 3 / clock.SECOND
         while not ended.wait(pause):
-            until = self.clock.now() + self.settings.lease
+            now = self.clock.now()
+            until = now + self.settings.lease
+            asked = self.store.ask(RenewLease(worker=self.id, until=until))
             try:
-                held = self.store.do_sync(RenewLease(worker=self.id, until=until))
-            except StoreBusy:
-                pause = min(every, AGAIN)
+                held = asked.result(self._renewable() if self.store.shared else PATIENCE)
+            except (StoreBusy, TimeoutError):
+                asked.cancel()
+                if self.store.shared and not self._renewable():
+                    loop.call_soon_threadsafe(self._lose_lease)
+                    return
+                pause = min(every, AGAIN, self._renewable() or AGAIN)
                 continue
             except StoreError:
                 return
@@ -301,14 +359,20 @@ class Worker:
                 return
             self.lease_until = until
 
+    def _renewable(self) -> float:
+        """Seconds in which the lease may still be renewed, if the handlers are to have time to stop."""
+        return max(0.0, (self.lease_until - self.clock.now() - STOPPING * self.settings.lease) / clock.SECOND)
+
     def _lose_lease(self) -> None:
         if not self._lost_lease and not self._left:
             self._lost_lease = True
+            self._unwound_by = self.lease_until if self.store.shared else None
             self.lease_until = 0
             emit("worker.lost_lease", worker=self.id, group=self.settings.group, runs=len(self._attempts))
             for attempt in self._attempts:
                 attempt.lose()
             self.stop("lost lease")
+            self._working.cancel()
 
     # --- leaving ---
 
@@ -319,9 +383,17 @@ class Worker:
         for attempt in self._attempts:
             attempt.interrupt()
         while self._attempts:
-            done, _ = await asyncio.wait(self._attempts.values(), timeout=UNWIND if self._lost_lease else None)
+            done, _ = await asyncio.wait(self._attempts.values(), timeout=self._patience())
             if not done:
                 return
+        while self._unwound_by is not None and self.going and (seconds := self._patience()):
+            await asyncio.sleep(min(seconds, 0.05))  # a thread that ends tells no one
+
+    def _patience(self) -> float | None:
+        """Seconds that attempts have to come to their end."""
+        if self._unwound_by is None:
+            return UNWIND if self._lost_lease else None
+        return min(UNWIND, max(0.0, (self._unwound_by - self.clock.now()) / clock.SECOND - LAST))
 
     async def _leave(self) -> None:
         """Off the list; a write that fails is made good by the lapse of the lease."""
@@ -330,6 +402,20 @@ class Worker:
             await self.store.do(RemoveWorker(worker=self.id))
         except StoreError as error:
             emit("store.busy", error=str(error))
+
+
+class _Threads(ThreadPoolExecutor):
+    """Knows what it has going."""
+
+    def __init__(self, most: int, name: str) -> None:
+        super().__init__(most, name)
+        self.going: set[Future[Any]] = set()
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future = super().submit(fn, *args, **kwargs)
+        self.going.add(future)
+        future.add_done_callback(self.going.discard)
+        return future
 
 
 def _task(loop: asyncio.AbstractEventLoop, coroutine: Any, **rest: Any) -> "asyncio.Task[Any]":

@@ -4,6 +4,9 @@ Thousands of runs of all kinds are enqueued and worked off, while the supervisor
 killed, and stopped for longer than a lease, at random. Whatever was killed is started again, as systemd would. In the
 end: every acknowledged run has ended exactly once, a step that was saved has not run again, no signal is lost, no time
 of a schedule has fired twice, the store is sound. `tests/test_chaos.py` runs a short form.
+
+With `--servers 3` there are three of everything, with data folders of their own, on one Postgres that is restarted at
+random too: as a crash is, and in order.
 """
 
 import argparse
@@ -22,7 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+import psycopg
+from postgres import Server, server
 
+from tako_runtime import store
 from tako_runtime.store import Home
 
 PROJECT = Path(__file__).parent / "scenarios" / "chaos"
@@ -46,32 +52,40 @@ class Night:
     runs: int
     strikes: int
     chance: random.Random
+    database: Server | None = None
+    servers: int = 1
     enqueuers: int = 2
     struck: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self.home = Home("chaos", self.root / "data")
+        url = self.database.database() if self.database else store.EMBEDDED
+        self.homes = [Home("chaos", self.root / f"data-{n}", url, store.PRODUCTION) for n in range(self.servers)]
         self.book, self.bodies, self.log = (self.root / name for name in ("book", "bodies", "log"))
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopped: dict[int, float] = {}
         shutil.copytree(PROJECT, self.root / "project")
+        with (self.root / "project" / "tako.toml").open("a") as file:
+            file.write(f'\n[storage]\nurl = "{url}"\n')
 
     # --- processes ---
 
-    def _words(self) -> dict[str, list[str]]:
+    def _words(self) -> dict[str, tuple[Home, list[str]]]:
         enqueue = [sys.executable, "enqueue.py"]
         numbers = [[str(n), str(self.enqueuers), str(self.runs), f"{self.book}-{n}"] for n in range(self.enqueuers)]
         serve = [sys.executable, "-m", "tako_runtime", "serve", "--log-level", "debug"]
-        return {"supervisor": serve, **{f"enqueuer {n}": enqueue + own for n, own in enumerate(numbers)}}
+        supervisors = {f"supervisor {n}": (home, serve) for n, home in enumerate(self.homes)}
+        enqueuers = {f"enqueuer {n}": (self.homes[n % self.servers], enqueue + own) for n, own in enumerate(numbers)}
+        return supervisors | enqueuers
 
     def keep_up(self) -> None:
         """Start what has not been started, and what was killed; let go on what was stopped for long enough."""
-        for name, words in self._words().items():
+        for name, (home, words) in self._words().items():
             process = self._processes.get(name)
             if process is None or (process.poll() is not None and process.returncode != 0):
-                if process is not None and process.returncode not in (-signal.SIGKILL, 0):
+                may_end = (-signal.SIGKILL, 0, 1) if self.database else (-signal.SIGKILL, 0)  # 1: no database
+                if process is not None and process.returncode not in may_end:
                     raise Broken(f"the {name} ended with {process.returncode}: {self.log.read_text()[-4_000:]}")
-                environment = {**os.environ, **self.home.environment(), "CHAOS_BODIES": str(self.bodies)}
+                environment = {**os.environ, **home.environment(), "CHAOS_BODIES": str(self.bodies)}
                 with self.log.open("ab") as log:
                     self._processes[name] = subprocess.Popen(
                         words, cwd=self.root / "project", env=environment, stdin=subprocess.DEVNULL, stdout=log,
@@ -84,6 +98,10 @@ class Night:
 
     def strike(self) -> None:
         """Kill somebody, or stop him for a while."""
+        if self.database and self.chance.random() < 0.2:
+            self.database.restart(how := self.chance.choice(["immediate", "fast"]))
+            self.struck[f"database restarted ({how})"] += 1
+            return
         workers = [pid for (pid,) in self.ask("SELECT pid FROM workers")]
         alive = {name: process.pid for name, process in self._processes.items() if process.poll() is None}
         victims = [("worker", pid) for pid in workers] + [(name.split()[0], pid) for name, pid in alive.items()]
@@ -100,10 +118,12 @@ class Night:
         """Stop the supervisor in order; nobody is left."""
         for pid in self._stopped:
             _send(pid, signal.SIGCONT)
-        supervisor = self._processes["supervisor"]
-        supervisor.terminate()
-        if (code := supervisor.wait(30)) != 0:
-            raise Broken(f"the supervisor ended with {code}: {self.log.read_text()[-4_000:]}")
+        supervisors = [process for name, process in self._processes.items() if name.startswith("supervisor")]
+        for supervisor in supervisors:
+            supervisor.terminate()
+        for supervisor in supervisors:
+            if (code := supervisor.wait(30)) not in (0, -signal.SIGTERM):  # one had only just been started again
+                raise Broken(f"a supervisor ended with {code}: {self.log.read_text()[-4_000:]}")
 
     def clear(self) -> None:
         """Whatever has failed, nothing outlives it."""
@@ -115,7 +135,13 @@ class Night:
     # --- what is there ---
 
     def ask(self, query: str) -> list[Any]:
-        path = self.home.app_dir / "runs.db"
+        if self.database:
+            try:
+                with psycopg.connect(self.homes[0].url, options=f"-c search_path={self.homes[0].schema}") as shared:
+                    return shared.execute(query).fetchall()
+            except psycopg.errors.UndefinedTable:
+                return []
+        path = self.homes[0].app_dir / "runs.db"
         if not path.exists():
             return []
         db = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READWRITE)
@@ -180,7 +206,7 @@ class Night:
             raise Broken("the schedule has never fired")
         if waits := self.ask("SELECT * FROM waits"):
             raise Broken(f"somebody still waits: {waits[:5]}")
-        if (sound := self.ask("PRAGMA integrity_check")) != [("ok",)]:
+        if not self.database and (sound := self.ask("PRAGMA integrity_check")) != [("ok",)]:
             raise Broken(f"the store is damaged: {sound}")
 
     def _check_steps(self) -> None:
@@ -212,10 +238,10 @@ def _send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def night(runs: int, strikes: int, seed: int) -> str:
+def night(runs: int, strikes: int, seed: int, database: Server | None = None, servers: int = 1) -> str:
     """Live through one; what happened. Raises `Broken`, and keeps what is there, if something does not hold."""
     root = Path(tempfile.mkdtemp(prefix="chaos-", dir="/tmp"))
-    one = Night(root, runs, strikes, random.Random(seed))
+    one = Night(root, runs, strikes, random.Random(seed), database, servers, enqueuers=max(2, servers))
     try:
         one.live_through()
         one.end()
@@ -235,5 +261,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=int, default=2_000)
     parser.add_argument("--strikes", type=int, default=50)
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4), "big"))
+    parser.add_argument("--servers", type=int, default=1, help="more than one: on a Postgres of their own")
     args = parser.parse_args()
-    print(f"seed {args.seed}: {night(args.runs, args.strikes, args.seed)}")
+    with server() if args.servers > 1 else contextlib.nullcontext() as shared:
+        print(f"seed {args.seed}: {night(args.runs, args.strikes, args.seed, shared, args.servers)}")

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import pytest
 from hypothesis import settings
+from postgres import NoPostgres, Server
 
 from tako_runtime import clock, store
 from tako_runtime.run import Claimed, NewRun, Run, StepRecord, WorkerRecord, new_id
@@ -49,6 +50,7 @@ class Caller:
     def __init__(self, store: StoreThread) -> None:
         self.do = store.do_sync
         self.clock = FakeClock()
+        new_id.__self__._last = 0  # type: ignore[attr-defined]  # ids go by this clock, not by that of a test before
         self.join("w-1")
 
     @property
@@ -168,22 +170,66 @@ def finished(process: subprocess.Popen[str], seconds: float = 60) -> str:
 @pytest.fixture(autouse=True)
 def _no_home_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     """A test finds no store but its own."""
-    for name in ("TAKO_APP_NAME", "TAKO_DATA_DIR", "TAKO_ENV", "TAKO_RELEASE"):
+    for name in ("TAKO_APP_NAME", "TAKO_DATA_DIR", "TAKO_ENV", "TAKO_RELEASE", "TAKO_STORAGE", "TAKO_STORAGE_ENV"):
         monkeypatch.delenv(name, raising=False)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module that says `STORES = BOTH` is about what every store does."""
+    stores = getattr(metafunc.module, "STORES", None)
+    said = any(mark.args[0] == "dialect" for mark in metafunc.definition.iter_markers("parametrize"))
+    if stores and not said and "dialect" in metafunc.fixturenames:
+        metafunc.parametrize("dialect", stores)
+
+
+#: For a module's `STORES`; and for a test in it that is about the embedded store's file.
+BOTH = ("sqlite", "postgres")
+of_the_file = pytest.mark.parametrize("dialect", ["sqlite"])
+
+
 @pytest.fixture
-def home() -> Iterator[Home]:
-    """A home with nothing in it yet, on a path that is short enough for sockets."""
+def dialect() -> str:
+    """Which store a test is about that does not say so: TEST_STORE=postgres tries them all on the other one."""
+    return os.environ.get("TEST_STORE", "sqlite")
+
+
+@pytest.fixture(scope="session")
+def _servers() -> Iterator[list[Server]]:
+    """The session's database server, once somebody has asked for it."""
+    servers: list[Server] = []
+    yield servers
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def server(_servers: list[Server]) -> Server:
+    """The session's database server. Skips the test, and says why, where none can be run."""
+    if not _servers:
+        try:
+            _servers.append(Server())
+        except NoPostgres as error:
+            pytest.skip(f"NO POSTGRES: {error}")
+    return _servers[0]
+
+
+@pytest.fixture
+def home(request: pytest.FixtureRequest, dialect: str) -> Iterator[Home]:
+    """A home with nothing in it yet, on a path that is short enough for sockets, for a store of that dialect."""
     with tempfile.TemporaryDirectory(prefix="tako-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        yield Home("shop", Path(folder))
+        if dialect == "sqlite":
+            yield Home("shop", Path(folder))
+            return
+        server: Server = request.getfixturevalue("server")
+        url = server.database()
+        yield Home("shop", Path(folder), url)
+        server.drop(url)
 
 
-@pytest.fixture(params=["sqlite"])
-def opened(request: pytest.FixtureRequest, home: Home) -> Iterator[StoreThread]:
-    """An open store of each dialect, which is this process's own while the test runs."""
-    dialects: dict[str, Callable[[Home], StoreThread]] = {"sqlite": open_store}
-    thread = dialects[request.param](home)
+@pytest.fixture
+def opened(home: Home) -> Iterator[StoreThread]:
+    """An open store, which is this process's own while the test runs."""
+    thread = open_store(home)
     store.use(thread)
     yield thread
     store.use(None)

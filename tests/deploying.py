@@ -153,12 +153,12 @@ class Shop:
 
     @property
     def _env(self) -> dict[str, str]:
-        return environment(TAKO_SSH=self.first.program)
+        return environment(TAKO_SSH=self.first.program, XDG_CONFIG_HOME=str(self.folder.parent / "config"))
 
-    def tako(self, *words: str) -> "subprocess.CompletedProcess[str]":
+    def tako(self, *words: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [*TAKO, *words], cwd=self.folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-            timeout=400, env=self._env,
+            [*TAKO, *words], cwd=self.folder, input=stdin, capture_output=True, text=True, check=False, timeout=400,
+            env=self._env,
         )  # fmt: skip
 
     def begin(self, *words: str) -> "subprocess.Popen[str]":

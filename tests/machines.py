@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -208,9 +209,8 @@ class Machine:
 @contextlib.contextmanager
 def machines(*names: str, suite: str = "bookworm") -> Iterator[list[Machine]]:
     """Servers of these names, removed at the end."""
-    lacking = [tool for tool in NEEDED if shutil.which(tool) is None]
-    if os.getuid() != 0 or lacking:
-        pytest.skip(f"no servers here: {'only root can run them' if os.getuid() else 'no ' + ', '.join(lacking)}")
+    if why := _impossible():
+        pytest.skip(f"no servers here: {why}")
     base = image(suite)
     with tempfile.TemporaryDirectory(prefix="tako-machines-", dir="/tmp") as place:
         folder = Path(place)
@@ -224,6 +224,25 @@ def machines(*names: str, suite: str = "bookworm") -> Iterator[list[Machine]]:
         finally:
             for one in running:
                 one.remove()
+
+
+@cache
+def _impossible() -> str:
+    """Why this machine cannot run servers; "" where it can."""
+    if os.getuid() != 0:
+        return "only root can run them"
+    if lacking := [tool for tool in NEEDED if shutil.which(tool) is None]:
+        return f"no {', '.join(lacking)}: apt install systemd-container debootstrap iproute2 openssh-client"
+    probe = f"tako-probe-{os.getpid()}"
+    with tempfile.TemporaryDirectory(prefix="tako-probe-", dir="/tmp") as folder:
+        for words in (["mount", "-t", "tmpfs", "tako-probe", folder], ["umount", folder],
+                      ["ip", "netns", "add", probe], ["ip", "netns", "del", probe]):  # fmt: skip
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                return f"{' '.join(words[:3])}: {done.stderr.strip()}"
+    if not all(os.access(root, os.W_OK) for root in _cgroup_roots()):
+        return "cgroups cannot be written"
+    return ""
 
 
 def image(suite: str) -> Path:

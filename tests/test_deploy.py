@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -128,6 +129,51 @@ def test_old_releases_go_but_the_newest(shop: Shop, web: Machine) -> None:
     until(lambda: set(shop.units()) == {releases[-1]} or shop.units())
     assert set(web.run("ls", f"{shop.base}/releases").split()) == set(releases[1:])
     assert f"tako-shop@{releases[0]}.service" not in web.run("ls", "/etc/systemd/system")
+
+
+def test_a_dry_run_shows_every_command_and_changes_nothing(shop: Shop, web: Machine) -> None:
+    done = shop.tako("deploy", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "4. installs what it needs" in done.stdout
+    assert "-m tako_runtime switch" in done.stdout
+    assert "nothing was changed" in done.stderr
+    assert web.run("find", "/opt", "/var/lib/tako", "/etc/systemd/system", "-name", "*tako*", check=False) == ""
+
+
+def test_runs_that_the_new_code_would_not_know_are_told_of_before_the_switch(shop: Shop) -> None:
+    first = shop.release()
+    run_id = shop.start("ask")
+    until(lambda: shop.run(run_id)["reason"] == "waiting")
+    shop.write("workflows/flows.py", FLOWS.replace('"first"', '"renamed"'))
+    asked = shop.tako("deploy")
+    assert asked.returncode == 1
+    assert f"run {run_id} (ask) has finished first" in asked.stderr
+    assert "--yes goes on" in asked.stderr
+    shop.runs_on(first)
+    shop.write("workflows/flows.py", FLOWS.replace('"ask"', '"question"'))
+    told = shop.tako("deploy")
+    assert told.returncode == 0, told.stderr
+    assert "orphaned: 1 (ask: 1)" in told.stderr
+
+
+def test_secrets_come_along_and_are_nowhere_but_in_their_file(shop: Shop, web: Machine) -> None:
+    shop.configure('[secrets]\nrequired = ["STRIPE_KEY"]\n')
+    known = 'return secrets["STRIPE_KEY"][-4:] + os.environ["TAKO_RELEASE"]'
+    flows = textwrap.dedent(FLOWS).replace('return os.environ["TAKO_RELEASE"]', known)
+    shop.write("workflows/flows.py", f"from tako_runtime import secrets\n{flows}")
+    missing = shop.tako("deploy", "--yes")
+    assert missing.returncode == 3
+    assert "required secrets that are not set for production: STRIPE_KEY" in missing.stderr
+    set_ = shop.tako("secrets", "set", "STRIPE_KEY", "--env", "production", stdin="sk_live_a1b2c3d4_4711")
+    assert set_.returncode == 0, set_.stderr
+    release = shop.release()
+    run_id = shop.start("greet")
+    assert shop.ended(run_id) == f"4711{release}"
+    path = f"{shop.data_dir}/apps/shop/secrets.json"
+    assert web.run("stat", "-c", "%a %U", path).strip() == "600 tako"
+    hidden = "! grep -rl sk_live_a1b2c3d4 /etc /opt /run /var/log /proc/[0-9]*/environ /proc/[0-9]*/cmdline 2>/dev/null"
+    assert web.attempt("sh", "-c", hidden).stdout == ""
+    assert "sk_live" not in web.run("journalctl", "--no-pager")
 
 
 # --- not taken -------------------------------------------------------------------------------------------------------
@@ -317,7 +363,7 @@ def test_one_of_two_servers_that_is_down_stops_the_deploy_before_anything_is_cha
         shop = Shop(tmp_path / "shop", {"web": web, "api": api}, more=WITH_APP)
         shop.write("workflows/flows.py", "")  # two servers cannot share the runs of a workflow
         shop.write("app.py", APP)
-        assert [one["state"] for one in shop.deploy()] == ["taken", "taken"]
+        assert [one["state"] for one in shop.deploy("--parallel")] == ["taken", "taken"]
         good = shop.current(web)
         assert shop.current(api) == good
         shop.change()

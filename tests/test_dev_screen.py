@@ -206,6 +206,33 @@ def test_an_error_shows_the_frames_of_the_project_and_with_verbose_all(shown: li
     assert shown[1].plain.strip() == "Traceback (most recent call last):"
 
 
+def test_what_was_raised_is_said_once(shown: list[Text], tmp_path: Path) -> None:
+    message = "attempt 1 of 3 failed, again in 1s: ValueError: no such card"
+    event = {**FACTS, "event": "run.retrying", "message": message, "traceback": TRACEBACK.format(root=tmp_path)}
+    lines_of(tmp_path).show("default", event)
+    assert "".join(line.plain for line in shown).count("ValueError: no such card") == 1
+    assert shown[-1].plain.strip() == "pay()"
+
+
+def test_new_code_and_what_was_done_before_go_without_saying_but_for_verbose(shown: list[Text], tmp_path: Path) -> None:
+    def said(verbose: bool) -> list[str]:
+        shown.clear()
+        lines = lines_of(tmp_path, verbose=verbose)
+        started = {**FACTS, "event": "worker.started", "message": "up"}
+        reloaded = {"at": clock.DAY, "level": 20, "event": "code.reloaded", "files": 1, "ms": 3.0}
+        lines.show("default", started)
+        lines.of_supervisor(reloaded)
+        lines.show("default", started)
+        lines.show("default", {**FACTS, "event": "worker.stopped", "reason": "drained", "message": "stopped"})
+        lines.show("default", {**FACTS, "event": "step.cached", "message": "done already"})
+        lines.show("default", {**FACTS, "event": "worker.stopped", "reason": "idle", "message": "idle"})
+        lines.show("default", started)
+        return [line.plain.split()[-1] for line in shown]
+
+    assert said(verbose=False) == ["up", "3ms", "idle", "up"]
+    assert said(verbose=True) == ["up", "3ms", "up", "stopped", "already", "idle", "up"]
+
+
 def test_an_error_in_libraries_only_shows_their_frames(tmp_path: Path) -> None:
     only = 'Traceback (most recent call last):\n  File "/usr/lib/x.py", line 1, in f\n    x\nOops: y'
     assert wording.frames(only, tmp_path) == ['  File "/usr/lib/x.py", line 1, in f', "    x", "Oops: y"]

@@ -278,6 +278,21 @@ def test_a_footer_survives_a_resize_and_garbles_no_line(project: Path) -> None:
         assert dev.ended() == 0
 
 
+def test_a_question_is_drawn_anew_for_the_width_that_there_is(project: Path) -> None:
+    with at_terminal("dev", cwd=project, columns=100) as dev:
+        dev.wait_for_foot("for keys")
+        dev.press("s3")
+        dev.wait_for("payload of order")
+        dev.press("\x15" + "9" * 90)
+        dev.wait_for("9{90}")
+        dev.resize(60)
+        dev.wait_for("^   9{56}\n   9{34}$")
+        dev.press("\r")
+        dev.wait_for("PayloadRefused")
+        dev.press("q")
+        assert dev.ended() == 0
+
+
 def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(project: Path) -> None:
     shell = Terminal(["bash", "--norc", "-i"], project, 100, PS1="$ ")
     try:

@@ -281,7 +281,7 @@ def test_a_store_of_a_newer_tako_is_broken_and_one_of_an_older_is_not(file: Path
         assert "version 9999" in found["message"]
     file.unlink()
     with contextlib.closing(apsw.Connection(str(file))) as db:
-        db.execute(migrations()[0][1])
+        db.execute(migrations("sqlite")[0][1])
         db.execute("PRAGMA user_version = 1")
     file.chmod(0o600)
     found = findings(project)["store"]

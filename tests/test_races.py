@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import FakeClock, finished, script, until
+from conftest import BOTH, FakeClock, finished, script, until
 from scenarios.flows import orders
 from workers import now, shown, status, worker_process, workers
 
@@ -36,6 +36,8 @@ from tako_runtime.store.base import (
 )
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import registry, signal_sync
+
+STORES = BOTH
 
 
 @pytest.fixture(autouse=True)

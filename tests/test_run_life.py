@@ -12,6 +12,7 @@ from decimal import Decimal
 from typing import Any
 
 import pytest
+from conftest import BOTH, of_the_file
 from workers import eventually, now, shown, status, steps, tamper, work
 
 from tako_runtime import Backoff, Step, StepTimeout, SyncStep, clock, log, signal, workflow
@@ -26,6 +27,7 @@ from tako_runtime.workflow import registry, signal_sync
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
 
+STORES = BOTH
 AT_ONCE = Backoff(base=0, max=0)
 SOON = Backoff(base="1ms", max="2ms")
 
@@ -270,6 +272,7 @@ def test_a_result_that_cannot_be_carried_ends_the_run_dead(opened: StoreThread, 
     assert "NaN" in run["error"]["message"]
 
 
+@of_the_file
 @pytest.mark.parametrize(
     "stored", ["'{\"to\": '", "'no JSON'", "CAST(x'7b22746f223a22ff227d' AS TEXT)", "printf('%.*c', 100000, '[')"]
 )
@@ -289,6 +292,7 @@ def test_a_payload_that_cannot_be_read_ends_its_run_dead_and_the_worker_goes_on(
     assert finished(opened, sound)["attempt"] == 1
 
 
+@of_the_file
 def test_a_payload_of_the_wrong_shape_ends_its_run_dead_and_names_the_field(opened: StoreThread, home: Home) -> None:
     @workflow("shaped")
     async def handler(payload: Receipt, step: Step) -> None: ...
@@ -301,6 +305,7 @@ def test_a_payload_of_the_wrong_shape_ends_its_run_dead_and_names_the_field(open
     assert run["attempt"] == 1
 
 
+@of_the_file
 @pytest.mark.parametrize("stored", ["'{\"to\": '", "CAST(x'22ff22' AS TEXT)"])
 def test_a_stored_result_that_cannot_be_read_ends_its_run_dead_and_the_worker_goes_on(
     opened: StoreThread, home: Home, stored: str

@@ -89,9 +89,9 @@ def test_what_only_looks_sees_one_state_of_things_while_others_write(
 
 def test_a_path_that_cannot_be_a_store_is_an_error_that_names_it(home: Home) -> None:
     (home.data_dir / "apps").write_text("a file, not a folder")
-    with pytest.raises(StoreError, match=re.escape(str(home.app_dir))) as caught:
+    with pytest.raises(StoreError, match=re.escape(f"{home.data_dir / 'apps'} is a file")) as caught:
         open_store(home)
-    assert "owner and mode" in caught.value.hint
+    assert caught.value.hint
 
 
 def test_a_file_that_is_no_database_is_said_to_be_damaged(path: Path, home: Home) -> None:
@@ -152,7 +152,7 @@ def version(path: Path) -> int:
 
 
 def test_migrations_are_numbered_without_gaps_and_lead_from_an_empty_file_to_the_newest(path: Path) -> None:
-    numbers = [number for number, _ in queries.migrations()]
+    numbers = [number for number, _ in queries.migrations("sqlite")]
     assert numbers == list(range(1, len(numbers) + 1))
     SqliteStore(path).close()
     assert version(path) == numbers[-1]
@@ -161,7 +161,7 @@ def test_migrations_are_numbered_without_gaps_and_lead_from_an_empty_file_to_the
 def test_a_file_that_a_newer_tako_wrote_is_refused_and_left_as_it_is(path: Path) -> None:
     SqliteStore(path).close()
     connection = apsw.Connection(str(path))
-    connection.execute(f"PRAGMA user_version = {queries.migrations()[-1][0] + 1}")
+    connection.execute(f"PRAGMA user_version = {queries.migrations('sqlite')[-1][0] + 1}")
     connection.execute("CREATE TABLE of_the_future (x)")
     connection.close()
     before = path.read_bytes()
@@ -184,7 +184,7 @@ def test_a_file_whose_version_was_altered_is_refused_and_left_as_it_is(wrong: in
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("number", [0, queries.migrations()[-1][0]])
+@pytest.mark.parametrize("number", [0, queries.migrations("sqlite")[-1][0]])
 def test_a_file_of_another_program_is_refused_and_left_as_it_is(number: int, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = apsw.Connection(str(path))
@@ -209,10 +209,10 @@ def test_an_older_file_is_migrated_and_keeps_its_runs(
 ) -> None:
     run_id = caller.enqueue(payload='{"kept":1}')
     opened.close()
-    known = queries.migrations()
+    known = queries.migrations("sqlite")
     next_one = known[-1][0] + 1
     later = [*known, (next_one, "CREATE TABLE a (x); INSERT INTO a VALUES (1);"), (next_one + 1, "DROP TABLE a;")]
-    monkeypatch.setattr(sqlite, "migrations", lambda: later)
+    monkeypatch.setattr(sqlite, "migrations", lambda _: later)
     again = open_store(home)
     [run] = again.do_sync(base.ListRuns())
     again.close()
@@ -225,23 +225,23 @@ def test_a_migration_that_fails_leaves_the_file_at_its_old_version_whole(
 ) -> None:
     SqliteStore(path).close()
     before = schema(path)
-    known = queries.migrations()
+    known = queries.migrations("sqlite")
     next_one = known[-1][0] + 1
     broken = [*known, (next_one, "CREATE TABLE a (x);"), (next_one + 1, "CREATE TABLE b (y); CREATE TABLE a (x);")]
-    monkeypatch.setattr(sqlite, "migrations", lambda: broken)
+    monkeypatch.setattr(sqlite, "migrations", lambda _: broken)
     with pytest.raises(StoreError, match="table a already exists"):
         SqliteStore(path)
     assert schema(path) == before
-    monkeypatch.setattr(sqlite, "migrations", lambda: known)
+    monkeypatch.setattr(sqlite, "migrations", lambda _: known)
     SqliteStore(path).close()
 
 
 def test_a_store_that_is_open_while_another_process_migrates_sees_one_version_or_the_other(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = queries.migrations()
+    known = queries.migrations("sqlite")
     counted: list[int] = []
-    monkeypatch.setattr(sqlite, "migrations", lambda: counted.append(1) or known)
+    monkeypatch.setattr(sqlite, "migrations", lambda _: counted.append(1) or known)
     with ThreadPoolExecutor(8) as pool:
         for store in list(pool.map(SqliteStore, [path] * 8)):
             assert store._version() == known[-1][0]
@@ -292,7 +292,7 @@ PLANS: dict[str, tuple[set[str], bool]] = {
     "end_sleeps": ({""}, False),
     "drop_steps": ({""}, False),
     "drop_waits": ({"waits_by_run", "json_each"}, False),
-    "wait_is_open": ({"waits_by_run"}, False),
+    "answered": ({"waits_by_run"}, True),
     "drop_wait": ({"waits_by_run"}, False),
     "make_due": ({""}, False),
     "end_wait": ({""}, False),
@@ -321,7 +321,7 @@ PLANS: dict[str, tuple[set[str], bool]] = {
     "delete_worker": ({"", "runs_in_hand", "sqlite_autoindex_workers_1"}, False),
     "next_ended_group": ({"runs_ended"}, False),
     "ended_runs": ({"runs_ended", ""}, False),
-    "delete_run": ({""}, False),
+    "delete_runs": ({""}, False),
     "count_ended": ({"runs_ended"}, False),
     "count_dead": ({"runs_dead"}, False),
     "count_kept": ({"signals_by_expiry"}, False),

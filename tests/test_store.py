@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from conftest import Caller, finished, script
+from conftest import BOTH, Caller, finished, script
 
 from tako_runtime import state
 from tako_runtime.bell import Bell
@@ -33,6 +33,7 @@ from tako_runtime.state import (
 from tako_runtime.store import Home, base, open_store
 from tako_runtime.store.commit import StoreThread
 
+STORES = BOTH
 BROKE = Failure("ValueError", "no such card")
 ENDS: list[Outcome] = [Returned("1"), Bailed("enough"), Failed(BROKE), Cancelled("by Ada")]
 

@@ -1,15 +1,24 @@
 """The store against a model: whatever is asked for in whatever order, both come to the same runs, waits and signals."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import apsw
 import pytest
-from conftest import Caller
+from conftest import BOTH, Caller
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from tako_runtime import state
 from tako_runtime.clock import DAY, HOUR, MINUTE
@@ -19,6 +28,7 @@ from tako_runtime.run import Run
 from tako_runtime.state import Bailed, Failed, Interrupted, Outcome, Raised, Returned, Sleeps, Waits, WorkerLost
 from tako_runtime.store import Home, base, open_store
 
+STORES = BOTH
 NAMES = ("approval", "stock")
 KEEP = 2 * DAY
 LIVE = ("pending", "running")
@@ -60,10 +70,14 @@ class Told:
 
 
 class StoreAgainstModel(RuleBasedStateMachine):
+    def __init__(self, new_home: Callable[[Path], Home]) -> None:
+        super().__init__()
+        self.new_home = new_home
+
     @initialize(keys=st.lists(st.sampled_from([None, "a", "b"]), min_size=3, max_size=3))
     def open(self, keys: list[str | None]) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="tako-", dir="/tmp", ignore_cleanup_errors=True)
-        self.home = Home("shop", Path(self.folder.name))
+        self.home = self.new_home(Path(self.folder.name))
         self.store = open_store(self.home)
         self.caller = Caller(self.store)
         self.caller.join("w-2")
@@ -78,9 +92,10 @@ class StoreAgainstModel(RuleBasedStateMachine):
         if not hasattr(self, "store"):
             return
         self.store.close()
-        file = apsw.Connection(str(self.home.app_dir / "runs.db"))
-        assert file.pragma("integrity_check") == "ok"
-        file.close()
+        if (path := self.home.app_dir / "runs.db").exists():
+            file = apsw.Connection(str(path))
+            assert file.pragma("integrity_check") == "ok"
+            file.close()
         self.folder.cleanup()
 
     # --- the model ---
@@ -361,12 +376,16 @@ class StoreAgainstModel(RuleBasedStateMachine):
                 assert used == list(range(1, told.attempt + (not told.attempt_open)))
 
 
-class TestTheStoreDoesWhatTheModelDoes(StoreAgainstModel.TestCase):  # type: ignore[name-defined,misc]
-    settings = settings(
-        max_examples=20, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+@pytest.mark.parametrize("examples", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_the_store_does_what_the_model_does(home: Home, examples: int) -> None:
+    schemas = count()  # each example has one of its own in the test's database
+
+    def new_home(folder: Path) -> Home:
+        return home._replace(data_dir=folder, env=f"example-{next(schemas)}")
+
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        lambda: StoreAgainstModel(new_home),
+        settings=settings(
+            max_examples=examples, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        ),
     )
-
-
-@pytest.mark.slow
-class TestTheStoreDoesWhatTheModelDoesForLong(StoreAgainstModel.TestCase):  # type: ignore[name-defined,misc]
-    settings = settings(TestTheStoreDoesWhatTheModelDoes.settings, max_examples=200)

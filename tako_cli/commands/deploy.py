@@ -204,7 +204,7 @@ def carried_out(
         if seconds is None:
             output.passing(f"{server:<{width}}  {what}")
         else:
-            note(f"{server:<{width}}  {what:<32}{seconds:6.1f} s")
+            note(f"{server:<{width}}  {what:<36}{seconds:6.1f} s")
 
     carrier = Carrier(plans, remotes, tell, parallel=parallel, keep_going=keep_going)
     return carrier.carry_out(_asking(yes))
@@ -272,7 +272,9 @@ def finish(results: "Sequence[Result]", *, as_json: bool) -> None:
         if one.state == "failed" and not as_json:
             output.error(f"{one.server}: {one.error.removeprefix(f'{one.server}: ')}", one.hint)
     if any(one.state != "taken" for one in results):
-        if not as_json and any(one.state == "not tried" for one in results):
+        if not as_json and all(one.state == "not tried" for one in results):
+            note("nothing was switched: what ran before runs on")
+        elif not as_json and any(one.state == "not tried" for one in results):
             note("for the rest, once it is mended: tako deploy --resume")
         raise typer.Exit(1)
 

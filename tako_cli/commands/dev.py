@@ -69,7 +69,7 @@ def dev(
         why = "it goes with neither --no-app nor --once" if no_app or once else "tako.toml has no [app]"
         raise typer.BadParameter(f"there is no app to start: {why}", param_hint="'--port'")
     shell = dict(os.environ)
-    os.environ.update(context.environment(config, store.project_home(config.name, config.root)))
+    os.environ.update(context.environment(config, store.project_home(config.name, config.root, config.storage.url)))
     if plain:
         output.be_plain()
     options = Options(

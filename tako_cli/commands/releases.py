@@ -40,7 +40,10 @@ def ls(env: Env = "production", as_json: Json = False) -> None:
     if as_json:
         output.document({"releases": rows})
         return
-    shown = [[str(row[key] or "") for key in ("server", "release", "state", "when", "by")] for row in rows]
+    shown = [
+        [row["server"], row["release"], row["state"], _short(str(row["when"] or "")), str(row["by"] or "")]
+        for row in rows
+    ]
     output.show(*output.table(["server", "release", "", "deployed", "by"], shown, flexible=[4, 1]))
 
 
@@ -96,6 +99,15 @@ def _chosen(facts: "Facts", release: str | None) -> str:
             hint="Deploy what it had with the tako of today: check that commit out, and tako deploy.",
         )
     return found[0]
+
+
+def _short(when: str) -> str:
+    """A time to the minute, in UTC as it was written.
+
+    >>> _short("2026-11-25T08:26:43.297418Z")
+    '2026-11-25 08:26'
+    """
+    return when[:16].replace("T", " ")
 
 
 def _rows(facts: "Facts") -> "Sequence[dict[str, Any]]":

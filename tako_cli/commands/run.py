@@ -37,7 +37,7 @@ def run(
     from tako_runtime.errors import NotFound
 
     config = context.project()
-    home = store.project_home(config.name, config.root)
+    home = store.project_home(config.name, config.root, config.storage.url)
     if words[0].endswith(".py"):
         if not Path(words[0]).is_file():
             raise NotFound(f"no file {words[0]}", hint="A script is looked up from the current folder.")

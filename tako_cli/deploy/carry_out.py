@@ -115,9 +115,6 @@ class Carrier:
     def _switch(self, plan: Plan) -> None:
         result = self.results[plan.server]
         ended = self._timed(plan, plan.switch, lambda: self._switched(plan))
-        if not ended.get("taken"):
-            result.last_lines = list(ended.get("last_lines", ()))
-            raise Refused(str(ended.get("error") or "the switch ended without a word"))
         result.state, result.before = "taken", ended["before"]
         result.draining, result.pruned = list(ended["draining"]), list(ended["pruned"])
 
@@ -136,6 +133,10 @@ class Carrier:
             failed = error
         if not ended and failed is not None:
             raise failed
+        if not ended.get("taken"):
+            self.results[plan.server].last_lines = list(ended.get("last_lines", ()))
+            why = str(ended.get("error") or "the switch ended without a word")
+            raise Refused(why, hint="The release is not taken; what ran before runs on.")
         return ended
 
     def _timed(self, plan: Plan, step: Step, work: Callable[[], Any]) -> Any:

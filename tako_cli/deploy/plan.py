@@ -18,6 +18,7 @@ from tako_cli.deploy.units import units
 from tako_runtime.config import Config
 from tako_runtime.secrets import envelope
 
+#: What a deploy that was cut off has left is removed too: nobody else is at it, since we have the lock.
 _FOLDERS_OF_ROOT = """
 set -e; umask 022; base=$1 data=$2 app=$3 account=$4
 id -u "$account" >/dev/null 2>&1 ||
@@ -25,14 +26,14 @@ id -u "$account" >/dev/null 2>&1 ||
 install -d "$base" "$base/releases" "$base/incoming" "$data" "$data/apps"
 install -d -o "$account" -g "$account" -m 750 "$base/shared"
 install -d -o "$account" -g "$account" -m 700 "$app"
-rm -f "$base"/incoming/*
+rm -rf "$base"/incoming/* "$base"/releases/.[!.]*
 """
 
 _FOLDERS_OF_USER = """
 set -e; umask 077; base=$1 data=$2 app=$3
 mkdir -p "$base/releases" "$base/incoming" "$base/shared" "$app"
 chmod 700 "$app"
-rm -f "$base"/incoming/*
+rm -rf "$base"/incoming/* "$base"/releases/.[!.]*
 """
 
 _UNPACK = 'archive=$1; shift; "$@" && rm -f "$archive"'

@@ -117,7 +117,7 @@ def _ahead(micros: int) -> str:
     for unit, size in (("d", clock.DAY), ("h", clock.HOUR), ("m", clock.MINUTE)):
         if micros >= 2 * size:
             return f"in {micros // size}{unit}"
-    return f"in {max(micros, 0) // clock.SECOND}s" if micros > 0 else "now"
+    return f"in {max(micros // clock.SECOND, 1)}s" if micros > 0 else "now"
 
 
 def _sick(group: str, reason: str) -> "Text":

@@ -195,6 +195,8 @@ class Lines:
         lines = wording.frames(traceback, self._root, whole=self._verbose)
         if event["event"] == "file.broken":
             self._tracebacks.update(lines[-1:])
+        if lines and lines[-1] in str(event.get("message")):
+            del lines[-1]  # what was raised has been said
         last = str(event.get("last_lines") or "").splitlines()
         return [
             output.clean(line) for line in lines + ([] if set(last[-1:]) & {*self._tracebacks, *self._recent} else last)

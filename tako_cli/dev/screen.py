@@ -43,7 +43,7 @@ class Screen:
 
     def __enter__(self) -> "Screen":
         self._loop = asyncio.get_running_loop()
-        for number, do in ((signal.SIGWINCH, output.redraw), (signal.SIGTSTP, self._stop), (signal.SIGCONT, self.take)):
+        for number, do in ((signal.SIGWINCH, self._resized), (signal.SIGTSTP, self._stop), (signal.SIGCONT, self.take)):
             self._loop.add_signal_handler(number, do)
         self._lent -= 1
         self.take()
@@ -127,6 +127,11 @@ class Screen:
             return os.tcgetpgrp(self._terminal) == os.getpgrp()
         except OSError:
             return False
+
+    def _resized(self) -> None:
+        self._draw()
+        with suppress(OSError):
+            output.redraw()
 
     def _stop(self) -> None:
         """Ctrl-Z: stop as any program would, with the terminal as it was; then go on."""

@@ -59,8 +59,7 @@ class Options:
 def develop(config: "Config", manifest: "Manifest", options: Options) -> int:
     """Run the project here until told to stop; the exit code."""
     reserve()
-    store.check_storage(config)
-    home = store.project_home(config.name, config.root)
+    home = store.project_home(config.name, config.root, config.storage.url)
     with alone(home.app_dir, "tako dev" if options.pace.scale == 1 else f"tako dev{SCALED}{options.pace}"):
         secrets = context.secrets(config, home)
         aside = store.set_aside(home) if options.fresh else None
@@ -247,7 +246,7 @@ class Session:
         given = self._server.supervisor.secrets
         found = Found(
             app=config.name, url=self._server.app.url if self._server.app is not None else None, root=config.root,
-            folder=config.workflows.dir, store=self._home.app_dir / "runs.db", workflows=self._manifest.workflows,
+            folder=config.workflows.dir, store=Path(store.where(self._home)), workflows=self._manifest.workflows,
             secrets=sorted(given), missing=[name for name in config.secrets.required if name not in given], left=left,
             keys=self._board is not None,
         )  # fmt: skip

@@ -143,7 +143,7 @@ def secrets(config: Config, home: Home, values: Mapping[str, str]) -> Finding:
 
 def workflows(config: Config, values: Mapping[str, str]) -> Iterator[Finding]:
     """Imported in a process of their own."""
-    home = store.project_home(config.name, config.root)
+    home = store.project_home(config.name, config.root, config.storage.url)
     try:
         found = read(config.root, config.workflows.dir, context.environment(config, home), values)
     except ConfigError as error:

@@ -2,12 +2,16 @@
 
 An app, a script or a worker finds its store from `TAKO_APP_NAME` and `TAKO_DATA_DIR` (the supervisor sets both), else
 from the nearest `tako.toml` upwards, whose project keeps a development store under `.tako/`. It is opened at first use,
-once per process; a forked child opens its own. What `tako.toml` says of every value that is stored (`Limits`) is found
-in the same places.
+once per process; a forked child opens its own. What `tako.toml` says of every value that is stored (`Limits`), and of
+the kind of store (`[storage]`), is found in the same places.
+
+Which kind it is, only this module and those beside it know: a file of this machine's, or a database that several share.
 """
 
+import hashlib
 import os
 import re
+import socket
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,34 +19,74 @@ from typing import TYPE_CHECKING, NamedTuple
 from tako_runtime import clock, codec
 from tako_runtime.bell import Bell
 from tako_runtime.clock import REAL_TIME, Pace
-from tako_runtime.errors import ConfigError, InvalidValue, TakoUnavailable
+from tako_runtime.errors import ConfigError, InvalidValue, Refused, TakoUnavailable
 from tako_runtime.store.base import Store
 from tako_runtime.store.commit import StoreThread
 
 if TYPE_CHECKING:
-    from tako_runtime.config import Config
+    from tako_runtime.store.database import Database
     from tako_runtime.store.file import Aside, Examined
+    from tako_runtime.store.moving import Moved
+    from tako_runtime.store.relay import Relay
 
 #: The environment of `tako dev`: TAKO_ENV, and the variables of [vars.development].
 DEVELOPMENT = "development"
 
+#: What a process belongs to that nobody has told otherwise.
+PRODUCTION = "production"
+
 APP_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
+#: What `[storage] url` may say beside a postgresql:// url.
+EMBEDDED, POSTGRES = "sqlite", "postgres"
+
+#: The secret that holds the whole url of a database.
+DATABASE_URL = "DATABASE_URL"
+
+#: Where DATABASE_URL leads to a pooler that shares sessions: the secret that leads to the database itself.
+DATABASE_DIRECT_URL = "DATABASE_DIRECT_URL"
+
+#: A schema's name may have so many bytes.
+_LONGEST_SCHEMA = 63
+
+
 class Home(NamedTuple):
-    """Which app, and where its data are."""
+    """Which app, and where its data are: on this machine in `data_dir`, with the store in it (`url` is "sqlite"), or
+    with the store in a database that several machines share, in a schema of this environment's. `url` has no password.
+    """
 
     app: str
     data_dir: Path
+    url: str = EMBEDDED
+    env: str = DEVELOPMENT
 
     @property
     def app_dir(self) -> Path:
         """`{data_dir}/apps/<app>`: the store, the bell, what workers leave."""
         return self.data_dir / "apps" / self.app
 
+    @property
+    def server(self) -> str:
+        """What tells this machine's part of the app from the others': two may have one host name."""
+        return f"{socket.gethostname()}:{self.app_dir}"
+
+    @property
+    def schema(self) -> str:
+        """`tako_<app>_<env>`; a long one ends in its hash."""
+        name = f"tako_{self.app}_{self.env}"
+        if len(name.encode()) <= _LONGEST_SCHEMA and name.isprintable() and '"' not in name:
+            return name
+        return f"tako_{self.app[:40]}_{hashlib.sha256(name.encode()).hexdigest()[:16]}"
+
     def environment(self) -> dict[str, str]:
         """The variables from which a child finds the same home."""
-        return {"TAKO_APP_NAME": self.app, "TAKO_DATA_DIR": str(self.data_dir)}
+        where = {"TAKO_APP_NAME": self.app, "TAKO_DATA_DIR": str(self.data_dir)}
+        return {**where, "TAKO_STORAGE": self.url, "TAKO_STORAGE_ENV": self.env}
+
+    def embedded(self) -> "Home":
+        """This machine's own part: what a workflow with `local=True` keeps its runs in."""
+        return self._replace(url=EMBEDDED)
 
 
 class Limits(NamedTuple):
@@ -62,7 +106,7 @@ def locate() -> Home:
     if app and data_dir:
         if not APP_NAME.fullmatch(app):
             raise ConfigError(f"TAKO_APP_NAME={app!r} is not an app's name", hint="Lower-case letters, digits and '-'.")
-        return Home(app, Path(data_dir).absolute())
+        return Home(app, Path(data_dir).absolute(), *_storage(app))
     if app or data_dir:
         there, missing = ("TAKO_APP_NAME", "TAKO_DATA_DIR") if app else ("TAKO_DATA_DIR", "TAKO_APP_NAME")
         raise TakoUnavailable(f"{there} is set and {missing} is not", hint="Set both, or neither.")
@@ -74,18 +118,19 @@ def locate() -> Home:
             f"no tako.toml in {Path.cwd()} or above it, and TAKO_APP_NAME and TAKO_DATA_DIR are not set"
         )
     found = config.load(path)
-    check_storage(found)
-    return project_home(found.name, path.parent)
+    return project_home(found.name, path.parent, found.storage.url)
 
 
-def check_storage(config: "Config") -> None:
-    """Raise `ConfigError` where tako.toml asks for a store that this tako does not have: its runs must not end up in
-    another one, unseen."""
-    if config.storage.url != "sqlite":
-        raise ConfigError(
-            f"{config.root / 'tako.toml'}: storage.url: this version of tako keeps runs in SQLite only",
-            hint='Write url = "sqlite", or leave it out.',
-        )
+def _storage(app: str) -> tuple[str, str]:
+    """What kind of store the environment names, else the app's own tako.toml; and whose schema it is."""
+    url, env = os.environ.get("TAKO_STORAGE"), os.environ.get("TAKO_STORAGE_ENV") or os.environ.get("TAKO_ENV")
+    if url is None:
+        from tako_runtime import config
+
+        path = config.find()
+        found = config.load(path) if path else None
+        url = found.storage.url if found is not None and found.name == app else EMBEDDED
+    return url, env or PRODUCTION
 
 
 def _find_limits() -> Limits:
@@ -138,26 +183,96 @@ def pace() -> Pace:
     return who.pace if who is not None else REAL_TIME
 
 
-def project_home(app: str, root: Path) -> Home:
-    """The development home of the project in the folder `root`."""
-    return Home(app, root / ".tako")
+def project_home(app: str, root: Path, url: str = EMBEDDED) -> Home:
+    """The development home of the project in the folder `root`, with that `[storage] url`."""
+    return Home(app, root / ".tako", url)
 
 
 def open_store(home: Home) -> StoreThread:
     """A store of one's own. Most callers want `current()`."""
     bell = Bell(home.app_dir)
+    if home.url == EMBEDDED:
+        return StoreThread(lambda: _open_file(home), bell)
+    database = _database(home)
+    return StoreThread(lambda: _open_schema(home, database), bell, lambda bell: _relay(home, database, bell))
 
-    def connect() -> Store:
-        from tako_runtime.store.sqlite import SqliteStore
 
-        return SqliteStore(home.app_dir / "runs.db")
+def _open_file(home: Home) -> Store:
+    from tako_runtime.store.sqlite import SqliteStore
 
-    return StoreThread(connect, bell)
+    return SqliteStore(home.app_dir / "runs.db")
+
+
+def _open_schema(home: Home, database: "Database", *, breaking: bool = False) -> Store:
+    from tako_runtime.store.postgres import PostgresStore
+
+    return PostgresStore(database, home.schema, home.server, breaking=breaking)
+
+
+def _relay(home: Home, database: "Database", bell: Bell) -> "Relay":
+    from tako_runtime.store.relay import Relay
+
+    direct = _secret(home, DATABASE_DIRECT_URL)
+    heard = type(database)(direct, f"the secret {DATABASE_DIRECT_URL}") if direct else database
+    return Relay(heard, home.schema, home.server, bell)
+
+
+def _database(home: Home) -> "Database":
+    """Raises `ConfigError` where nobody says which one, or nothing here can speak to it."""
+    try:
+        from tako_runtime.store.database import Database
+    except ImportError as error:
+        raise ConfigError(
+            f"storage.url asks for Postgres, and psycopg is not there ({error})", hint="pip install 'tako[postgres]'"
+        ) from error
+    if home.url != POSTGRES:
+        return Database(home.url, "storage.url")
+    url = _secret(home, DATABASE_URL)
+    if url is None:
+        raise ConfigError(
+            f'storage.url is "{POSTGRES}", and the secret {DATABASE_URL} is not set',
+            hint=f"Put it into {home.app_dir / 'secrets.json'}, mode 0600.",
+        )
+    return Database(url, f"the secret {DATABASE_URL}")
+
+
+def _secret(home: Home, name: str) -> str | None:
+    """One that this process was given, else one that is kept beside its data."""
+    from tako_runtime.secrets import secrets, stored
+
+    return secrets.get(name) or stored(home.app_dir).get(name)
+
+
+def copy(home: Home, *, dry_run: bool = False) -> "list[Moved]":
+    """Carry what is in this machine's own store into the database of `home`, or, where `home` names none yet, of the
+    secret (`moving.move`)."""
+    shared = home if home.url != EMBEDDED else home._replace(url=POSTGRES)
+    database = _database(shared)
+    from tako_runtime.store.moving import move
+
+    return move(home.app_dir / "runs.db", database, shared.schema, dry_run=dry_run)
+
+
+def migrate(home: Home, *, breaking: bool = False) -> None:
+    """Bring the store to this tako's version; `breaking`: also to what older ones cannot work with."""
+    opened = _open_file(home) if home.url == EMBEDDED else _open_schema(home, _database(home), breaking=breaking)
+    opened.close()
+
+
+def where(home: Home) -> str:
+    """The store, for people."""
+    if home.url == EMBEDDED:
+        return str(home.app_dir / "runs.db")
+    return f"{home.schema} in {_database(home).where}"
 
 
 def examine(home: Home) -> "Examined | None":
     """The health of the store, looked at without writing to it, also while others work; None where there is none yet.
     Raises `StoreError` where it cannot be opened."""
+    if home.url != EMBEDDED:
+        from tako_runtime.store.schema import examine as examine_schema
+
+        return examine_schema(_database(home), home.schema)
     from tako_runtime.store.file import examine
 
     return examine(home.app_dir / "runs.db")
@@ -166,6 +281,11 @@ def examine(home: Home) -> "Examined | None":
 def versions(home: Home) -> tuple[int, int]:
     """The version of the store, and the one that this tako writes: opening it would make it that. Raises `StoreError`
     where it cannot be read."""
+    if home.url != EMBEDDED:
+        from tako_runtime.store.queries import migrations
+
+        seen, newest = examine(home), migrations(POSTGRES)[-1][0]
+        return seen.version if seen is not None else newest, newest
     from tako_runtime.store.file import versions
 
     return versions(home.app_dir / "runs.db")
@@ -173,7 +293,12 @@ def versions(home: Home) -> tuple[int, int]:
 
 def set_aside(home: Home) -> "Aside | None":
     """Put the store aside, so that the next one begins empty; None where there is none. Raises `Refused` while another
-    process has it open."""
+    process has it open, and for one that others share."""
+    if home.url != EMBEDDED:
+        raise Refused(
+            f"{where(home)} is not put aside: others may be at work there",
+            hint=f'Drop the schema "{home.schema}" yourself, if nobody needs it.',
+        )
     from tako_runtime.store.file import set_aside
 
     return set_aside(home.app_dir / "runs.db")

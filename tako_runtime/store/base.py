@@ -440,7 +440,13 @@ class InHand(Operation[dict[str, int]], frozen=True):
 
 
 class Store(ABC):
-    """What a dialect brings: opened, used and closed by the one thread that owns it."""
+    """What a dialect brings: opened, used and closed by the one thread that owns it.
+
+    `shared` says whether processes of other machines use it too. Then a worker is known by its lease alone: one that
+    cannot renew it has to stop by its end.
+    """
+
+    shared: ClassVar[bool] = False
 
     @abstractmethod
     def turn(self) -> AbstractContextManager[None]:
@@ -449,7 +455,8 @@ class Store(ABC):
     @abstractmethod
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
         """Run `batch` in one transaction and sync it. Raises, with nothing written, if any operation does: the caller
-        then gives them one by one. Transient trouble (locked for long, disk full) is `StoreBusy`."""
+        then gives them one by one. Transient trouble (locked for long, disk full) is `StoreBusy`; where a store is lost
+        while it commits, it finds out whether it has, and commits once."""
 
     @abstractmethod
     def close(self) -> None: ...

@@ -12,11 +12,12 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from tako_runtime.bell import Bell
-from tako_runtime.errors import StoreBusy, StoreError, TakoError
+from tako_runtime.errors import StoreBusy, StoreError, StoreUnreachable, TakoError
 from tako_runtime.store.base import Operation, Store, Topics
 
 R = TypeVar("R")
@@ -36,8 +37,16 @@ class StoreThread:
     and the parent opens it again at the next use; a child opens a store of its own.
     """
 
-    def __init__(self, open_store: Callable[[], Store], bell: Bell, name: str = "tako-store") -> None:
+    def __init__(
+        self,
+        open_store: Callable[[], Store],
+        bell: Bell,
+        relay: Callable[[Bell], AbstractContextManager[object]] | None = None,
+        name: str = "tako-store",
+    ) -> None:
         self.bell = bell
+        self.shared = False  # `Store.shared`
+        self._relay = relay
         self._open_store = open_store
         self._store: Store | None = None
         self._queue: SimpleQueue[_Parcel | None] = SimpleQueue()
@@ -68,14 +77,24 @@ class StoreThread:
 
     def do_sync(self, op: Operation[R], timeout: float = PATIENCE) -> R:
         """The same for callers without an event loop. `StoreBusy` if its turn has not come after `timeout` seconds."""
-        future: Future[R] = Future()
-        self._send(_Parcel([op], [future], None))
+        future = self.ask(op)
         try:
             return future.result(timeout)
         except TimeoutError:
             if not future.cancel():  # it is its turn: the answer is near
                 return future.result()
             raise StoreBusy(f"the store has been locked for {timeout:g} s") from None
+
+    def ask(self, op: Operation[R]) -> "Future[R]":
+        """The same for who sets a limit of his own."""
+        future: Future[R] = Future()
+        self._send(_Parcel([op], [future], None))
+        return future
+
+    def relay(self) -> AbstractContextManager[object]:
+        """Within, this machine's bell rings for what other machines write to a shared store. One process of a machine
+        does it for all of them."""
+        return self._relay(self.bell) if self._relay is not None else contextlib.nullcontext()
 
     def close(self) -> None:
         with self._door:
@@ -113,6 +132,7 @@ class StoreThread:
         try:
             with self._using:
                 self._store = self._open_store()
+                self.shared = self._store.shared
         except BaseException as error:  # noqa: BLE001 -- it belongs to the caller, who waits for it
             opened.set_exception(error)
             return
@@ -198,9 +218,10 @@ os.register_at_fork(before=_forks.before, after_in_parent=_forks.after_in_parent
 
 
 def _one_by_one(store: Store, ops: Sequence[Operation[Any]], error: Exception) -> tuple[list[Any], Topics]:
-    """The batch was rolled back. Give each operation its own transaction, so that one cannot fail another."""
-    if len(ops) == 1:
-        return [_Raise(error)], set()
+    """The batch was rolled back. Give each operation its own transaction, so that one cannot fail another; but not
+    where nobody can be asked, which is no operation's fault."""
+    if len(ops) == 1 or isinstance(error, StoreUnreachable):
+        return [_Raise(error)] * len(ops), set()
     answers: list[Any] = []
     topics: Topics = set()
     for op in ops:

@@ -41,7 +41,7 @@ class Examined(NamedTuple):
 def examine(path: Path) -> Examined | None:
     if not path.exists():
         return None
-    seen, newest = path.stat(), migrations()[-1][0]
+    seen, newest = path.stat(), migrations("sqlite")[-1][0]
     found = Examined(path, seen.st_size, seen.st_mode & 0o777, 0, newest)
     try:
         with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
@@ -61,7 +61,7 @@ def examine(path: Path) -> Examined | None:
 
 def versions(path: Path) -> tuple[int, int]:
     """The version of the file, and the one that this tako writes. Nothing is changed."""
-    newest = migrations()[-1][0]
+    newest = migrations("sqlite")[-1][0]
     try:
         with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
             db.set_busy_timeout(PATIENCE)

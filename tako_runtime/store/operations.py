@@ -1,11 +1,13 @@
 """Each operation as the queries that it takes: what is the same in every dialect.
 
-A dialect brings the connection, the transaction around a batch, and the few primitives at the end of `SqlStore`.
+A dialect brings the connection, the transaction around a batch, and the few primitives at the end of `SqlStore`. Where
+it lets several processes write at the same time, it takes a lock on each name that is `contended` before the batch:
+what an operation reads then stays true until it is committed, but for the rows that the queries themselves lock.
 """
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import starmap
+from itertools import groupby, starmap
 from operator import itemgetter
 from typing import Any, ClassVar, cast
 
@@ -39,6 +41,31 @@ def sort(batch: Sequence[Operation[Any]]) -> Sorts:
         for place, op in enumerate(batch):
             sorts.setdefault(type(op), []).append((place, op))
     return sorts
+
+
+def contended(sorts: Sorts) -> list[str]:
+    """The names of what a batch must have for itself: an event that is sent, or waited for, or parked on (a signal that
+    raced with a parking run would be lost); a worker that claims, or is given up; a unique key. In one order, so that
+    two batches never wait for each other."""
+    names = {name for kind, names in _CONTENDED.items() for _, op in sorts.get(kind, ()) for name in names(op)}
+    return sorted(names)
+
+
+def _event(wait: str) -> str:
+    """What a wait step waits for: its name, without the number of its use."""
+    return f"event {wait.partition('#')[0]}"
+
+
+_CONTENDED: dict[type[Operation[Any]], Callable[[Any], list[str]]] = {
+    base.SendSignal: lambda op: [_event(op.name)],
+    base.OpenWait: lambda op: [_event(op.signal)],
+    base.ExpireWait: lambda op: [_event(op.name)],
+    base.Apply: lambda op: [_event(name) for name in op.change.open_waits],
+    base.ClaimRuns: lambda op: [f"worker {op.worker}"],
+    base.GiveUpWorker: lambda op: [f"worker {op.worker}"],
+    base.Enqueue: lambda op: [f"key {run.workflow} {run.unique_key}" for run in op.runs if run.unique_key is not None],
+    base.SetSchedules: lambda op: ["schedules"],
+}
 
 
 class SqlStore(Store):
@@ -76,10 +103,11 @@ class SqlStore(Store):
                     continue
                 keyed[place] = run.id
             ready = run.due_at <= op.now
-            new.append({**asdict(run), "ready": int(ready)})
+            new.append(rows.new_row(run, ready))
             ids.append(run.id)
             topics.add(f"due:{run.group}" if ready else "later")
-        self._each("insert_run", new)
+        if new:
+            self._write("insert_runs", new)
         return ids
 
     def _claim(self, op: base.ClaimRuns, topics: Topics) -> list[Claimed]:
@@ -91,13 +119,15 @@ class SqlStore(Store):
         found = self._all("claim", bound)
         runs = list(starmap(Run, found))
         runs.sort(key=lambda run: (-run.priority, run.due_at, run.seq))
-        return [Claimed(run, self._steps_of(run.seq) if run.claim > 1 else ()) for run in runs]
+        steps = self._steps_of([run.seq for run in runs if run.claim > 1])
+        return [Claimed(run, steps.get(run.seq, ())) for run in runs]
 
-    def _steps_of(self, seq: int) -> tuple[StepRecord, ...]:
-        return tuple(rows.step(row) for row in self._all("steps_of", {"seq": seq}))
+    def _steps_of(self, runs: Sequence[int]) -> dict[int, tuple[StepRecord, ...]]:
+        found = self._all("steps_of", {"runs": self._listed(runs)}) if runs else []
+        return {run: tuple(rows.step(row[1:]) for row in own) for run, own in groupby(found, key=_place)}
 
     def _save_steps(self, ops: Sequence[tuple[int, base.SaveStep]], answers: list[Any]) -> None:
-        if self._write("save_steps", [rows.step_row(op) for _, op in ops]) == len(ops):
+        if self._written("save_steps", [rows.step_row(op) for _, op in ops]) == len(ops):
             for i, op in ops:
                 answers[i] = op.step
             return
@@ -116,7 +146,7 @@ class SqlStore(Store):
     def _apply_all(self, ops: Sequence[tuple[int, base.Apply]], answers: list[Any], topics: Topics) -> None:
         if len(ops) > 1:
             self._command("SAVEPOINT bulk")
-        landed = self._write("apply", [rows.change_row(op.change) for _, op in ops]) == len(ops)
+        landed = self._written("apply", [rows.change_row(op.change) for _, op in ops]) == len(ops)
         if len(ops) > 1:
             if not landed:  # at least one came too late: take them one by one, to learn which
                 self._command("ROLLBACK TO bulk")
@@ -139,15 +169,16 @@ class SqlStore(Store):
         if ended:
             topics.add("ended")
             self._change("drop_waits", {"runs": self._listed(ended)})
+        parked = [(change.seq, name) for change in changes if change.goes_on for name in change.open_waits]
+        answered = {seq for (seq,) in self._found("answered", parked)} if parked else set()
         for change in changes:
-            if change.rerun:
-                step = {"seq": change.seq}
-                self._each("mark_rerun", [{**step, "kind": kind, "name": name} for kind, name in change.rerun])
+            for kind, name in change.rerun:
+                self._change("mark_rerun", {"seq": change.seq, "kind": kind, "name": name})
             if change.finished_at is None:
-                self._go_on(change, topics)
+                self._go_on(change, change.seq in answered, topics)
 
-    def _go_on(self, change: Change, topics: Topics) -> None:
-        """The rest of a change that does not end its run."""
+    def _go_on(self, change: Change, answered: bool, topics: Topics) -> None:
+        """The rest of a change that does not end its run; whether a signal came in before it could park."""
         seq = change.seq
         if change.drop_from is not None:
             for query in ("drop_steps", "drop_waits_from"):
@@ -160,10 +191,9 @@ class SqlStore(Store):
             topics.add("cancel")
             return
         due = change.due_at is not None and change.due_at <= change.now
-        if any(self._value("wait_is_open", {"seq": seq, "name": name}) is None for name in change.open_waits):
-            self._change("make_due", {"seq": seq, "now": change.now})
-            due = True
-        topics.add(f"due:{change.group}" if due else "later")
+        if answered:
+            self._change("make_due", {"runs": self._listed([seq]), "now": change.now})
+        topics.add(f"due:{change.group}" if due or answered else "later")
 
     # --- waits and signals ---
 
@@ -214,10 +244,10 @@ class SqlStore(Store):
         self._change("insert_worker", asdict(op.worker))
 
     def _renew_lease(self, op: base.RenewLease, topics: Topics) -> bool:
-        return self._change("renew_lease", {"worker": op.worker, "until": op.until}) == 1
+        return self._changed("renew_lease", {"worker": op.worker, "until": op.until}) == 1
 
     def _give_up_worker(self, op: base.GiveUpWorker, topics: Topics) -> bool:
-        return self._change("give_up_worker", {"worker": op.worker, "seen": op.seen}) == 1
+        return self._changed("give_up_worker", {"worker": op.worker, "seen": op.seen}) == 1
 
     def _remove_worker(self, op: base.RemoveWorker, topics: Topics) -> bool:
         self._change("delete_worker", {"worker": op.worker})
@@ -247,7 +277,7 @@ class SqlStore(Store):
         return self._value("take_lease", bound) is not None
 
     def _drop_lease(self, op: base.DropLease, topics: Topics) -> None:
-        if self._change("drop_lease", {"name": op.name, "holder": op.holder}):
+        if self._changed("drop_lease", {"name": op.name, "holder": op.holder}):
             topics.add("later")
 
     def _paused(self, op: base.Paused, topics: Topics) -> str | None:
@@ -285,21 +315,21 @@ class SqlStore(Store):
             "statuses": self._listed(op.statuses), "after_at": op.after[0], "after_seq": op.after[1],
         }  # fmt: skip
         found = self._all("ended_runs", bound)
-        going: list[dict[str, int]] = []
+        going: list[int] = []
         looked_at, place, room = 0, op.after, _PRUNED_BYTES
         for finished_at, seq, fits, size in found:
             if fits:
                 room -= size
                 if going and room < 0:
                     break
-                going.append({"seq": seq})
+                going.append(seq)
             looked_at, place = looked_at + 1, (finished_at, seq)
-        for query in ("delete_run", "delete_steps", "delete_attempts"):
-            self._each(query, going)
+        for query in ("delete_runs", "delete_steps", "delete_attempts") if going else ():
+            self._change(query, {"runs": self._listed(going)})
         return base.Pruned(len(going), place if looked_at == op.limit or room < 0 else None)
 
     def _expire_signals(self, op: base.ExpireSignals, topics: Topics) -> int:
-        return self._change("expire_signals", {"now": op.now, "limit": op.limit})
+        return self._changed("expire_signals", {"now": op.now, "limit": op.limit})
 
     def _space(self, op: base.GiveBackSpace, topics: Topics) -> bool:
         return self._give_back_space()
@@ -363,7 +393,7 @@ class SqlStore(Store):
         return found[: op.limit]
 
     def _steps(self, op: base.Steps, topics: Topics) -> list[StepRecord]:
-        return list(self._steps_of(op.seq))
+        return list(self._steps_of([op.seq]).get(op.seq, ()))
 
     def _attempts(self, op: base.Attempts, topics: Topics) -> list[AttemptRecord]:
         return [AttemptRecord(*row) for row in self._all("attempts_of", {"seq": op.seq})]
@@ -421,16 +451,24 @@ class SqlStore(Store):
         """Its first row, or None."""
 
     @abstractmethod
-    def _change(self, query: str, bound: Bound) -> int:
-        """Carry out a query that writes; how many rows it has changed."""
+    def _change(self, query: str, bound: Bound) -> None:
+        """Carry out a query that writes. Nobody waits for it: what comes of it is known by the commit."""
 
     @abstractmethod
-    def _each(self, query: str, bound: Sequence[Bound]) -> None:
-        """Carry out a query that writes once for each."""
+    def _changed(self, query: str, bound: Bound) -> int:
+        """The same; how many rows it has changed."""
 
     @abstractmethod
-    def _write(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
-        """Carry out a query with `{rows}` for all of these, many with one statement; how many rows it has changed."""
+    def _write(self, query: str, written: Sequence[tuple[Any, ...]]) -> None:
+        """Carry out a query with `{rows}` for all of these, many with one statement."""
+
+    @abstractmethod
+    def _written(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
+        """The same; how many rows it has changed."""
+
+    @abstractmethod
+    def _found(self, query: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """The rows that a query with `{rows}` gives for all of these."""
 
     @abstractmethod
     def _command(self, text: str) -> None:

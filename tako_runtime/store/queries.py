@@ -16,7 +16,7 @@ def load(words: dict[str, str]) -> dict[str, str]:
     return queries
 
 
-def migrations() -> list[tuple[int, str]]:
-    """The numbered steps that lead from an empty file to the current schema."""
-    files = sorted(resources.files(__package__).joinpath("migrations").iterdir(), key=lambda file: file.name)
+def migrations(dialect: str) -> list[tuple[int, str]]:
+    """The numbered steps that lead from an empty store to the current schema."""
+    files = sorted(resources.files(__package__).joinpath("migrations", dialect).iterdir(), key=lambda file: file.name)
     return [(int(file.name[:4]), file.read_text("utf-8")) for file in files if file.name.endswith(".sql")]

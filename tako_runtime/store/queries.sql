@@ -1,6 +1,8 @@
 -- Every query of every store. `-- name:` begins one and names it; the comment below says what it is for. Parameters are
 -- `:name`; `{word}` stands for what a dialect has to say: `{run}` and `{step}` for the columns as it reads them, `{rows}`
--- for many rows of parameters in one statement. Loaded and translated once (`queries.py`).
+-- for many rows of parameters in one statement, `{in_runs}` for being one of a list, `{those} ... {end}` for being one of
+-- what a query finds, which is asked once. Where processes write at the same time, `{lock}` passes over the rows that
+-- another one has in hand, and `{hold}` keeps a row as it is until the commit. Loaded and translated once (`queries.py`).
 
 -- ===== a run's life, in order ========================================================================================
 
@@ -8,16 +10,20 @@
 -- The live run that holds a unique key.
 SELECT id FROM runs WHERE workflow = :workflow AND unique_key = :unique_key AND finished_at IS NULL;
 
--- name: insert_run
+-- name: insert_runs
+WITH new (id, workflow, "group", payload, created_at, due_at, retries, backoff_base, backoff_max, priority, unique_key,
+          release, scheduled_at, ready) AS ({rows})
 INSERT INTO runs (id, workflow, "group", status, reason, priority, due_at, max_attempts, retries,
                   backoff_base, backoff_max, created_at, scheduled_at, unique_key, release, payload, ready)
-VALUES (:id, :workflow, :group, 'pending', 'queued', :priority, :due_at, :retries + 1, :retries,
-        :backoff_base, :backoff_max, :created_at, :scheduled_at, :unique_key, :release, :payload, :ready);
+SELECT id, workflow, "group", 'pending', 'queued', priority, due_at, retries + 1, retries,
+       backoff_base, backoff_max, created_at, scheduled_at, unique_key, release, payload, ready
+  FROM new;
 
 -- name: promote
 -- What has become due comes into the index that claims walk; some at a time, so that no one waits long for the lock.
 UPDATE runs SET ready = 1
- WHERE seq IN (SELECT seq FROM runs WHERE ready = 0 AND due_at IS NOT NULL AND due_at <= :now ORDER BY due_at LIMIT 1000);
+ WHERE seq {those} SELECT seq FROM runs
+                     WHERE ready = 0 AND due_at IS NOT NULL AND due_at <= :now ORDER BY due_at LIMIT 1000 {lock} {end};
 
 -- name: claim
 -- An attempt that is open (the run was parked, or drained) goes on under its number; else the next one begins.
@@ -25,21 +31,22 @@ UPDATE runs
    SET status = 'running', reason = 'claimed', ready = NULL, worker = :worker, claim = claim + 1,
        attempt = attempt + (CASE WHEN attempt_started_at IS NULL THEN 1 ELSE 0 END),
        attempt_started_at = COALESCE(attempt_started_at, :now), started_at = COALESCE(started_at, :now)
- WHERE seq IN (SELECT seq FROM runs
-                WHERE ready = 1 AND "group" = :group AND workflow IN ({workflows})
-                  AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND lease_until > 0)
-                  AND NOT EXISTS (SELECT 1 FROM leases WHERE name = :pause AND until > :now)
-                ORDER BY priority DESC, due_at, seq LIMIT :limit {lock})
+ WHERE seq {those} SELECT seq FROM runs
+                     WHERE ready = 1 AND "group" = :group AND workflow {in_workflows}
+                       AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND lease_until > 0)
+                       AND NOT EXISTS (SELECT 1 FROM leases WHERE name = :pause AND until > :now)
+                     ORDER BY priority DESC, due_at, seq LIMIT :limit {lock} {end}
 RETURNING {claimed};
 
 -- name: steps_of
-SELECT {step} FROM steps WHERE run = :seq ORDER BY position, started_at, kind, name;
+-- Of several runs, in the order of their calls.
+SELECT run, {step} FROM steps WHERE run {in_runs} ORDER BY run, position, started_at, kind, name;
 
 -- name: step
 SELECT {step} FROM steps WHERE run = :seq AND kind = :kind AND name = :name;
 
 -- name: holds_claim
-SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND status = 'running';
+SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND status = 'running' {hold};
 
 -- name: save_steps
 -- The first write wins; a failure that the next attempt may mend counts as not written.
@@ -47,7 +54,8 @@ WITH new (seq, kind, name, position, status, attempt, started_at, finished_at, d
 INSERT INTO steps (run, kind, name, position, status, attempt, started_at, finished_at, due_at, result, error)
 SELECT seq, kind, name, position, status, attempt, started_at, finished_at, due_at, {result}, error
   FROM new
- WHERE EXISTS (SELECT 1 FROM runs WHERE runs.seq = new.seq AND runs.claim = new.claim AND runs.status = 'running')
+ WHERE EXISTS (SELECT 1 FROM runs WHERE runs.seq = new.seq AND runs.claim = new.claim AND runs.status = 'running'
+               {hold})
     ON CONFLICT (run, kind, name) DO UPDATE
    SET position = excluded.position, status = excluded.status, attempt = excluded.attempt,
        started_at = excluded.started_at, finished_at = excluded.finished_at, due_at = excluded.due_at,
@@ -88,13 +96,16 @@ DELETE FROM steps WHERE run = :seq AND position >= :drop_from;
 DELETE FROM waits WHERE run = :seq AND position >= :drop_from;
 
 -- name: drop_waits
-DELETE FROM waits WHERE run IN ({runs});
+DELETE FROM waits WHERE run {in_runs};
 
--- name: wait_is_open
-SELECT 1 FROM waits WHERE run = :seq AND step = :name;
+-- name: answered
+-- Of the waits that runs were about to park on, the runs that have one which is open no more.
+WITH parked (seq, name) AS ({rows})
+SELECT DISTINCT seq FROM parked
+ WHERE NOT EXISTS (SELECT 1 FROM waits WHERE waits.run = parked.seq AND waits.step = parked.name);
 
 -- name: make_due
-UPDATE runs SET ready = 1, reason = 'queued', due_at = :now WHERE seq = :seq;
+UPDATE runs SET ready = 1, reason = 'queued', due_at = :now WHERE seq {in_runs};
 
 -- ===== waits and signals =============================================================================================
 
@@ -216,7 +227,7 @@ SELECT min("group") FROM runs WHERE finished_at IS NOT NULL AND "group" > :after
 -- A stretch of a group's ended runs, in the order of their ends; which of them are asked for; and about the bytes that go
 -- with each. The walk has an end, however few of them fit.
 SELECT finished_at, seq,
-       (:workflow IS NULL OR workflow = :workflow) AND (:statuses IS NULL OR status IN ({statuses})),
+       (workflow = :workflow OR :workflow IS NULL) AND (status {in_statuses} OR :statuses IS NULL),
        octet_length(payload) + COALESCE(octet_length(result), 0)
        + COALESCE((SELECT sum(200 + COALESCE(octet_length(s.result), 0)) FROM steps AS s WHERE s.run = runs.seq), 0)
   FROM runs
@@ -224,14 +235,14 @@ SELECT finished_at, seq,
    AND finished_at < :before
  ORDER BY finished_at, seq LIMIT :limit {lock};
 
--- name: delete_run
-DELETE FROM runs WHERE seq = :seq;
+-- name: delete_runs
+DELETE FROM runs WHERE seq {in_runs};
 
 -- name: delete_steps
-DELETE FROM steps WHERE run = :seq;
+DELETE FROM steps WHERE run {in_runs};
 
 -- name: delete_attempts
-DELETE FROM attempts WHERE run = :seq;
+DELETE FROM attempts WHERE run {in_runs};
 
 -- ===== what is there =================================================================================================
 
@@ -241,7 +252,7 @@ SELECT min("group") FROM runs WHERE ready = 1 AND "group" > :after;
 
 -- name: declared_is_ready
 -- Whether a group has a run to claim whose workflow is one of these. In the order of a claim: the first will mostly do.
-SELECT 1 FROM runs WHERE ready = 1 AND "group" = :group AND workflow IN ({workflows})
+SELECT 1 FROM runs WHERE ready = 1 AND "group" = :group AND workflow {in_workflows}
  ORDER BY priority DESC, due_at, seq LIMIT 1;
 
 -- name: first_ready
@@ -252,7 +263,7 @@ SELECT min(due_at) FROM runs WHERE ready = 0 AND due_at IS NOT NULL;
 
 -- name: next_due_run
 SELECT {run} FROM runs
- WHERE ready = 0 AND due_at IS NOT NULL AND (:reason IS NULL OR reason = :reason) ORDER BY due_at, seq LIMIT 1;
+ WHERE ready = 0 AND due_at IS NOT NULL AND (reason = :reason OR :reason IS NULL) ORDER BY due_at, seq LIMIT 1;
 
 -- name: run_by_seq
 SELECT {run} FROM runs WHERE seq = :seq;
@@ -276,7 +287,7 @@ SELECT {run} FROM runs WHERE status = :status AND status <> 'succeeded' AND id >
 
 -- name: list_succeeded
 -- Most ended runs have succeeded: the ids are walked, and nearly every one counts.
-SELECT {run} FROM runs WHERE +status = 'succeeded' AND id >= :since_id ORDER BY id DESC LIMIT :limit;
+SELECT {run} FROM runs WHERE {any_index}status = 'succeeded' AND id >= :since_id ORDER BY id DESC LIMIT :limit;
 
 -- name: list_unlucky_runs_by_workflow
 SELECT {run} FROM runs
@@ -284,7 +295,7 @@ SELECT {run} FROM runs
  ORDER BY id DESC LIMIT :limit;
 
 -- name: list_runs_by_workflow_and_status
-SELECT {run} FROM runs WHERE workflow = :workflow AND +status = :status AND id >= :since_id ORDER BY id DESC LIMIT :limit;
+SELECT {run} FROM runs WHERE workflow = :workflow AND {any_index}status = :status AND id >= :since_id ORDER BY id DESC LIMIT :limit;
 
 -- name: attempts_of
 SELECT n, worker, started_at, finished_at, outcome, error FROM attempts WHERE run = :seq ORDER BY n;
@@ -301,7 +312,8 @@ SELECT w.signal, r.id, w.step, w.since, w.deadline, r.workflow FROM waits AS w J
 SELECT name, {payload}, sent_at, expires_at FROM signals WHERE expires_at > :now ORDER BY seq LIMIT :limit;
 
 -- name: expire_signals
-DELETE FROM signals WHERE seq IN (SELECT seq FROM signals WHERE expires_at <= :now ORDER BY expires_at LIMIT :limit);
+DELETE FROM signals
+ WHERE seq {those} SELECT seq FROM signals WHERE expires_at <= :now ORDER BY expires_at LIMIT :limit {lock} {end};
 
 -- name: count_live
 SELECT 'pending', reason, count(*) FROM runs WHERE status = 'pending' AND status <> 'succeeded' GROUP BY reason
@@ -311,7 +323,7 @@ SELECT 'running', reason, count(*) FROM runs WHERE status = 'running' AND status
 -- name: count_ended
 SELECT count(*) FROM runs
  WHERE finished_at IS NOT NULL AND "group" = :group AND finished_at >= :since AND finished_at < :before
-   AND (:workflow IS NULL OR workflow = :workflow) AND (:statuses IS NULL OR status IN ({statuses}));
+   AND (workflow = :workflow OR :workflow IS NULL) AND (status {in_statuses} OR :statuses IS NULL);
 
 -- name: count_dead
 -- The few among the many: what an operator asks for all the time has an index of its own.
@@ -345,3 +357,34 @@ SELECT worker, count(*) FROM runs WHERE status = 'running' GROUP BY worker;
 -- name: look_over
 -- From outside, at a store of whatever version: how many runs it has, and when the newest was made.
 SELECT count(*), max(created_at) FROM runs;
+
+-- ===== processes that write one store at the same time ===============================================================
+
+-- name: lock_names
+-- Held until the commit, in one order.
+SELECT pg_advisory_xact_lock(CAST(:space AS int4), n) FROM unnest(CAST(:numbers AS int4[])) AS n;
+
+-- name: set_times
+-- For this transaction only, where a session is shared.
+SELECT set_config(name, value, true) FROM unnest(CAST(:names AS text[]), CAST(:values AS text[])) AS t (name, value);
+
+-- name: mark_batch
+-- The number of the batch that this process writes, in the batch's own transaction.
+INSERT INTO writers (id, batch) VALUES (:writer, :batch)
+    ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, at = now();
+
+-- name: know_writer
+INSERT INTO writers (id, batch) VALUES (:writer, 0) ON CONFLICT (id) DO NOTHING;
+
+-- name: last_batch
+-- Waits for the transaction that writes it.
+SELECT batch FROM writers WHERE id = :writer FOR UPDATE;
+
+-- name: batches_of_others
+SELECT CAST(COALESCE(sum(batch), 0) AS int8) FROM writers WHERE id <> :writer;
+
+-- name: forget_writers
+DELETE FROM writers WHERE at < now() - CAST(:age AS interval);
+
+-- name: ring
+SELECT pg_notify(:channel, :message);

@@ -5,7 +5,7 @@ from typing import Any
 
 from msgspec.structs import astuple
 
-from tako_runtime.run import AttemptRecord, Run, ScheduleRecord, StepRecord
+from tako_runtime.run import AttemptRecord, NewRun, Run, ScheduleRecord, StepRecord
 from tako_runtime.state import Change
 from tako_runtime.store.base import OpenWait, SaveStep
 
@@ -25,6 +25,11 @@ def schedule(row: Sequence[Any]) -> ScheduleRecord:
 
 
 # What a busy worker writes by the thousand: the columns of a `{rows}`, in its order.
+
+
+def new_row(run: NewRun, ready: bool) -> tuple[Any, ...]:
+    """For `insert_runs`."""
+    return (*astuple(run), int(ready))
 
 
 def step_row(op: SaveStep | OpenWait) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ def check(db: apsw.Connection, path: Path) -> None:
     as an index, is theirs."""
     with db:  # one look: somebody may be making it, or migrating it
         version, there = int(db.pragma("user_version")), _names(db)
-    newest = migrations()[-1][0]
+    newest = migrations("sqlite")[-1][0]
     if version > newest:
         return
     if version == 0 and there and not there & _made(newest):
@@ -42,7 +42,7 @@ def check(db: apsw.Connection, path: Path) -> None:
 def _made(version: int) -> frozenset[str]:
     """The names of what the migrations up to a version have made and left."""
     with closing(apsw.Connection(":memory:")) as db:
-        for number, script in migrations():
+        for number, script in migrations("sqlite"):
             if number <= version:
                 db.execute(script)
         return _names(db)

@@ -8,7 +8,7 @@ bounds to each one's turn. `benchmarks/contention.py` shows both.
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
 from itertools import chain
@@ -61,10 +61,14 @@ _WORDS = {
     "payload": "CAST(payload AS BLOB)",
     "result": "CAST(result AS TEXT)",
     "rows": "{rows}",
-    "runs": "SELECT value FROM json_each(:runs)",
-    "workflows": "SELECT value FROM json_each(:workflows)",
-    "statuses": "SELECT value FROM json_each(:statuses)",
+    "in_runs": "IN (SELECT value FROM json_each(:runs))",
+    "in_workflows": "IN (SELECT value FROM json_each(:workflows))",
+    "in_statuses": "IN (SELECT value FROM json_each(:statuses))",
+    "those": "IN (",
+    "end": ")",
+    "any_index": "+",
     "lock": "",
+    "hold": "",
 }
 
 
@@ -79,6 +83,16 @@ def in_bulk(name: str, width: int, count: int) -> str:
     """The query that writes `count` rows of `width` columns."""
     row = f"({', '.join('?' * width)})"
     return Q[name].replace("{rows}", f"VALUES {', '.join([row] * count)}")
+
+
+def _chunks(query: str, rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The statements that carry these rows. The interpreter's lock is given up once for a statement, and while it
+    writes the event loop runs."""
+    at = 0
+    while at < len(rows):
+        count = min(_MOST_ROWS, 1 << (len(rows) - at).bit_length() - 1)
+        yield in_bulk(query, len(rows[0]), count), tuple(chain.from_iterable(rows[at : at + count]))
+        at += count
 
 
 class SqliteStore(SqlStore):
@@ -116,7 +130,7 @@ class SqliteStore(SqlStore):
             self._turnstile.close()
 
     def _migrate(self) -> None:
-        known = migrations()
+        known = migrations("sqlite")
         newest = known[-1][0]
         if self._version() == newest:
             return
@@ -182,22 +196,24 @@ class SqliteStore(SqlStore):
     def _one(self, query: str, bound: Bound) -> Any:
         return self._db.execute(Q[query], bound).fetchone()
 
-    def _change(self, query: str, bound: Bound) -> int:
+    def _change(self, query: str, bound: Bound) -> None:
+        self._db.execute(Q[query], bound)
+
+    def _changed(self, query: str, bound: Bound) -> int:
         self._db.execute(Q[query], bound)
         return self._db.changes()
 
-    def _each(self, query: str, bound: Sequence[Bound]) -> None:
-        self._db.executemany(Q[query], bound)
+    def _write(self, query: str, written: Sequence[tuple[Any, ...]]) -> None:
+        for text, bound in _chunks(query, written):
+            self._db.execute(text, bound)
 
-    def _write(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
-        """The interpreter's lock is given up once for a statement, and while it writes the event loop runs."""
-        before, at = self._db.total_changes(), 0
-        while at < len(written):
-            count = min(_MOST_ROWS, 1 << (len(written) - at).bit_length() - 1)
-            bound = tuple(chain.from_iterable(written[at : at + count]))
-            self._db.execute(in_bulk(query, len(written[0]), count), bound)
-            at += count
+    def _written(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
+        before = self._db.total_changes()
+        self._write(query, written)
         return self._db.total_changes() - before
+
+    def _found(self, query: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        return [row for text, bound in _chunks(query, asked) for row in self._db.execute(text, bound)]
 
     def _command(self, text: str) -> None:
         self._db.execute(text)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tako_runtime import config, log, store
+from tako_runtime.alone import Lock
 from tako_runtime.server import Server, serve
 
 socket.gethostname = lambda: sys.argv[1]
@@ -16,7 +17,9 @@ opened, lines = store.current(), log.JsonLines(1, log.DEBUG)
 
 async def run() -> None:
     loaded = config.load(Path.cwd() / "tako.toml")
-    await serve(Server(opened, store.locate(), loaded, lines.pass_on, log_level="debug"))
+    home = store.locate()
+    with Lock(home.app_dir, "supervisor") as lock:  # which nobody takes
+        await serve(Server(opened, home, loaded, lines.pass_on, log_level="debug"), lock)
 
 
 with log.sink(lines):

@@ -1,0 +1,339 @@
+"""The shared store: Postgres through psycopg, one schema for each app and environment.
+
+A batch is one transaction, and travels as one pipeline: the store waits for the server only where an answer decides
+what is done next, and for the commit. Several processes write at the same time. What must not interleave takes a lock
+on its name first (`operations.contended`); claims pass over the rows that others have in hand (`FOR UPDATE SKIP
+LOCKED`); and a write that names a claim holds its run's row (`FOR SHARE`) until the commit, so that nobody gives the
+run away in between.
+
+A commit whose answer was lost. Each batch that writes also writes its number into its process's row of `writers`, in
+the same transaction. If the connection goes while the commit is on its way, a new one looks there: either the batch is
+in, and its answers, which had all come before the commit was sent, are given; or it is not, and it is done again. So a
+batch is carried out once, whatever happens to the connection. What is not found out within `PATIENCE` is told as it is.
+"""
+
+import os
+import re
+import select
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
+
+import psycopg
+
+from tako_runtime import clock
+from tako_runtime.errors import StoreError, StoreUnreachable
+from tako_runtime.run import RUN_COLUMNS
+from tako_runtime.store.base import Operation, Topics
+from tako_runtime.store.database import AGAIN, TIMES, Database, lost, translated
+from tako_runtime.store.operations import Bound, SqlStore, contended, sort
+from tako_runtime.store.queries import load
+from tako_runtime.store.schema import migrate, number
+
+#: How long a batch is tried again while the database cannot be reached, in microseconds, and how long the first pause
+#: is, in seconds.
+PATIENCE, FIRST_PAUSE, LONGEST_PAUSE = 10 * clock.SECOND, 0.02, 0.5
+
+#: How often a batch is tried again that stood in the way of another one.
+_TRIES = 5
+
+#: The names of what is contended fall into so many locks: a server has room for some thousands.
+_LOCKS = 1_024
+
+#: What the database passes on in one piece has an end.
+_LONGEST_MESSAGE = 4_096
+
+#: So many bytes a socket's buffer holds in any case.
+_AT_ONCE = 8_192
+
+#: How long a process is remembered that writes nothing more.
+_FORGOTTEN = "1 day"
+
+# Values are read as bytes, as the contract has them.
+_AS_BYTES = {"payload", "result"}
+
+
+def _columns(names: Sequence[str]) -> str:
+    return ", ".join(f"convert_to({n}, 'UTF8')" if n in _AS_BYTES else '"group"' if n == "group" else n for n in names)
+
+
+_WORDS = {
+    "run": _columns(RUN_COLUMNS),
+    "claimed": _columns([name if name != "result" else "NULL" for name in RUN_COLUMNS]),
+    "step": "kind, name, position, status, attempt, started_at, finished_at, due_at, convert_to(result, 'UTF8'), "
+    "error, rerun",
+    "payload": "convert_to(payload, 'UTF8')",
+    "result": "result",
+    "rows": "{rows}",
+    "in_runs": "= ANY (:runs)",
+    "in_workflows": "= ANY (:workflows)",
+    "in_statuses": "= ANY (:statuses)",
+    "those": "= ANY (ARRAY(",
+    "end": "))",
+    "any_index": "",
+    "lock": "FOR UPDATE SKIP LOCKED",
+    "hold": "FOR SHARE",
+}
+
+#: The types of what `{rows}` stands for.
+_ROWS = {
+    "insert_runs": "text text text text int8 int8 int8 int8 int8 int8 text text int8 int8",
+    "save_steps": "int8 text text int8 text int8 int8 int8 int8 text text int8",
+    "apply": "text text int8 int8 text int8 int8 int8 int8 text text text int8 int8 text",
+    "insert_attempts": "int8 int8 text int8 int8 text text",
+    "answered": "int8 text",
+}
+
+_TABLES = re.compile(
+    r"\b(FROM|UPDATE|INTO|JOIN) (runs|steps|attempts|waits|signals|workers|schedules|leases|unhealthy|writers)\b"
+)
+
+
+@cache
+def queries_of(schema: str) -> dict[str, str]:
+    """The queries, which name the tables of this schema: no session's search path is relied upon, for behind a pooler
+    sessions are shared."""
+
+    def translated(name: str, text: str) -> str:
+        named = re.sub(r"(?<!:):(\w+)", r"%(\1)s", text.replace("%", "%%"))
+        arrays = ", ".join(f"%s::{kind}[]" for kind in _ROWS.get(name, "").split())
+        return _TABLES.sub(rf'\1 "{schema}".\2', named).replace("{rows}", f"SELECT * FROM unnest({arrays})")  # noqa: S608
+
+    return {name: translated(name, text) for name, text in load(_WORDS).items()}
+
+
+class PostgresStore(SqlStore):
+    """The store in the schema `schema` of a database, made if it is not there. `sender` names this machine in what
+    other ones are told (`relay.py`), so that it does not tell itself."""
+
+    shared = True
+
+    def __init__(self, database: Database, schema: str, sender: str = "", *, breaking: bool = False) -> None:
+        self._database, self._schema, self._sender = database, schema, sender
+        self._queries, self._locks = queries_of(schema), number(schema)
+        self._writer, self._batch = os.urandom(8).hex(), 0
+        self._db: psycopg.Connection[tuple[Any, ...]] | None = None
+        self._pipeline: psycopg.Pipeline | None = None
+        self._unsent = 0
+        self._committing: tuple[list[Any], Topics] | None = None
+        try:
+            migrate(self._connected(), schema, database, breaking=breaking)
+        except psycopg.Error as error:
+            self.close()
+            raise translated(error, database) from error
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+    def _connected(self) -> "psycopg.Connection[tuple[Any, ...]]":
+        if self._db is None:
+            self._db = self._database.connect()
+        return self._db
+
+    # --- transactions ---
+
+    def turn(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
+        patience, tries = _Patience(), _TRIES
+        while True:
+            self._committing = None
+            try:
+                self._connected()
+                return self._transact(batch)
+            except psycopg.Error as error:
+                if self._gone(error):
+                    if (committed := self._landed(patience)) is not None:
+                        return committed
+                    if patience.wait():
+                        continue
+                elif isinstance(error, AGAIN) and tries:
+                    tries -= 1
+                    continue
+                raise translated(error, self._database) from error
+            except BaseException:
+                self._take_back()
+                raise
+
+    def _transact(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
+        topics: Topics = set()
+        sorts = sort(batch)
+        if not any(kind.writes for kind in sorts):
+            return self._run(batch, sorts, topics), topics
+        db = self._connected()
+        with self._piped(db):
+            db.execute("BEGIN")
+            if self._database.pooled:
+                self._change("set_times", {"names": list(TIMES), "values": list(TIMES.values())})
+            if names := contended(sorts):
+                numbers = sorted({number(name) % _LOCKS for name in names})
+                self._change("lock_names", {"space": self._locks, "numbers": numbers})
+            answers = self._run(batch, sorts, topics)
+            self._batch += 1
+            self._change("mark_batch", {"writer": self._writer, "batch": self._batch})
+            if abroad := topics - {"ended"}:  # who waits for a run on another machine looks once a second
+                message = f"{self._sender}\t{' '.join(sorted(abroad))}"[:_LONGEST_MESSAGE]
+                self._change("ring", {"channel": self._schema, "message": message})
+            self._drain()
+            self._committing = answers, topics
+            commit = db.execute("COMMIT", prepare=False)
+        if commit.statusmessage != "COMMIT":
+            raise StoreError(f"the database {self._database.where} has not committed: {commit.statusmessage}")
+        return answers, topics
+
+    @contextmanager
+    def _piped(self, db: "psycopg.Connection[tuple[Any, ...]]") -> Iterator[None]:
+        self._unsent = 0
+        with db.pipeline() as self._pipeline:
+            yield
+        self._pipeline = None
+
+    def _gone(self, error: psycopg.Error) -> bool:
+        """After an error, with nothing of the batch left open: whether there is no connection any more."""
+        gone = lost(error, self._db)
+        if gone:
+            self.close()
+        else:
+            self._take_back()
+        return gone
+
+    def _take_back(self) -> None:
+        if self._db is not None:
+            try:
+                self._db.execute("ROLLBACK")
+            except psycopg.Error:
+                self.close()
+
+    def _landed(self, patience: "_Patience") -> tuple[list[Any], Topics] | None:
+        """What the batch has answered, if it was committed though the answer to that was lost. Its transaction may not
+        be over on the server: then its row is locked, and is waited for."""
+        committing = self._committing
+        while committing is not None:
+            try:
+                db, who = self._connected(), {"writer": self._writer}
+                with db.transaction():
+                    self._change("know_writer", who)
+                    landed = self._value("last_batch", who) == self._batch
+                return committing if landed else None
+            except psycopg.Error as error:
+                self._gone(error)
+                if not patience.wait():
+                    raise StoreUnreachable(
+                        f"the database {self._database.where} was lost during a commit "
+                        f"({self._database.words(error)}): whether it was stored is not known",
+                        hint="Look before you do it again: tako runs ls. With a unique_key it is safe to.",
+                    ) from error
+        return None
+
+    # --- what `SqlStore` asks for ---
+
+    def _send(self, query: str, bound: Bound | None) -> "psycopg.Cursor[tuple[Any, ...]]":
+        self._unsent += sum([len(value) for value in bound.values() if isinstance(value, str)]) if bound else 0
+        return self._connected().execute(self._queries[query], bound, binary=True)
+
+    def _send_rows(self, query: str, rows: Sequence[tuple[Any, ...]]) -> "psycopg.Cursor[tuple[Any, ...]]":
+        arrays = _arrays(query, rows)
+        self._unsent += sum(map(len, arrays))
+        return self._connected().execute(self._queries[query], arrays, binary=True)
+
+    def _drain(self) -> None:
+        """To be called before an answer is waited for. psycopg waits for what the server says; while a part of what it
+        was asked is still here, the server waits for that (a socket takes no more than its buffer holds at once)."""
+        if self._unsent > _AT_ONCE:
+            wire = self._connected().pgconn
+            if self._pipeline is not None:
+                wire.send_flush_request()
+            while wire.flush():
+                readable, _, _ = select.select([wire.socket], [wire.socket], [])
+                if readable:
+                    wire.consume_input()
+        self._unsent = 0
+
+    def _all(self, query: str, bound: Bound | None = None) -> list[Any]:
+        sent = self._send(query, bound)
+        self._drain()
+        return sent.fetchall()
+
+    def _one(self, query: str, bound: Bound) -> Any:
+        sent = self._send(query, bound)
+        self._drain()
+        return sent.fetchone()
+
+    def _change(self, query: str, bound: Bound) -> None:
+        self._send(query, bound)
+
+    def _changed(self, query: str, bound: Bound) -> int:
+        return self._count(self._send(query, bound))
+
+    def _write(self, query: str, written: Sequence[tuple[Any, ...]]) -> None:
+        self._send_rows(query, written)
+
+    def _written(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
+        return self._count(self._send_rows(query, written))
+
+    def _found(self, query: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
+        sent = self._send_rows(query, asked)
+        self._drain()
+        return sent.fetchall()
+
+    def _count(self, sent: "psycopg.Cursor[tuple[Any, ...]]") -> int:
+        assert self._pipeline is not None
+        self._drain()
+        self._pipeline.sync()
+        return sent.rowcount
+
+    def _command(self, text: str) -> None:
+        self._connected().execute(text)
+
+    def _listed(self, values: Sequence[Any] | None) -> Any:
+        return None if values is None else list(values)
+
+    def _data_version(self) -> int:
+        return int(self._value("batches_of_others", {"writer": self._writer}))
+
+    def _give_back_space(self) -> bool:
+        """The database's own vacuum does; what goes here are the processes that were."""
+        self._change("forget_writers", {"age": _FORGOTTEN})
+        return False
+
+
+class _Patience:
+    """Pauses that grow, until it has lasted for long."""
+
+    def __init__(self) -> None:
+        self._until, self._pause = clock.monotonic() + PATIENCE, FIRST_PAUSE
+
+    def wait(self) -> bool:
+        """A pause; False once there is none left."""
+        if clock.monotonic() + self._pause * clock.SECOND > self._until:
+            return False
+        threading.Event().wait(self._pause)
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        return True
+
+
+def _arrays(query: str, rows: Sequence[tuple[Any, ...]]) -> list[str]:
+    """Columns as the database's array literals: one parameter for each, however many rows there are."""
+    kinds = _ROWS[query].split()
+    return [_array(column, kind == "text") for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
+
+
+def _array(column: tuple[Any, ...], quoted: bool) -> str:
+    if not quoted:
+        return f"{{{','.join(['NULL' if value is None else str(value) for value in column])}}}"
+    return f"{{{','.join(['NULL' if value is None else _quoted(value) for value in column])}}}"
+
+
+def _quoted(value: str | bytes) -> str:
+    text = value.decode() if isinstance(value, bytes) else value
+    if '"' in text or "\\" in text:
+        text = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{text}"'

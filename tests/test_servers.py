@@ -1,0 +1,209 @@
+"""Several servers on one store: processes with data folders of their own and a database that they share."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import msgspec
+import pytest
+from conftest import until
+from postgres import Server
+from workers import SupervisorProcess, serving, shown, status
+
+from tako_runtime import Step
+from tako_runtime.clock import SECOND
+from tako_runtime.control import Control
+from tako_runtime.store import Home, open_store
+from tako_runtime.store.base import ListWorkers
+from tako_runtime.store.commit import StoreThread
+from tako_runtime.workflow import Workflow, workflow
+
+STORES = ("postgres",)
+
+FLOWS = """
+import asyncio, os, pathlib
+from tako_runtime import Step, workflow
+
+@workflow("where")
+async def where(payload: str, step: Step) -> str:
+    return os.environ["TAKO_DATA_DIR"]
+
+@workflow("holds")
+async def holds(payload: str, step: Step) -> str:
+    async def body() -> str:
+        while not pathlib.Path(payload).exists():
+            await asyncio.sleep(0.02)
+        return os.environ["TAKO_DATA_DIR"]
+    return await step.run("hold", body)
+"""
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A project whose groups are at rest, of which two workers are wanted in `busy`."""
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "flows.py").write_text(FLOWS)
+    (tmp_path / "tako.toml").write_text(
+        'name = "shop"\n[workflows]\nlease = "2s"\nidle_timeout = "60s"\n[workflows.busy]\nworkers = 2\n'
+    )
+    return tmp_path
+
+
+@pytest.fixture
+def homes(home: Home, tmp_path_factory: pytest.TempPathFactory) -> list[Home]:
+    """Three servers: one of them is where the test enqueues."""
+    return [home, *(home._replace(data_dir=Path(tmp_path_factory.mktemp(f"s{n}"))) for n in range(2))]
+
+
+@pytest.fixture
+def flows(clean_registry: object) -> dict[str, Workflow[..., object]]:
+    """What the app enqueues: never called here."""
+
+    @workflow("where")
+    async def where(payload: str, step: Step) -> str: ...  # type: ignore[empty-body]
+
+    @workflow("holds")
+    async def holds(payload: str, step: Step) -> str: ...  # type: ignore[empty-body]
+
+    return {"where": where, "holds": holds}  # type: ignore[dict-item]
+
+
+def spawned(servers: list[SupervisorProcess], group: str = "default") -> list[list[int]]:
+    found = [[e["pid"] for e in server.events("worker.spawned") if e["group"] == group] for server in servers]
+    return [pids for pids in found if pids]
+
+
+def up(servers: list[SupervisorProcess]) -> None:
+    until(lambda: all(server.events("relay.listening") for server in servers))
+
+
+def test_one_server_wakes_a_group_at_rest_and_hears_at_once_of_what_another_enqueues(
+    opened: StoreThread, homes: list[Home], project: Path, flows: dict[str, Workflow[..., object]]
+) -> None:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serving(home, project, f"s{n}")) for n, home in enumerate(homes[1:])]
+        up(servers)
+        control, places = Control(opened), set()
+        waited = 0
+        for n in range(20):
+            run = control.find(flows["where"].enqueue_sync(f"{n}"))
+            assert control.wait(run)["status"] == "succeeded"
+            found = control.find(run.id)
+            waited += (found.started_at or 0) - found.created_at if n else 0  # the first one wakes the group
+            places.add(shown(opened, run.id)["result"])
+        assert waited < 5 * SECOND, "with the look once a second it would be ten"
+        assert len(places) == 1
+        assert len(spawned(servers)) == 1
+
+
+def test_a_group_has_its_number_of_workers_on_each_server(
+    opened: StoreThread, homes: list[Home], project: Path
+) -> None:
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serving(home, project, "same")) for home in homes[1:]]
+        until(lambda: len(opened.do_sync(ListWorkers())) == 4)
+        assert [len(pids) for pids in spawned(servers, "busy")] == [2, 2]
+
+
+def test_another_server_takes_up_what_a_dead_one_had_in_hand(
+    opened: StoreThread, homes: list[Home], project: Path, tmp_path: Path, flows: dict[str, Workflow[..., object]]
+) -> None:
+    gate = tmp_path / "gate"
+    with ExitStack() as stack:
+        servers = [stack.enter_context(serving(home, project, f"s{n}")) for n, home in enumerate(homes[1:])]
+        up(servers)
+        run_id = flows["holds"].enqueue_sync(str(gate))
+        until(lambda: shown(opened, run_id)["status"] == "running")
+        [first] = [server for server in servers if spawned([server])]
+        for pid in [first.process.pid, *first.spawned]:  # the whole machine, at once
+            os.kill(pid, signal.SIGKILL)
+        [other] = [server for server in servers if server is not first]
+        until(lambda: other.events("run.reclaimed"))
+        gate.touch()
+        until(lambda: status(opened, run_id)[0] == "succeeded")
+        place = homes[1 + servers.index(other)].data_dir
+        assert shown(opened, run_id)["result"] == str(place)
+
+
+# --- behind a pooler -------------------------------------------------------------------------------------------------
+
+POOLER = """
+[databases]
+* = host={folder} port={port} user=tako
+[pgbouncer]
+listen_addr =
+unix_socket_dir = {own}
+listen_port = 6432
+auth_type = any
+pool_mode = transaction
+default_pool_size = 3
+max_client_conn = 100
+"""
+
+
+@pytest.fixture
+def pooled(home: Home, server: Server) -> Iterator[Home]:
+    """The same store behind pgbouncer in transaction mode."""
+    own = server.folder / "pooler"
+    own.mkdir(exist_ok=True)
+    (own / "ini").write_text(POOLER.format(folder=server.folder, port=server.port, own=own))
+    for path in (own, own / "ini"):
+        server.own(path)
+    try:
+        pooler = server.spawn("pgbouncer", str(own / "ini"))
+    except FileNotFoundError:
+        pytest.skip("NO PGBOUNCER: apt-get install pgbouncer")
+    until((own / ".s.PGSQL.6432").exists)
+    name = home.url.partition("?")[0].rpartition("/")[2]
+    yield home._replace(url=f"postgresql://tako@/{name}?host={own}&port=6432")
+    pooler.terminate()
+    assert isinstance(pooler, subprocess.Popen)
+    pooler.wait()
+
+
+def test_a_store_works_behind_a_pooler_that_hands_out_sessions_by_the_transaction(pooled: Home, home: Home) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from conftest import Caller
+
+    from tako_runtime.state import Returned, Waits
+
+    threads = [open_store(pooled) for _ in range(8)]
+    callers = [Caller(threads[0])]
+    for thread in threads[1:]:
+        callers.append(object.__new__(Caller))
+        callers[-1].do, callers[-1].clock = thread.do_sync, callers[0].clock
+
+    def life(n: int) -> None:
+        caller = callers[n % len(callers)]
+        caller.enqueue(workflow=f"w{n}", unique_key="one")
+        [each] = caller.claim(workflows=[f"w{n}"])
+        caller.save(each.run, "a")
+        caller.wait(each.run, f"go-{n}", position=2)
+        assert caller.settle(each.run, Waits((f"go-{n}",), None))
+        assert caller.signal(f"go-{n}") == 1
+        [again] = caller.claim(workflows=[f"w{n}"])
+        assert [step.status for step in again.steps] == ["done", "done"]
+        assert caller.settle(again.run, Returned("1"))
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(life, range(120)))
+    for thread in threads:
+        thread.close()
+    with closing(open_store(home)) as direct:
+        assert Control(direct).counts() == {}
+
+
+def test_it_says_whether_it_listens_behind_a_pooler_or_looks(pooled: Home, home: Home, project: Path) -> None:
+    with serving(pooled, project) as server:
+        [told] = until(lambda: server.events("relay.polling"))
+        assert "DATABASE_DIRECT_URL" in told["message"]
+    secrets = pooled.app_dir / "secrets.json"
+    secrets.write_bytes(msgspec.json.encode({"secrets": {"DATABASE_DIRECT_URL": home.url}}))
+    secrets.chmod(0o600)
+    with serving(pooled, project) as server:
+        until(lambda: server.events("relay.listening"))
+        assert not server.events("relay.polling")
