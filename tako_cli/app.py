@@ -24,6 +24,7 @@ from tako_cli.commands import (
     dev,
     doctor,
     init,
+    logs,
     releases,
     runs,
     secrets,
@@ -49,6 +50,7 @@ app.command("init")(init.init)
 app.command("dev")(dev.dev)
 app.command("run", context_settings={"allow_interspersed_args": False})(run_.run)
 app.command("status")(status.status)
+app.command("logs")(logs.logs)
 app.command("deploy")(deploy.deploy)
 app.command("rollback")(releases.rollback)
 app.add_typer(releases.app, name="releases")

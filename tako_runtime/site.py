@@ -10,6 +10,8 @@ line. The annotations of the operations say how a value travels, in both directi
 import asyncio
 import contextlib
 import inspect
+import os
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from tako_runtime import errors, feed, inflight, store, timetable
+from tako_runtime import errors, feed, inflight, rotation, store, timetable
 from tako_runtime.config import Config
 from tako_runtime.control import Control, Json
 from tako_runtime.errors import NotFound, TakoError
@@ -108,6 +110,15 @@ class Site(Control):
             records, mistakes = timetable.merged(found.workflows, records), found.mistakes
         return Schedules(records, timetable.last_runs(self._opened, records), mistakes)
 
+    def put_secrets(self, values: dict[str, str], roll: bool) -> Json:
+        """Make these its secrets, all of them: `changed` are the names of those that are others now. With `roll`, its
+        supervisor is told (`told`), and replaces who has the old ones at their next step."""
+        changed, who = rotation.put(self._home.app_dir, values), self.who()
+        told = roll and who is not None and bool(changed or rotation.standing(self._home.app_dir)["unread"])
+        if told and who is not None:
+            os.kill(who.pid, signal.SIGHUP)
+        return {"changed": changed, "told": told, "running": who is not None}
+
     async def tail(self, run: str | None = None) -> AsyncIterator[Event]:
         """Events as they come: of the run with this id until it has ended, or of all runs for ever."""
         from tako_runtime.tail import tail  # no other operation needs it
@@ -123,6 +134,7 @@ OPERATIONS = frozenset(
     {
         "find", "list_runs", "show", "why", "status", "signals", "start", "retry", "cancel", "signal", "prunable",
         "prune", "wait", "place", "folder", "root", "now", "who", "limits", "manifest", "schedules", "tail",
+        "put_secrets",
     }
 )  # fmt: skip
 
