@@ -17,9 +17,8 @@ from tako_runtime.errors import NotFound, Refused, TakoError
 from tako_runtime.feed import Event
 from tako_runtime.site import OPERATIONS, Site, answered, asked
 
-#: Goes to where the app is there, and carries the words out as its user, with its environment. `deploy/asked.py` knows
-#: the same places.
-_THERE = """
+#: Where the app is on the server, from the words SLUG APP ENV DATA; `deploy/asked.py` knows the same places.
+FIND = """
 slug=$1 app=$2 env=$3 data=$4; shift 4
 if [ "$(id -u)" = 0 ]; then
     share=/opt/tako; own=/var/lib/tako; account=tako
@@ -30,13 +29,23 @@ case $data in
     "") data=$own ;;
     "~/"*) data=$HOME/${data#"~/"} ;;
 esac
-cd -P "$share/$slug/current" 2>/dev/null || exit 66
-[ -x .venv/bin/python ] || exit 67
-export TAKO_APP_NAME="$app" TAKO_DATA_DIR="$data/$env" TAKO_ENV="$env" TAKO_RELEASE="$(basename "$(pwd -P)")"
-if [ -n "$account" ] && id -u "$account" >/dev/null 2>&1; then exec runuser -u "$account" -- "$@"; fi
-exec "$@"
+data=$data/$env base=$share/$slug
+as_account() {
+    if [ -n "$account" ] && id -u "$account" >/dev/null 2>&1; then runuser -u "$account" -- "$@"; else "$@"; fi
+}
 """
-_NO_APP, _NO_RUNTIME = 66, 67
+
+#: Goes there and carries the words out as the app's user, with its environment.
+_THERE = (
+    FIND
+    + """
+cd -P "$base/current" 2>/dev/null || exit 66
+[ -x .venv/bin/python ] || exit 67
+export TAKO_APP_NAME="$app" TAKO_DATA_DIR="$data" TAKO_ENV="$env" TAKO_RELEASE="$(basename "$(pwd -P)")"
+as_account "$@"
+"""
+)
+NO_APP, NO_RUNTIME = 66, 67
 
 #: What a person is told to type next, and that goes for the server too.
 _NEXT = re.compile(r"\btako (status|(?:runs|cron|signals|workflows) [a-z]+)")
@@ -66,11 +75,11 @@ def site(config: Config, env: str, remote: Remote) -> Iterator[Site]:
 
 def explained(config: Config, env: str, remote: Remote, done: Done) -> TakoError:
     """Why a command that was to be carried out where the app is was not."""
-    if done.code == _NO_APP:
+    if done.code == NO_APP:
         return NotFound(
             f"{remote.name}: {config.name} is not deployed there", hint=f"Deploy it: tako deploy --env {env}"
         )
-    if done.code == _NO_RUNTIME:
+    if done.code == NO_RUNTIME:
         return Refused(
             f"{remote.name}: the release that is current there has no runtime any more",
             hint=f"Deploy it anew: tako deploy --env {env}",

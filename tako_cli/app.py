@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from tako_cli import output
 from tako_cli.commands import (
+    backup,
     completions,
     config,
     cron,
@@ -28,6 +29,8 @@ from tako_cli.commands import (
     releases,
     runs,
     secrets,
+    servers,
+    service,
     signals,
     status,
     store,
@@ -54,6 +57,10 @@ app.command("logs")(logs.logs)
 app.command("deploy")(deploy.deploy)
 app.command("rollback")(releases.rollback)
 app.add_typer(releases.app, name="releases")
+app.add_typer(servers.app, name="servers")
+app.add_typer(service.app, name="app")
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 app.add_typer(runs.app, name="runs")
 app.add_typer(signals.app, name="signals")
 app.add_typer(workflows.app, name="workflows")

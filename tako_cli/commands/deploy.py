@@ -120,7 +120,7 @@ def preflight(
         return facts
     good = [one for one in facts if not one.problems]
     if not as_json:
-        output.show(*_table(facts))
+        output.show(*table(facts))
     message = "\n".join(f"{one.server}: {problem}" for one in bad for problem in one.problems)
     hints = "\n".join(dict.fromkeys(hint for one in bad for hint in one.hints if hint))
     if not (keep_going and good):
@@ -129,7 +129,7 @@ def preflight(
     return good
 
 
-def _table(facts: "Sequence[Facts]") -> "list[Text]":
+def table(facts: "Sequence[Facts]") -> "list[Text]":
     rows = []
     for one in facts:
         answer = one.answer

@@ -189,7 +189,7 @@ def read(config: Config, env: str, remote: Remote, answer: Mapping[str, Any], he
 
 def schema() -> int:
     """The version of the store that this tako writes: the number of its last migration."""
-    folder = resources.files("tako_runtime").joinpath("store", "migrations")
+    folder = resources.files("tako_runtime").joinpath("store", "migrations", "sqlite")
     return max(int(file.name[:4]) for file in folder.iterdir() if file.name[:4].isdigit())
 
 
