@@ -57,9 +57,9 @@ def rollback(
     keep_going: KeepGoing = False,
     as_json: Json = False,
 ) -> None:
-    """Go back to an earlier release, in seconds: nothing is packed, sent or installed.
+    """Go back to an earlier release, in seconds.
 
-    Every server has to have it. It proves itself as at a deploy, and takes over in the same way. Runs that only the
+    Nothing is packed, sent or installed: every server has to have it. It proves itself as at a deploy, and takes over in the same way. Runs that only the
     newer code knows are told of first.
 
     \b

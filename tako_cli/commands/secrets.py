@@ -120,10 +120,11 @@ def push(
     ] = True,
     as_json: Json = False,
 ) -> None:
-    """Put the secrets on the servers, where they take the place of those that are there.
+    """Put the secrets on the servers.
 
-    Workers with the old ones claim nothing more and end at their next step; their runs go on in new ones, and the app
-    is started anew. tako status says who still has the old ones. Every deploy puts them there too.
+    They take the place of those that are there. Workers with the old ones claim nothing more and end at their next
+    step; their runs go on in new ones, and the app is started anew. tako status says who still has the old ones. Every
+    deploy puts them there too.
 
     \b
     Examples:

@@ -133,6 +133,9 @@ def shell(
         str | None, typer.Argument(metavar="[NAME]", help="Which one, if there are several.", show_default=False)
     ] = None,
     env: Annotated[str, typer.Option("--env", metavar="ENV", help="Of which environment.")] = "production",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the words of the command, and log in nowhere.")
+    ] = False,
 ) -> None:
     """Log in to a server, with the settings that tako uses.
 
@@ -147,8 +150,11 @@ def shell(
     if len(names) > 1:
         raise Refused(f"{env} has several servers", hint=f"Say which: tako servers shell {names[0]}")
     [remote] = context.remotes_of(config, names)
-    remote.connect()
     words = remote.interactive()
+    if as_json:
+        output.document({"shell": {"server": remote.name, "words": words}})
+        return
+    remote.connect()
     output.flush()
     os.execvp(words[0], words)  # noqa: S606 -- ssh takes our place
 
