@@ -251,6 +251,7 @@ def test_a_pause_holds_claims_up_is_told_of_and_ends_with_this_dev(project: Path
     assert status(project)["paused"] is None
 
 
+@pytest.mark.slow
 def test_a_pause_lapses_when_its_dev_is_killed(project: Path) -> None:
     with at_terminal("dev", cwd=project) as dev:
         dev.wait_for_foot("for keys")

@@ -63,7 +63,9 @@ def migrate(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Bring the store to this tako's version. The app does so itself when it starts, but for what is breaking.
+    """Bring the store to this tako's version.
+
+    The app does so itself when it starts, but for what is breaking.
 
     \b
     Example:
