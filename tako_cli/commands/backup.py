@@ -74,8 +74,8 @@ def restore(
     made is not known any more: steps that have finished since then run again.
 
     \b
-    Examples:
-      tako app stop && tako restore shop-production-20261122-090000.db && tako app start
+    Example:
+      tako app stop && tako restore before.db && tako app start
     """
     import json
 

@@ -59,8 +59,8 @@ def rollback(
 ) -> None:
     """Go back to an earlier release, in seconds.
 
-    Nothing is packed, sent or installed: every server has to have it. It proves itself as at a deploy, and takes over in the same way. Runs that only the
-    newer code knows are told of first.
+    Nothing is packed, sent or installed: every server has to have it. It proves itself as at a deploy, and takes over
+    in the same way. Runs that only the newer code knows are told of first.
 
     \b
     Examples:
