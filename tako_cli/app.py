@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from tako_cli import output
 from tako_cli.commands import (
+    backup,
     completions,
     config,
     cron,
@@ -24,9 +25,12 @@ from tako_cli.commands import (
     dev,
     doctor,
     init,
+    logs,
     releases,
     runs,
     secrets,
+    servers,
+    service,
     signals,
     status,
     store,
@@ -49,9 +53,14 @@ app.command("init")(init.init)
 app.command("dev")(dev.dev)
 app.command("run", context_settings={"allow_interspersed_args": False})(run_.run)
 app.command("status")(status.status)
+app.command("logs")(logs.logs)
 app.command("deploy")(deploy.deploy)
 app.command("rollback")(releases.rollback)
 app.add_typer(releases.app, name="releases")
+app.add_typer(servers.app, name="servers")
+app.add_typer(service.app, name="app")
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 app.add_typer(runs.app, name="runs")
 app.add_typer(signals.app, name="signals")
 app.add_typer(workflows.app, name="workflows")

@@ -6,12 +6,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import typer
+
 from tako_cli import output
 
 if TYPE_CHECKING:
+    from tako_cli.remote import Remote
     from tako_runtime.config import Config
-    from tako_runtime.control import Control
     from tako_runtime.manifest import Declared, Manifest, Mistake
+    from tako_runtime.site import Site
     from tako_runtime.store import Home
     from tako_runtime.store.commit import StoreThread
 
@@ -47,12 +50,70 @@ def opened() -> "Iterator[tuple[StoreThread, Home]]":
 
 
 @contextmanager
-def control() -> "Iterator[Control]":
-    """The operations on that store."""
-    from tako_runtime.control import Control
+def site(env: str | None = None, server: str | None = None) -> "Iterator[Site]":
+    """The app that a command is about: that of this folder, or, of an environment with servers, the one there. Where
+    its servers share a store, the first that can be reached answers for all."""
+    from tako_cli import afar
+    from tako_cli.remote import Unreachable
+
+    if env in (None, DEV):
+        if server is not None:
+            raise typer.BadParameter("say of which environment: --env ENV", param_hint="'--server'")
+        with here() as found:
+            yield found
+        return
+    config, names = servers(str(env), server)
+    if len(names) > 1 and config.storage.url == "sqlite":
+        from tako_runtime.errors import Refused
+
+        raise Refused(f"each server of {env} has a store of its own", hint=f"Say which: --server {names[0]}")
+    remotes = remotes_of(config, names)
+    for remote in remotes:
+        try:
+            remote.connect()
+            break
+        except Unreachable as error:
+            if remote is remotes[-1]:
+                raise
+            output.note(f"{error}; asks the next one")
+    with afar.site(config, str(env), remote) as found:
+        yield found
+
+
+@contextmanager
+def here() -> "Iterator[Site]":
+    """The app of this folder's project, or the one that the environment names."""
+    from tako_runtime.site import Site
 
     with opened() as (thread, home):
-        yield Control(thread, app_dir=home.app_dir)
+        yield Site(thread, home, lambda: manifest(project()), known())
+
+
+def servers(env: str, server: str | None = None) -> "tuple[Config, Sequence[str]]":
+    """The servers of an environment, or the one of them that is meant. Raises `ConfigError` where there are none."""
+    from difflib import get_close_matches
+
+    from tako_runtime.errors import ConfigError
+
+    config = project()
+    if env not in config.envs:
+        near = get_close_matches(env, config.envs, 1, 0.5)
+        known = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(config.envs)}." if config.envs else ""
+        how = 'Say where it runs: [envs.production] with servers = ["web-1"], and [servers.web-1] with its host.'
+        raise ConfigError(f"{config.path}: there is no environment {env!r} with servers", hint=known or how)
+    names = config.envs[env].servers
+    if server is not None and server not in names:
+        raise ConfigError(
+            f"{config.path}: {server} is not a server of the environment {env}", hint=f"It has {', '.join(names)}."
+        )
+    return config, names if server is None else (server,)
+
+
+def remotes_of(config: "Config", names: "Sequence[str]") -> "list[Remote]":
+    """These servers. Where a person is there, ssh may ask."""
+    from tako_cli.deploy.facts import connect
+
+    return connect(config, names, asking=output.can_ask())
 
 
 def environment(config: "Config", home: "Home", shell: "Mapping[str, str] | None" = None) -> dict[str, str]:
@@ -127,25 +188,21 @@ def is_development(home: "Home") -> bool:
     return home.data_dir.name == ".tako"
 
 
-def note_if_nothing_runs(then: str) -> None:
+def note_if_nothing_runs(site: "Site", then: str) -> None:
     """Say so where the project's own store has nobody who works on it, and what will be `then`."""
-    from tako_runtime import store
-    from tako_runtime.feed import supervising
-
-    home = store.locate()
-    if is_development(home) and supervising(home.app_dir) is None:
+    if site.development and site.who() is None:
         output.note(f"nothing runs here now: {then}")
 
 
-def note_if_scaled(home: "Home") -> None:
+def note_if_scaled(site: "Site") -> None:
     """Say so where schedules fire sooner than by the clock, whose times are shown."""
-    from tako_runtime.feed import supervising
-
-    who = supervising(home.app_dir)
+    who = site.who() if site.development else None
     if who is not None and who.pace.scale != 1:
         output.note(f"{who.what} runs here: schedules fire sooner than at these times, {who.pace} times as fast")
 
 
-def how_to_run(home: "Home") -> str:
+def how_to_run(site: "Site") -> str:
     """What to do where no supervisor runs."""
-    return "Start one with: tako dev" if is_development(home) else "Start the app's service on this server."
+    if site.development:
+        return "Start one with: tako dev"
+    return f"Start it with: tako app start{site.at}" if site.at else "Start the app's service on this server."

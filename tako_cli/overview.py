@@ -29,12 +29,15 @@ def status(found: Json, now: int, here: Path) -> "list[Text]":
 
 def _facts(found: Json, store: Path, here: Path, now: int) -> "list[Text]":
     who, dead, kept = found["supervisor"], found["runs"]["dead"], found["signals_kept"]
-    own = found["process"]
+    own, secrets = found["process"], found["secrets"] or {"unread": False, "old": []}
+    old = [str(pid) for pid in secrets["old"]]
     facts = [
         ("app", found["app"]),
         ("store", str(store.relative_to(here) if store.is_relative_to(here) else store)),
         ("runs by", f"{who['what']}, process {who['pid']}" if who else "nobody"),
         ("process", f"{own['message']} ({wording.age(own['since'], now)} ago)" if own else ""),
+        ("secrets", f"old ones in process {', '.join(old)}, until the next step there" if old else ""),
+        ("secrets", "changed, and not handed over yet: tako secrets push" if secrets["unread"] else ""),
         ("paused", f"by {found['paused']}: nothing is claimed" if found["paused"] else ""),
         ("runs", ", ".join(f"{n} {word}" for word, n in found["runs"].items() if n and word != "dead") or "none alive"),
         ("dead", f"{dead} in the last day: tako runs ls --status dead" if dead else ""),

@@ -105,7 +105,7 @@ class Remote:
                 process.wait()
                 raise LinkLost(f"{self.name}: {_shown(words)} did not end within {timeout:g} s") from None
             err = said()
-            self._examine(code, err)
+            self.examine(code, err)
             out.seek(0)
             return Done(code, out.read().decode(errors="replace"), err)
 
@@ -130,7 +130,7 @@ class Remote:
                 process.kill()
                 process.wait()
             err = said()
-            self._examine(code, err)
+            self.examine(code, err)
             if code != 0:
                 raise CommandFailed(self.name, words, Done(code, "", err))
 
@@ -148,7 +148,7 @@ class Remote:
         with self._started(words, target) as (process, said):
             _feed(process, b"", None)
             code, err = process.wait(), said()
-            self._examine(code, err)
+            self.examine(code, err)
             if code != 0:
                 raise CommandFailed(self.name, words, Done(code, "", err))
 
@@ -199,7 +199,7 @@ class Remote:
                     process.kill()
                     process.wait()
 
-    def _examine(self, code: int, said: str) -> None:
+    def examine(self, code: int, said: str) -> None:
         """Tell the connection's 255 from the command's own: after the latter, the connection is still there."""
         if code == CONNECTION and not self._ssh.control("check"):
             raise self._ssh.explained(self.name, said)

@@ -7,6 +7,7 @@ import faulthandler
 import gc
 import json
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -64,6 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     manifest.add_argument("--without", action="append", default=[], metavar="FILE", help="leave it out")
     commands.add_parser("fit", help="which live runs would not fit the release in the working folder, as JSON")
     commands.add_parser("switch", help="switch a server to a release, as the JSON on stdin says")
+    commands.add_parser("backup", help="print a copy of the store, made while others work with it")
+    commands.add_parser("restore", help="make what is on stdin the store; nobody may have that open")
+    operate = commands.add_parser("operate", help="answer what an operator asks, JSON lines from stdin to stdout")
+    operate.add_argument("--server", help="the name under [servers] whose settings hold here")
     script = commands.add_parser("run", help="a script, as python would, with secrets")
     script.add_argument("script")
     script.add_argument("words", nargs=argparse.REMAINDER, help="what follows is the script's own")
@@ -183,6 +188,48 @@ def _switch(_: argparse.Namespace) -> int:
     except NotSwitched as error:
         say(taken=False, error=str(error), last_lines=error.last_lines)
         return 1
+    return 0
+
+
+def _operate(args: argparse.Namespace) -> int:
+    """For whoever is at the other end of the pipe, until it closes."""
+    from tako_runtime.site import Site, answer
+
+    def declared() -> Manifest:
+        return msgspec.json.decode(Path(".release/manifest.json").read_bytes(), type=Manifest)
+
+    def say(line: bytes) -> None:
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+
+    config, home = _config(), store.locate()
+    opened = store.open_store(home)
+    try:
+        answer(Site(opened, home, declared, config, args.server), iter(sys.stdin.buffer.readline, b""), say)
+    except BrokenPipeError:  # it has gone
+        return 1
+    finally:
+        opened.close()
+    return 0
+
+
+def _backup(_: argparse.Namespace) -> int:
+    home = store.locate()
+    copy = home.app_dir / f".backup.{os.getpid()}"
+    try:
+        store.backup(home, copy)
+        with copy.open("rb") as file:
+            shutil.copyfileobj(file, sys.stdout.buffer)
+    finally:
+        copy.unlink(missing_ok=True)
+    sys.stdout.buffer.flush()
+    return 0
+
+
+def _restore(_: argparse.Namespace) -> int:
+    found, aside = store.restore(store.locate(), sys.stdin.buffer)
+    told = {"path": str(found.path), "runs": found.runs, "aside": None if aside is None else str(aside.path)}
+    sys.stdout.write(json.dumps(told) + "\n")
     return 0
 
 
@@ -366,6 +413,7 @@ def _end_now() -> None:
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "worker": _worker, "serve": _serve, "manifest": _manifest, "fit": _fit, "switch": _switch,
+    "operate": _operate, "backup": _backup, "restore": _restore,
 }  # fmt: skip
 
 

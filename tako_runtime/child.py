@@ -57,6 +57,7 @@ class Child(Process):
     ) -> None:
         super().__init__(words, cwd, environment, [secrets])
         self.group = group
+        self.secrets: Mapping[str, str] = {}  # those that it was given
         self.workers: dict[str, Up] = {}  # by group, once it has said that it is up
         self.claimed = False
         self.replaces = False  # an older one, as soon as it has imported all files

@@ -114,14 +114,15 @@ class Control:
         found = why(seen(self._store, self._app_dir, run, now, config, declared))
         return {"run": run.id, "workflow": run.workflow, "status": run.status, **found._asdict()}
 
-    def status(self, config: Config | None = None) -> Json:
+    def status(self, config: Config | None = None, server: str | None = None) -> Json:
         """How the app stands: its own `process`, `groups`, `workers`, `schedules`, `runs`. The configuration says which
-        groups there are to be."""
-        from tako_runtime.app import standing  # no other operation needs it
+        groups there are to be, on that server."""
+        from tako_runtime.app import standing  # no other operation needs these
+        from tako_runtime.rotation import standing as held
 
-        wanted = {name: config.group(name) for name in config.group_names()} if config else {}
+        wanted = {name: config.group(name, server) for name in config.group_names(server)} if config else {}
         seen = look(self._store, self._app_dir, self._clock.now())
-        return status(seen, wanted, supervising(self._app_dir), standing(self._app_dir))
+        return status(seen, wanted, supervising(self._app_dir), standing(self._app_dir), held(self._app_dir))
 
     def signals(self, limit: int = 50) -> Json:
         """Signals that runs are `waiting` for, by name, and signals that are `kept`, oldest first; at most `limit` of

@@ -73,7 +73,9 @@ class Crew:
         async with handing_over(self.secrets) as pipe:
             environment = {**self.environment, VARIABLE: str(pipe)}
             words = [sys.executable, "-m", "tako_runtime", *words]
-            return Child(group, words, self._root, environment, self._clock, pipe)
+            child = Child(group, words, self._root, environment, self._clock, pipe)
+            child.secrets = self.secrets
+            return child
 
     async def _follow(self, child: Child) -> None:
         code = await child.follow(lambda event: self._said(child, event))

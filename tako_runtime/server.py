@@ -243,7 +243,7 @@ def alone(app_dir: Path, what: str) -> Iterator[Lock]:
 
 async def serve(server: Server, lock: Lock, trial: Trial | None = None) -> None:
     """Run as a service: SIGTERM drains, SIGHUP reads the secrets and the workflows anew, SIGUSR1 hands over to another
-    release; tells systemd how it stands (sd_notify(3)). Workers that run on keep the secrets they were given. With a
+    release; tells systemd how it stands (sd_notify(3)). With other secrets, workers and the app are replaced. With a
     `trial` it has to prove itself, and gets the lock only then."""
     with contextlib.ExitStack() as guards:
         guards.enter_context(guarded(server.supervisor.secrets))
@@ -273,7 +273,10 @@ async def _serve(
             fresh = stored(server.home.app_dir)
             if fresh != server.supervisor.secrets:
                 guards.enter_context(guarded(fresh))  # beside the old ones: workers that have those are still there
-                server.supervisor.secrets = fresh
+                emit("secret.rotated")
+                if server.app is not None:
+                    server.app.restart(server.environment)
+            server.supervisor.renew(fresh)
         except TakoError as error:
             emit("secret.unread", error=str(error))
         server.look_at_secrets()

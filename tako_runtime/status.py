@@ -54,11 +54,18 @@ def look(store: StoreThread, app_dir: Path, now: int) -> Look:
     )
 
 
-def status(seen: Look, wanted: Mapping[str, Lane], supervisor: Supervising | None, process: Json | None = None) -> Json:
-    """For programs. `process` is how the app's own stands, by its supervisor. `wanted` are the groups of the
-    configuration, where that is known: others are those of which the store knows."""
+def status(
+    seen: Look,
+    wanted: Mapping[str, Lane],
+    supervisor: Supervising | None,
+    process: Json | None = None,
+    secrets: Json | None = None,
+) -> Json:
+    """For programs. `process` is how the app's own stands, by its supervisor, `secrets` who has old ones. `wanted` are
+    the groups of the configuration, where that is known: others are those of which the store knows."""
     return {
         "process": None if supervisor is None else process,
+        "secrets": None if supervisor is None else secrets,
         "supervisor": None if supervisor is None else msgspec.to_builtins(supervisor),
         "paused": seen.paused,
         "groups": [_group(name, seen, wanted.get(name)) for name in _groups(seen, wanted)],

@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tako_runtime import clock
+from tako_runtime import clock, rotation
 from tako_runtime.child import TOGETHER, Child, Event, Group, Up
 from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.crew import Crew
@@ -36,6 +36,9 @@ RECLAIM_EVERY = 5 * clock.SECOND
 
 #: How long a group that only one of several machines may wake is that machine's, after its last word.
 AWAKE = 10 * clock.SECOND
+
+#: How long a step may take that is not to be cut off.
+_ANY_TIME = 366 * clock.DAY
 
 #: A worker that is not up after so many looks hangs; so does one that at so many looks in a row had free slots, and due
 #: runs to take, and took none. Looks are counted, not seconds: a supervisor that was itself stopped accuses nobody.
@@ -134,6 +137,7 @@ class Supervisor:
         self._awake: dict[str, int] = {}  # groups at rest that are this machine's to wake, and until when
         self._lost = Lost(store, home, self._crew.children, self._clock, lease, pace)
         self._wake = asyncio.Event()
+        self._secrets_version = rotation.version(home.app_dir)
         self._dirty = True
         self.stopping = self._succeeded = False
 
@@ -149,6 +153,7 @@ class Supervisor:
         listener = self._store.bell.listen("s-" + new_id(self._clock.now()))
         listener.start(self._heard)
         await self._health.forget()
+        self._note_old()
         try:
             await self._supervise()
         finally:
@@ -171,9 +176,22 @@ class Supervisor:
         """What workers get that start from now on."""
         return self._crew.secrets
 
-    @secrets.setter
-    def secrets(self, values: Mapping[str, str]) -> None:
-        self._crew.secrets = values
+    def renew(self, values: Mapping[str, str]) -> None:
+        """Go on with these secrets. A worker that has others claims nothing more and ends at its runs' next step
+        boundary, however long that takes: what it has in hand goes on in another one, and no attempt is used up."""
+        if values != self.secrets:
+            self._crew.secrets = values
+            for child in list(self._crew.children):
+                if not child.leaving:
+                    self._crew.end(child, within=_ANY_TIME)
+        self._secrets_version = rotation.version(self._home.app_dir)
+        self._note_old()
+        self._look_anew()
+
+    def _note_old(self) -> None:
+        """Say which processes have other secrets than those that are handed over now."""
+        old = [child.pid for child in self._crew.children if child.secrets is not self.secrets]
+        rotation.note(self._home.app_dir, self._secrets_version, old)
 
     @property
     def pids(self) -> list[int]:
@@ -403,6 +421,8 @@ class Supervisor:
                     self._health.unhealthy(name, *child.why(code))
             self._health.paused(group)
         await self._lost.ended(child)
+        if child.secrets is not self.secrets:
+            self._note_old()
         self._look_anew()
 
     def cleared(self, pid: int) -> None:

@@ -6,3 +6,9 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+#: Where a command looks that can look elsewhere too.
+AtEnv = Annotated[
+    str | None, typer.Option("--env", metavar="ENV", help="On a server of this environment, instead of here.")
+]
+AtServer = Annotated[str | None, typer.Option("--server", metavar="NAME", help="On this one of its servers.")]

@@ -1,20 +1,15 @@
 """tako cron"""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tako_cli import output
-from tako_cli.commands import Json
+from tako_cli.commands import AtEnv, AtServer, Json
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-    from tako_runtime.manifest import Mistake
-    from tako_runtime.run import ScheduleRecord
-    from tako_runtime.store.commit import StoreThread
 
 app = typer.Typer(no_args_is_help=True, help="What schedules start, and when.")
 
@@ -22,7 +17,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The scheduled workflo
 
 
 @app.command("ls")
-def ls(as_json: Json = False) -> None:
+def ls(env: AtEnv = None, server: AtServer = None, as_json: Json = False) -> None:
     """List the schedules: when each fires next, and what came of the last time.
 
     Times are shown as in the schedule's own time zone, and in UTC. Ends with 1 if a file cannot be imported.
@@ -34,23 +29,23 @@ def ls(as_json: Json = False) -> None:
     import msgspec
 
     from tako_cli import context, wording
-    from tako_runtime import store, timetable
+    from tako_runtime import timetable
 
-    with _schedules() as (opened, records, mistakes):
-        runs = timetable.last_runs(opened, records)
-    found = [timetable.standing(one, runs, wording.now()) for one in records]
-    if as_json:
-        output.document({"schedules": found, "mistakes": msgspec.to_builtins(mistakes)})
-    else:
-        for one in found:
-            output.show(*_standing(one))
-        context.tell(mistakes)
-        if found:
-            context.note_if_nothing_runs("schedules fire while tako dev runs")
-            context.note_if_scaled(store.locate())
-        elif not mistakes:
-            output.note('no workflow has a schedule; one gets it with @workflow(NAME, schedule="0 9 * * *")')
-    if mistakes:
+    with context.site(env, server) as site:
+        asked = site.schedules()
+        found = [timetable.standing(one, asked.runs, wording.now()) for one in asked.records]
+        if as_json:
+            output.document({"schedules": found, "mistakes": msgspec.to_builtins(asked.mistakes)})
+        else:
+            for one in found:
+                output.show(*_standing(one))
+            context.tell(asked.mistakes)
+            if found:
+                context.note_if_nothing_runs(site, "schedules fire while tako dev runs")
+                context.note_if_scaled(site)
+            elif not asked.mistakes:
+                output.note('no workflow has a schedule; one gets it with @workflow(NAME, schedule="0 9 * * *")')
+    if asked.mistakes:
         raise typer.Exit(1)
 
 
@@ -58,6 +53,8 @@ def ls(as_json: Json = False) -> None:
 def next_(
     name: Name,
     count: Annotated[int, typer.Option("--count", "-n", metavar="N", min=1, max=1000, help="How many times.")] = 5,
+    env: AtEnv = None,
+    server: AtServer = None,
     as_json: Json = False,
 ) -> None:
     """Show when a schedule fires next, in its own time zone and in UTC.
@@ -69,22 +66,22 @@ def next_(
       tako cron next daily-report -n 10
     """
     from tako_cli import context, wording
-    from tako_runtime import store, timetable
+    from tako_runtime import timetable
 
-    with _schedules() as (_, records, _):
-        one = timetable.choose(records, name)
-    times = timetable.upcoming(one, wording.now(), count)
-    if as_json:
-        output.document({"next": times})
-        return
-    output.show(_title(one.workflow, one.expression, one.timezone))
-    for time in times:
-        output.show(*_lines("", _spelled(time)), *([_note(time["note"])] if time["note"] else []))
-    context.note_if_scaled(store.locate())
+    with context.site(env, server) as site:
+        one = timetable.choose(site.schedules().records, name)
+        times = timetable.upcoming(one, wording.now(), count)
+        if as_json:
+            output.document({"next": times})
+            return
+        output.show(_title(one.workflow, one.expression, one.timezone))
+        for time in times:
+            output.show(*_lines("", _spelled(time)), *([_note(time["note"])] if time["note"] else []))
+        context.note_if_scaled(site)
 
 
 @app.command("fire")
-def fire(name: Name, as_json: Json = False) -> None:
+def fire(name: Name, env: AtEnv = None, server: AtServer = None, as_json: Json = False) -> None:
     """Start a run of a scheduled workflow now, as if this were its time.
 
     Its schedule stays as it is, and a run of it that is alive holds nothing up.
@@ -97,38 +94,20 @@ def fire(name: Name, as_json: Json = False) -> None:
     from tako_runtime.control import run_json
     from tako_runtime.errors import NotFound
 
-    flow = context.choose(context.manifest(context.project()), name)
-    if flow.schedule is None:
-        hint = f"Start a run of it: tako runs start {flow.name}"
-        raise NotFound(f"workflow {flow.name!r} has no schedule", hint=hint)
-    with context.control() as control:
-        run = control.start(flow, "null", scheduled_at=wording.now())
-    if as_json:
-        output.document({"run": run_json(run)})
-        return
-    output.text(f"{run.id}  {flow.name}  fired")
-    context.note_if_nothing_runs("it goes on when you start tako dev")
+    with context.site(env, server) as site:
+        flow = context.choose(site.manifest(), name)
+        if flow.schedule is None:
+            hint = f"Start a run of it: tako runs start {flow.name}"
+            raise NotFound(f"workflow {flow.name!r} has no schedule", hint=hint)
+        run = site.start(flow, "null", scheduled_at=wording.now())
+        if as_json:
+            output.document({"run": run_json(run)})
+            return
+        output.text(f"{run.id}  {flow.name}  fired")
+        context.note_if_nothing_runs(site, "it goes on when you start tako dev")
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _schedules() -> "Iterator[tuple[StoreThread, Sequence[ScheduleRecord], Sequence[Mistake]]]":
-    """The schedules of the supervisor that runs here; where none does, those that the next one will have: what the
-    workflows declare now."""
-    from tako_cli import context
-    from tako_runtime import config, timetable
-    from tako_runtime.feed import supervising
-    from tako_runtime.store.base import ListSchedules
-
-    mistakes: Sequence[Mistake] = ()
-    with context.opened() as (opened, home):
-        records = opened.do_sync(ListSchedules())
-        if supervising(home.app_dir) is None and (not records or config.find()):
-            found = context.manifest(context.project())
-            records, mistakes = timetable.merged(found.workflows, records), found.mistakes
-        yield opened, records, mistakes
 
 
 def _standing(one: dict[str, Any]) -> "list[Text]":

@@ -58,8 +58,7 @@ def deploy(
     from tako_cli.deploy.plan import plan
     from tako_cli.deploy.release import pack
 
-    config = context.project()
-    names = servers_of(config, env)
+    config, names = context.servers(env)
     refuse_to_share(config, names)
     secrets = _secrets(config, env)
     remotes = connected(config, names)
@@ -79,20 +78,6 @@ def deploy(
 
 
 # --- before anything is changed --------------------------------------------------------------------------------------
-
-
-def servers_of(config: "Config", env: str) -> "Sequence[str]":
-    """The servers of an environment."""
-    import difflib
-
-    from tako_runtime.errors import ConfigError
-
-    if env not in config.envs:
-        near = difflib.get_close_matches(env, config.envs, 1, 0.5)
-        known = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(config.envs)}." if config.envs else ""
-        how = 'Say where it runs: [envs.production] with servers = ["web-1"], and [servers.web-1] with its host.'
-        raise ConfigError(f"{config.path}: there is no environment {env!r} with servers", hint=known or how)
-    return config.envs[env].servers
 
 
 def refuse_to_share(config: "Config", names: "Sequence[str]") -> None:
@@ -135,7 +120,7 @@ def preflight(
         return facts
     good = [one for one in facts if not one.problems]
     if not as_json:
-        output.show(*_table(facts))
+        output.show(*table(facts))
     message = "\n".join(f"{one.server}: {problem}" for one in bad for problem in one.problems)
     hints = "\n".join(dict.fromkeys(hint for one in bad for hint in one.hints if hint))
     if not (keep_going and good):
@@ -144,7 +129,7 @@ def preflight(
     return good
 
 
-def _table(facts: "Sequence[Facts]") -> "list[Text]":
+def table(facts: "Sequence[Facts]") -> "list[Text]":
     rows = []
     for one in facts:
         answer = one.answer

@@ -14,7 +14,6 @@ from tako_cli.commands.deploy import (
     connected,
     finish,
     preflight,
-    servers_of,
 )
 
 if TYPE_CHECKING:
@@ -35,8 +34,8 @@ def ls(env: Env = "production", as_json: Json = False) -> None:
     """
     from tako_cli import context
 
-    config = context.project()
-    facts = preflight(config, env, connected(config, servers_of(config, env)), as_json=as_json, keep_going=True)
+    config, names = context.servers(env)
+    facts = preflight(config, env, connected(config, names), as_json=as_json, keep_going=True)
     rows = [row for one in facts for row in _rows(one)]
     if as_json:
         output.document({"releases": rows})
@@ -71,8 +70,8 @@ def rollback(
     from tako_cli import context
     from tako_cli.deploy.plan import back
 
-    config = context.project()
-    remotes = connected(config, servers_of(config, env))
+    config, names = context.servers(env)
+    remotes = connected(config, names)
     facts = preflight(config, env, remotes, as_json=as_json)
     wanted = [_chosen(one, release) for one in facts]
     plans = [back(config, one, name) for one, name in zip(facts, wanted, strict=True)]

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tako_cli import output, words
-from tako_cli.commands import Json, Yes
+from tako_cli.commands import AtEnv, AtServer, Json, Yes
 
 if TYPE_CHECKING:
     from tako_runtime.control import Control
     from tako_runtime.run import Run
+    from tako_runtime.site import Site
 
 app = typer.Typer(no_args_is_help=True, help="List, show, explain, follow, start, retry, cancel and prune runs.")
 
@@ -43,6 +44,8 @@ def ls(
     workflow: OfWorkflow = None,
     since: Since = None,
     limit: Annotated[int, typer.Option("--limit", "-n", metavar="N", min=1, max=_ALL, help="At most so many.")] = 50,
+    env: AtEnv = None,
+    server: AtServer = None,
     as_json: Json = False,
 ) -> None:
     """List runs, newest first.
@@ -54,8 +57,8 @@ def ls(
     """
     from tako_cli import context
 
-    with context.control() as control:
-        runs = _listed(control, status, workflow, since, limit + 1)
+    with context.site(env, server) as site:
+        runs = _listed(site, status, workflow, since, limit + 1)
     shown = runs[:limit]
     if as_json:
         output.document({"runs": shown})
@@ -73,7 +76,7 @@ def ls(
 
 
 @app.command("show")
-def show(run: Id, as_json: Json = False) -> None:
+def show(run: Id, env: AtEnv = None, server: AtServer = None, as_json: Json = False) -> None:
     """Show one run: steps, attempts, errors, what it waits for.
 
     \b
@@ -82,22 +85,21 @@ def show(run: Id, as_json: Json = False) -> None:
     """
     from tako_cli import context
 
-    with context.control() as control:
-        found = control.find(run)
-        shown = control.show(found.id)
+    with context.site(env, server) as site:
+        found = site.find(run)
+        shown = site.show(found.id)
+        place, folder = ("", Path()) if as_json else (site.place(found), site.folder(found.release))
     if as_json:
         output.document({"run": shown})
         return
     from tako_cli import wording
     from tako_cli.timeline import timeline
-    from tako_runtime import inflight, store
 
-    place = inflight.places(store.locate().app_dir, found.worker)(found.seq).where if found.worker else ""
-    output.show(*timeline(shown, wording.now(), Path.cwd(), place))
+    output.show(*timeline(shown, wording.now(), folder, place))
 
 
 @app.command("why")
-def why(run: Id, as_json: Json = False) -> None:
+def why(run: Id, env: AtEnv = None, server: AtServer = None, as_json: Json = False) -> None:
     """Say in one sentence why a run stands where it stands.
 
     \b
@@ -106,16 +108,16 @@ def why(run: Id, as_json: Json = False) -> None:
     """
     from tako_cli import context
 
-    config = context.known()
-    with context.control() as control:
-        found = control.why(run, config, (lambda: context.manifest(config)) if config else None)
+    with context.site(env, server) as site:
+        found = site.why(run)
+        hint = "" if as_json else _what_to_do(site, found)
     if as_json:
         output.document({"why": found})
         return
     from tako_cli import wording
 
     output.show(output.styled(output.clean(wording.with_local_times(found["sentence"], wording.now()))))
-    if hint := _what_to_do(found):
+    if hint:
         output.note(hint)
 
 
@@ -124,6 +126,8 @@ def tail(
     run: Annotated[
         str | None, typer.Argument(metavar="[ID]", help="A run's id, or the beginning or the end of it.")
     ] = None,
+    env: AtEnv = None,
+    server: AtServer = None,
     as_json: Annotated[bool, typer.Option("--json", help="Each event as one JSON object a line.")] = False,
 ) -> None:
     """Follow a run until it ends, or all runs until Ctrl-C.
@@ -140,12 +144,10 @@ def tail(
 
     from tako_cli import context
     from tako_cli.following import show_events
-    from tako_runtime.control import Control
 
-    config = context.known()
-    with context.opened() as (store, home):
-        found = Control(store).find(run).id if run is not None else None
-        asyncio.run(show_events(store, home, found, config.root if config else Path.cwd(), as_json=as_json))
+    with context.site(env, server) as site:
+        found = site.find(run).id if run is not None else None
+        asyncio.run(show_events(site.tail(found), site.root(), as_json=as_json))
 
 
 @app.command("start")
@@ -159,6 +161,8 @@ def start(
     ] = None,
     priority: Annotated[int, typer.Option("--priority", metavar="N", help="A higher one is taken first.")] = 0,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for its end; exit with 1 unless it succeeds.")] = False,
+    env: AtEnv = None,
+    server: AtServer = None,
     as_json: Json = False,
 ) -> None:
     """Start a run.
@@ -169,22 +173,22 @@ def start(
       tako runs start fulfill-order --payload '{"id": 42}' --key order:42 --wait
       tako runs start daily-report --in 5m
     """
-    from tako_cli import context, wording
-    from tako_runtime import clock, feed, store
+    from tako_cli import context
+    from tako_runtime import clock, store
     from tako_runtime.control import run_json
 
     text = words.payload(payload)
     micros = clock.duration(delay, "--in") if delay is not None else 0
-    flow = context.choose(context.manifest(context.project()), name)
-    before = wording.now()
-    with context.control() as control:
-        if store.in_development() and feed.supervising(store.locate().app_dir) is not None:
-            control.refuse_unhealthy(flow.group)
-        run = control.start(flow, text, delay=micros, unique_key=key, priority=priority)
+    with context.site(env, server) as site:
+        flow = context.choose(site.manifest(), name)
+        if site.development and store.in_development() and site.who() is not None:
+            site.refuse_unhealthy(flow.group)
+        before = site.now()
+        run = site.start(flow, text, delay=micros, unique_key=key, priority=priority)
         is_new = run.created_at >= before
         if not as_json:
-            _say_started(run, is_new, delay)
-        shown = control.wait(run) if wait else run_json(run)
+            _say_started(site, run, is_new, delay)
+        shown = site.wait(run) if wait else run_json(run)
     if as_json:
         output.document({"run": shown, "started": is_new})
     elif wait:
@@ -205,6 +209,8 @@ def retry(
     workflow: OfWorkflow = None,
     since: Since = None,
     yes: Yes = False,
+    env: AtEnv = None,
+    server: AtServer = None,
     as_json: Json = False,
 ) -> None:
     """Let dead or cancelled runs go on.
@@ -223,20 +229,22 @@ def retry(
         raise typer.BadParameter("give the ids of runs, or --status to choose them", param_hint="'ID...'")
     if runs and (workflow or since):
         raise typer.BadParameter("goes with --status, not with ids", param_hint="'--workflow' / '--since'")
-    with context.control() as control:
+    with context.site(env, server) as site:
         if runs:
-            ids = [control.find(run).id for run in runs]  # all are looked up before any is changed
+            ids = [site.find(run).id for run in runs]  # all are looked up before any is changed
         else:
-            ids = [run["id"] for run in _listed(control, status, workflow, since, _ALL)]
+            ids = [run["id"] for run in _listed(site, status, workflow, since, _ALL)]
             if ids:
                 _confirm("retry", _counted(len(ids), words.listed(status), workflow), yes)
-        _change(ids, lambda run: control.retry(run, from_step), "goes on", as_json)
+        _change(ids, lambda run: site.retry(run, from_step), "goes on", as_json)
 
 
 @app.command("signal")
 def signal(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The signal's name, as in step.wait_for(NAME).")],
     payload: Payload = "null",
+    env: AtEnv = None,
+    server: AtServer = None,
     as_json: Json = False,
 ) -> None:
     """Send a signal to the runs that wait for it.
@@ -248,17 +256,17 @@ def signal(
       tako runs signal approval:42 --payload '{"approved": true}'
     """
     from tako_cli import context
-    from tako_runtime import clock, store
+    from tako_runtime import clock
 
     text = words.payload(payload)
-    with context.control() as control:
-        woken = control.signal(name, text)
+    with context.site(env, server) as site:
+        woken = site.signal(name, text)
+        kept = "" if woken else clock.spell(site.limits().signal_retention)
     if as_json:
         output.document({"signal": {"name": name, "woken": woken, "kept": not woken}})
     elif woken:
         output.text(f"{name} woke {woken} run{'s' if woken > 1 else ''}")
     else:
-        kept = clock.spell(store.limits().signal_retention)
         output.text(f"nobody waits for {name}: it is kept for {kept}, for the first who does")
 
 
@@ -268,6 +276,8 @@ def cancel(
     reason: Annotated[
         str, typer.Option("--reason", metavar="TEXT", help="Why; it is kept with the run.")
     ] = "cancelled by an operator",
+    env: AtEnv = None,
+    server: AtServer = None,
     as_json: Json = False,
 ) -> None:
     """Cancel runs.
@@ -280,9 +290,9 @@ def cancel(
     """
     from tako_cli import context
 
-    with context.control() as control:
-        ids = [control.find(run).id for run in runs]
-        _change(ids, lambda run: control.cancel(run, reason), "cancelled", as_json)
+    with context.site(env, server) as site:
+        ids = [site.find(run).id for run in runs]
+        _change(ids, lambda run: site.cancel(run, reason), "cancelled", as_json)
 
 
 @app.command("prune")
@@ -297,6 +307,8 @@ def prune(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many there are, and delete none.")] = False,
     yes: Yes = False,
+    env: AtEnv = None,
+    server: AtServer = None,
     as_json: Json = False,
 ) -> None:
     """Delete runs that ended long ago, with their steps.
@@ -311,11 +323,11 @@ def prune(
     from tako_cli import context
 
     moment, statuses = words.instant(before, "--before"), words.listed(status)
-    with context.control() as control:
-        count = control.prunable(moment, workflow=workflow, statuses=statuses)
+    with context.site(env, server) as site:
+        count = site.prunable(moment, workflow=workflow, statuses=statuses)
         if count and not dry_run:
             _confirm("delete", _counted(count, statuses, workflow), yes)
-            count = control.prune(moment, workflow=workflow, statuses=statuses)
+            count = site.prune(moment, workflow=workflow, statuses=statuses)
     if as_json:
         output.document({"pruned": {"runs": 0 if dry_run else count, "found": count, "dry_run": dry_run}})
     elif dry_run or not count:
@@ -328,7 +340,7 @@ def prune(
 
 
 def _listed(
-    control: "Control", status: list[str] | None, workflow: str | None, since: str | None, limit: int
+    site: "Control", status: list[str] | None, workflow: str | None, since: str | None, limit: int
 ) -> list[dict[str, Any]]:
     """The runs that the filters of the command line choose."""
     from tako_cli.wording import state
@@ -343,7 +355,7 @@ def _listed(
         raise InvalidValue(f"no such status: {unknown}", hint=f"There is: {', '.join(known)}.")
     reasons = [word for word in wanted if word in list(Reason)]
     statuses = dict.fromkeys("pending" if word in reasons else word for word in wanted)
-    found = control.list_runs(
+    found = site.list_runs(
         statuses=list(statuses),
         workflow=workflow,
         since=None if since is None else words.instant(since, "--since"),
@@ -395,37 +407,37 @@ def _change(ids: list[str], change: Any, done: str, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _say_started(run: "Run", is_new: bool, delay: str | None) -> None:
+def _say_started(site: "Site", run: "Run", is_new: bool, delay: str | None) -> None:
     from tako_cli import context
     from tako_runtime import clock, store
 
     said = "started" if is_new else "is alive with this key: no second one was started"
     output.text(f"{run.id}  {run.workflow}  {said}")
     if is_new and delay is not None:
-        pace = store.pace()
+        pace = store.pace() if site.development else clock.REAL_TIME
         if pace.scale != 1:
             delay = f"{clock.spell((run.due_at or 0) - run.created_at)} ({delay} at time-scale {pace})"
         output.note(f"it is due in {delay}")
-    context.note_if_nothing_runs("it goes on when you start tako dev")
+    context.note_if_nothing_runs(site, "it goes on when you start tako dev")
 
 
-def _what_to_do(why: dict[str, Any]) -> str:
+def _what_to_do(site: "Site", why: dict[str, Any]) -> str:
     """What a person may do about it, if there is something."""
     import shlex
 
     from tako_cli import context
-    from tako_runtime import store
 
     match why["cause"]:
         case "dead" | "cancelled":
-            return f"It goes on with: tako runs retry {why['run']}"
+            return f"It goes on with: tako runs retry {why['run']}{site.at}"
         case "waiting":
             name = shlex.quote(next(iter(why["signals"]), "NAME"))
-            return f"Send it with: tako runs signal {name}\nWhat was sent and nobody took: tako signals ls"
+            sent = f"What was sent and nobody took: tako signals ls{site.at}"
+            return f"Send it with: tako runs signal {name}{site.at}\n{sent}"
         case "no_supervisor" | "lost":
-            return context.how_to_run(store.locate())
+            return context.how_to_run(site)
         case "unhealthy":
-            return "What its workers said last: tako status"
+            return f"What its workers said last: tako status{site.at}"
     return ""
 
 

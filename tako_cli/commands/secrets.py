@@ -1,12 +1,12 @@
 """tako secrets"""
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from tako_cli import output
-from tako_cli.commands import Json
+from tako_cli.commands import AtServer, Json
 
 if TYPE_CHECKING:
     from tako_cli.vault import Vault
@@ -107,6 +107,70 @@ def rm(name: Name, env: Env = "development", as_json: Json = False) -> None:
     else:
         output.text(f"Removed {name} from {env}.")
         _tell(vault)
+
+
+@app.command("push")
+def push(
+    env: Annotated[
+        str, typer.Option("--env", metavar="ENV", help="Whose secrets, and to which servers.")
+    ] = "production",
+    server: AtServer = None,
+    roll: Annotated[
+        bool, typer.Option("--roll/--no-roll", help="Have the workers take them up now, or at their next start.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Put the secrets on the servers.
+
+    They take the place of those that are there. Workers with the old ones claim nothing more and end at their next
+    step; their runs go on in new ones, and the app is started anew. tako status says who still has the old ones. Every
+    deploy puts them there too.
+
+    \b
+    Examples:
+      tako secrets push
+      tako secrets push --env staging --no-roll
+    """
+    from tako_cli import afar, context
+    from tako_cli.vault import reveal
+    from tako_runtime.errors import ConfigError, NotFound, TakoError
+
+    config, names = context.servers(env, server)
+    values = reveal(config.root, env)
+    if not values:
+        raise NotFound(f"no secret is kept for {env} here", hint=f"Keep one: tako secrets set NAME --env {env}")
+    if missing := [name for name in config.secrets.required if name not in values]:
+        hint = f"Nothing was sent. Set them: tako secrets set {missing[0]} --env {env}"
+        raise ConfigError(f"required secrets that are not set for {env}: {', '.join(missing)}", hint=hint)
+    rows: list[dict[str, Any]] = []
+    for remote in context.remotes_of(config, names):
+        try:
+            with afar.site(config, env, remote) as site:
+                rows.append({"server": remote.name, **site.put_secrets(values, roll), "error": None})
+        except TakoError as error:
+            if len(names) == 1:
+                raise
+            said = {"message": str(error), "hint": error.hint, "code": error.code}
+            rows.append({"server": remote.name, "changed": [], "told": False, "running": False, "error": said})
+    if as_json:
+        output.document({"servers": rows})
+    else:
+        _show_pushed(rows, env)
+    if any(row["error"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _show_pushed(rows: "list[dict[str, Any]]", env: str) -> None:
+    for row in rows:
+        if row["error"]:
+            output.error(row["error"]["message"], row["error"]["hint"])
+            continue
+        what = f"changed {', '.join(row['changed'])}" if row["changed"] else "has them already"
+        output.text(f"{row['server']}: {what}")
+        if row["told"]:
+            output.note(f"who still has the old ones: tako status --env {env}")
+        elif row["changed"] and row["running"]:
+            output.note(f"what runs there has the old ones until: tako secrets push --env {env}")
 
 
 @app.command("share")

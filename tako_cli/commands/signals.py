@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from tako_cli import output
-from tako_cli.commands import Json
+from tako_cli.commands import AtEnv, AtServer, Json
 
 app = typer.Typer(no_args_is_help=True, help="Signals: who waits for one, and which ones nobody took.")
 
@@ -15,6 +15,8 @@ def ls(
     limit: Annotated[
         int, typer.Option("--limit", "-n", metavar="N", min=1, max=100_000, help="At most so many of each.")
     ] = 50,
+    env: AtEnv = None,
+    server: AtServer = None,
     as_json: Json = False,
 ) -> None:
     """List the signals that runs wait for, and those that are kept.
@@ -23,13 +25,14 @@ def ls(
     out.
 
     \b
-    Example:
+    Examples:
       tako signals ls
+      tako signals ls --env production
     """
     from tako_cli import context
 
-    with context.control() as control:
-        found = control.signals(limit + 1)
+    with context.site(env, server) as site:
+        found = site.signals(limit + 1)
     more = [kind for kind, listed in found.items() if len(listed) > limit]
     shown = {kind: listed[:limit] for kind, listed in found.items()}
     if as_json:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from tako_cli import output
-from tako_cli.commands import Json
+from tako_cli.commands import AtEnv, AtServer, Json
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -16,7 +16,7 @@ app = typer.Typer(no_args_is_help=True, help="What the project's workflows decla
 
 
 @app.command("ls")
-def ls(as_json: Json = False) -> None:
+def ls(env: AtEnv = None, server: AtServer = None, as_json: Json = False) -> None:
     """List the workflows.
 
     Ends with 1 if a file cannot be imported.
@@ -26,7 +26,8 @@ def ls(as_json: Json = False) -> None:
     from tako_cli import context
     from tako_runtime.manifest import spelled
 
-    found = context.manifest(context.project())
+    with context.site(env, server) as site:
+        found = site.manifest()
     if as_json:
         flows = [spelled(flow) for flow in found.workflows]
         output.document({"workflows": flows, "mistakes": msgspec.to_builtins(found.mistakes)})

@@ -14,7 +14,7 @@ import re
 import socket
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from tako_runtime import clock, codec
 from tako_runtime.bell import Bell
@@ -302,6 +302,30 @@ def set_aside(home: Home) -> "Aside | None":
     from tako_runtime.store.file import set_aside
 
     return set_aside(home.app_dir / "runs.db")
+
+
+def backup(home: Home, to: Path) -> None:
+    """Copy the store into a file that is not there yet, while others work. Raises `Refused` for one in a database."""
+    _embedded(home, "Back it up with the database's own tools: pg_dump --schema.")
+    from tako_runtime.store.copying import copy
+
+    copy(home.app_dir / "runs.db", to)
+
+
+def restore(home: Home, data: "IO[bytes]") -> "tuple[Examined, Aside | None]":
+    """Make a copy the store, and put the one that is there aside. Raises `Refused` while another process has it open,
+    and for one in a database."""
+    _embedded(home, "Restore it with the database's own tools: pg_restore.")
+    from tako_runtime import disk
+    from tako_runtime.store.copying import put_back
+
+    disk.make_private(home.app_dir)
+    return put_back(home.app_dir / "runs.db", data)
+
+
+def _embedded(home: Home, hint: str) -> None:
+    if home.url != EMBEDDED:
+        raise Refused(f"{where(home)} is no file of tako's own", hint=hint)
 
 
 class _Current:

@@ -1,0 +1,120 @@
+"""tako app"""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tako_cli import output
+from tako_cli.commands import AtServer, Json, Yes
+
+if TYPE_CHECKING:
+    from tako_cli.remote import Remote
+    from tako_runtime.config import Config
+
+app = typer.Typer(no_args_is_help=True, help="The app on your servers as a whole: stop, start, restart, remove.")
+
+Env = Annotated[str, typer.Option("--env", metavar="ENV", help="Of which environment.")]
+
+
+@app.command("stop")
+def stop(env: Env = "production", server: AtServer = None, as_json: Json = False) -> None:
+    """Stop the app, until it is started again.
+
+    What is in hand ends or stops at its next step, and goes on after the start. Runs can be enqueued meanwhile.
+
+    \b
+    Example:
+      tako app stop --server web-1
+    """
+    _do("stop", "stopped", env, server, as_json=as_json)
+
+
+@app.command("start")
+def start(env: Env = "production", server: AtServer = None, as_json: Json = False) -> None:
+    """Start the app that was stopped.
+
+    \b
+    Example:
+      tako app start
+    """
+    _do("start", "started", env, server, as_json=as_json)
+
+
+@app.command("restart")
+def restart(env: Env = "production", server: AtServer = None, as_json: Json = False) -> None:
+    """Stop the app and start it again.
+
+    No connection is refused meanwhile where [app] takes its socket as {fd}.
+
+    \b
+    Example:
+      tako app restart
+    """
+    _do("restart", "restarted", env, server, as_json=as_json)
+
+
+@app.command("remove")
+def remove(
+    env: Env = "production",
+    server: AtServer = None,
+    copy: Annotated[
+        bool, typer.Option("--copy/--no-copy", help="Keep a copy of the store on the server, or nothing at all.")
+    ] = True,
+    yes: Yes = False,
+    as_json: Json = False,
+) -> None:
+    """Take the app down from its servers: units, releases, secrets, store.
+
+    It drains first. A copy of the store stays on the server unless told otherwise.
+
+    \b
+    Examples:
+      tako app remove --env staging
+      tako app remove --server web-2 --no-copy --yes
+    """
+    from tako_cli import context
+    from tako_runtime.errors import InvalidValue
+
+    config, names = context.servers(env, server)
+    rest = "a copy of its store stays" if copy else "its runs are lost for good"
+    what = f"{config.name} ({env}) from {', '.join(names)}; {rest}"
+    if not yes and not output.can_ask():
+        raise InvalidValue(f"this would remove {what}, and nobody is here to confirm it", hint="Say --yes.")
+    if not yes and not output.confirm(f"Remove {what}?"):
+        raise typer.Abort
+    _do("remove", "removed", env, server, copy=copy, as_json=as_json)
+
+
+def _do(verb: str, done: str, env: str, server: str | None, *, copy: bool = True, as_json: bool) -> None:
+    """On one server after the other; the first that fails stops it."""
+    from tako_cli import context
+
+    config, names = context.servers(env, server)
+    rows: list[dict[str, Any]] = []
+    for remote in context.remotes_of(config, names):
+        output.passing(f"{remote.name}: {verb}")
+        told = _carried_out(config, env, remote, verb, copy=copy)
+        output.passing("")
+        state = None if verb == "remove" else told.get("state")
+        rows.append({"server": remote.name, "release": told["release"], "state": state, "kept": told.get("kept")})
+        if not as_json:
+            output.text(f"{remote.name}: {config.name} is {done}")
+            if told.get("kept"):
+                output.note(f"its store is kept there in {told['kept']}")
+    if as_json:
+        output.document({"servers": rows})
+
+
+def _carried_out(config: "Config", env: str, remote: "Remote", verb: str, *, copy: bool) -> dict[str, str]:
+    from tako_cli import afar
+    from tako_cli.deploy import service
+    from tako_runtime.errors import Refused
+
+    remote.connect()
+    done = remote.run(service.words(config, env, verb, copy=copy))
+    if done.code == 0:
+        return service.read(done.out)
+    if done.code in (afar.NO_APP, afar.NO_RUNTIME):
+        raise afar.explained(config, env, remote, done)
+    said = done.err.strip() or f"sh ended with {done.code}"
+    raise Refused(f"{remote.name}: {said}", hint=f"What it says itself: tako logs --env {env} --server {remote.name}")
