@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 _LAST_LINES = 12
 
 
-def status(found: Json, now: int, here: Path) -> "list[Text]":
-    """The app as it stands, from the outside in."""
-    parts = _facts(found, Path(found["store"]), here, now)
+def status(found: Json, now: int, here: Path, at: str = "") -> "list[Text]":
+    """The app as it stands, from the outside in. `at` is how a command that is typed next says where."""
+    parts = _facts(found, Path(found["store"]), here, now, at)
     parts += [_gap(), *_groups(found["groups"], now)]
     parts += [part for group in found["groups"] for part in _unhealthy(group, now)]
     if found["workers"]:
@@ -27,7 +27,7 @@ def status(found: Json, now: int, here: Path) -> "list[Text]":
     return parts
 
 
-def _facts(found: Json, store: Path, here: Path, now: int) -> "list[Text]":
+def _facts(found: Json, store: Path, here: Path, now: int, at: str) -> "list[Text]":
     who, dead, kept = found["supervisor"], found["runs"]["dead"], found["signals_kept"]
     own, secrets = found["process"], found["secrets"] or {"unread": False, "old": []}
     old = [str(pid) for pid in secrets["old"]]
@@ -37,11 +37,11 @@ def _facts(found: Json, store: Path, here: Path, now: int) -> "list[Text]":
         ("runs by", f"{who['what']}, process {who['pid']}" if who else "nobody"),
         ("process", f"{own['message']} ({wording.age(own['since'], now)} ago)" if own else ""),
         ("secrets", f"old ones in process {', '.join(old)}, until the next step there" if old else ""),
-        ("secrets", "changed, and not handed over yet: tako secrets push" if secrets["unread"] else ""),
+        ("secrets", f"changed, and not handed over yet: tako secrets push{at}" if secrets["unread"] else ""),
         ("paused", f"by {found['paused']}: nothing is claimed" if found["paused"] else ""),
         ("runs", ", ".join(f"{n} {word}" for word, n in found["runs"].items() if n and word != "dead") or "none alive"),
-        ("dead", f"{dead} in the last day: tako runs ls --status dead" if dead else ""),
-        ("kept", f"{kept} signal{'s' * (kept != 1)} that nobody took: tako signals ls" if kept else ""),
+        ("dead", f"{dead} in the last day: tako runs ls --status dead{at}" if dead else ""),
+        ("kept", f"{kept} signal{'s' * (kept != 1)} that nobody took: tako signals ls{at}" if kept else ""),
     ]
     width = max(len(name) for name, _ in facts) + 2
     return [

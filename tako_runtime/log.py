@@ -124,7 +124,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "metrics.failed": (ERROR, "metrics cannot be served on {listen}: {error}"),
     "secret.masked": (WARNING, "the value of secret {name} turned up in {place}; it is masked there"),
     "secret.short": (WARNING, "secrets too short to be masked (less than {least} characters): {names}"),
-    "secret.rotated": (INFO, "secrets have changed: those who have the old ones end at their next step"),
+    "secret.changed": (INFO, "secrets have changed: those who have the old ones end at their next step"),
     "secret.unread": (ERROR, "the secrets cannot be read, those that were known go on: {error}"),
     "secret.missing": (WARNING, "required secrets that are not set: {names}"),
     "feed.missing": (WARNING, "nobody can look on, tako runs tail included: {path}: {error}"),

@@ -273,7 +273,7 @@ async def _serve(
             fresh = stored(server.home.app_dir)
             if fresh != server.supervisor.secrets:
                 guards.enter_context(guarded(fresh))  # beside the old ones: workers that have those are still there
-                emit("secret.rotated")
+                emit("secret.changed")
                 if server.app is not None:
                     server.app.restart(server.environment)
             server.supervisor.renew(fresh)

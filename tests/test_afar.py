@@ -1,9 +1,11 @@
 """Commands about an app on a server, from the laptop: the same tables and the same JSON, through a real sshd."""
 
 import json
+import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,10 @@ import pytest
 from afar import Web, deployed
 from cli import TAKO, done, environment
 from conftest import until
+
+from tako_cli.afar import explained
+from tako_cli.remote import Done, Remote
+from tako_runtime.config import load
 
 # They are many commands, each a process of its own.
 pytestmark = pytest.mark.slow
@@ -165,6 +171,52 @@ def test_what_the_server_refuses_is_the_same_error_with_the_same_code(
     assert first == there.stderr.splitlines()[0]
     told = web.document(*words, code=code)
     assert told["error"]["message"] in here.stderr.replace("\n  ", " ")
+
+
+def test_a_link_that_breaks_while_a_run_is_followed_is_an_error_that_says_so(web: Web) -> None:
+    following = subprocess.Popen(
+        [*TAKO, "runs", "tail", "--env", "production", "--json"], cwd=web.project,
+        env=environment(TAKO_SSH=web.sshd.program), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert following.stdout is not None
+    assert following.stdout.readline()
+    for pid in web.sshd.sessions():
+        os.kill(pid, signal.SIGKILL)
+    said, _ = following.communicate(timeout=60)
+    assert following.returncode == 1
+    assert "the connection to web broke" in said
+    until(lambda: not operating(web))
+    assert web.afar("runs", "ls").returncode == 0, "the next command connects anew"
+
+
+def test_a_question_before_a_change_says_where_it_would_be(web: Web) -> None:
+    ended(web, web.start("greet", "Zoe"))
+    asked = web.afar("runs", "prune", "--before", "0s", "--workflow", "greet")
+    assert asked.returncode == 2
+    assert "of greet on web-1, and nobody is here to confirm it" in asked.stderr
+
+
+def test_a_release_with_an_older_tako_is_told_from_other_failures(web: Web) -> None:
+    words = [sys.executable, "-m", "tako_runtime", "of-tomorrow"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = Done(ended.returncode, ended.stdout, ended.stderr)
+    error = explained(load(web.project / "tako.toml"), "production", Remote("web-1", "web"), done)
+    assert "has an older tako" in str(error)
+    assert error.hint == "Deploy with the tako of here: tako deploy --env production"
+
+
+def test_of_servers_that_share_a_database_the_first_that_can_be_reached_answers(web: Web) -> None:
+    config = web.project / "tako.toml"
+    text = config.read_text()
+    shared = text.replace('servers = ["web-1"]', 'servers = ["web-0", "web-1"]', 1)
+    config.write_text(f'{shared}[servers.web-0]\nhost = "nowhere.invalid"\n[storage]\nurl = "postgres"\n')
+    try:
+        listed = web.afar("runs", "ls", "--json")
+    finally:
+        config.write_text(text)
+    assert listed.returncode == 0, listed.stderr
+    assert json.loads(listed.stdout)["runs"]
+    assert "web-0: nowhere.invalid cannot be reached" in listed.stderr
 
 
 def test_what_is_to_be_typed_next_names_the_environment_too(web: Web) -> None:

@@ -235,7 +235,7 @@ def retry(
         else:
             ids = [run["id"] for run in _listed(site, status, workflow, since, _ALL)]
             if ids:
-                _confirm("retry", _counted(len(ids), words.listed(status), workflow), yes)
+                _confirm("retry", _counted(len(ids), words.listed(status), workflow), site, yes)
         _change(ids, lambda run: site.retry(run, from_step), "goes on", as_json)
 
 
@@ -326,7 +326,7 @@ def prune(
     with context.site(env, server) as site:
         count = site.prunable(moment, workflow=workflow, statuses=statuses)
         if count and not dry_run:
-            _confirm("delete", _counted(count, statuses, workflow), yes)
+            _confirm("delete", _counted(count, statuses, workflow), site, yes)
             count = site.prune(moment, workflow=workflow, statuses=statuses)
     if as_json:
         output.document({"pruned": {"runs": 0 if dry_run else count, "found": count, "dry_run": dry_run}})
@@ -372,9 +372,10 @@ def _counted(count: int, statuses: list[str], workflow: str | None) -> str:
     return f"{count:,} {which}run{'s' * (count != 1)}{f' of {workflow}' if workflow else ''}"
 
 
-def _confirm(verb: str, what: str, yes: bool) -> None:
+def _confirm(verb: str, what: str, site: "Site", yes: bool) -> None:
     from tako_runtime.errors import InvalidValue
 
+    what += f" {site.where}" if site.at else ""
     if not yes and not output.can_ask():
         raise InvalidValue(f"this would {verb} {what}, and nobody is here to confirm it", hint="Say --yes.")
     if not yes and not output.confirm(f"{verb.capitalize()} {what}?"):

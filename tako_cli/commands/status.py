@@ -65,7 +65,7 @@ def _show(site: "Site", found: dict[str, Any]) -> None:
     from tako_cli import context, wording
     from tako_cli.overview import status as overview
 
-    output.show(*overview(found, wording.now(), Path.cwd()))
+    output.show(*overview(found, wording.now(), Path.cwd(), site.at))
     if found["supervisor"] is None:
         output.note(f"no supervisor runs {site.where}. {context.how_to_run(site)}")
     elif found["schedules"]:
