@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INPUTS := pyproject.toml README.md
 
-.PHONY: help setup demo test quick lint types bench screens chaos clean
+.PHONY: help setup demo test servers quick lint types bench screens chaos clean
 help:  ## what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -27,10 +27,14 @@ demo: setup  ## the main job, from an empty folder to a run that survived its wo
 TOGETHER := -n 4 --dist loadfile
 
 test: lint types  ## everything that CI runs
-	$(BIN)/python -m pytest $(TOGETHER)
+	$(BIN)/python -m pytest $(TOGETHER) -m "not lasting"
+
+servers: setup  ## all deploys to real servers: Debian with systemd, which lose their power, cable and disk
+	$(BIN)/python -m pytest -n 3 --dist loadfile tests/test_deploy.py tests/test_deploy_cut.py tests/test_deploy_refused.py \
+	    tests/test_operate.py
 
 quick: setup  ## the fast tests
-	$(BIN)/python -m pytest $(TOGETHER) -m "not slow"
+	$(BIN)/python -m pytest $(TOGETHER) -m "not slow and not lasting"
 
 lint: setup
 	$(BIN)/ruff check .

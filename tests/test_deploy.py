@@ -10,12 +10,10 @@ from conftest import until
 from deploying import APP, FLOWS, PORT, WITH_APP, Hammering, Shop, index, stage
 from machines import Machine, machines
 
-pytestmark = pytest.mark.slow
-
-
 # --- taken -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("suite", "user"), [("bookworm", "root"), ("bookworm", "deploy"), ("trixie", "root")])
 def test_a_run_that_is_parked_over_a_deploy_ends_on_the_new_release_with_its_finished_steps_kept(
     tmp_path: Path, suite: str, user: str
@@ -35,6 +33,7 @@ def test_a_run_that_is_parked_over_a_deploy_ends_on_the_new_release_with_its_fin
         assert shop.run(run_id)["attempt"] == 1
 
 
+@pytest.mark.lasting
 def test_what_is_not_vendored_comes_from_the_servers_own_index(shop: Shop, web: Machine) -> None:
     from tako_cli.deploy.lock import Target
     from tako_cli.deploy.release import pack
@@ -46,6 +45,7 @@ def test_what_is_not_vendored_comes_from_the_servers_own_index(shop: Shop, web: 
         shop.runs_on(shop.release())
 
 
+@pytest.mark.lasting
 def test_a_step_of_ten_minutes_does_not_hold_the_deploy_and_costs_its_run_no_attempt(shop: Shop) -> None:
     shop.configure('[workflows]\ngrace = "10s"\n')
     first = shop.release()
@@ -60,6 +60,7 @@ def test_a_step_of_ten_minutes_does_not_hold_the_deploy_and_costs_its_run_no_att
     shop.runs_on(result["release"])
 
 
+@pytest.mark.lasting
 def test_no_request_fails_at_300_a_second_over_five_deploys(shop: Shop, web: Machine) -> None:
     shop.configure(WITH_APP)
     shop.write("app.py", APP)
@@ -73,6 +74,7 @@ def test_no_request_fails_at_300_a_second_over_five_deploys(shop: Shop, web: Mac
     assert told["asked"] > 290 * told["seconds"]
 
 
+@pytest.mark.slow
 def test_the_units_are_valid_and_nothing_of_theirs_is_a_secret(shop: Shop, web: Machine) -> None:
     shop.configure(WITH_APP)
     shop.write("app.py", APP)
@@ -84,6 +86,7 @@ def test_the_units_are_valid_and_nothing_of_theirs_is_a_secret(shop: Shop, web: 
     assert done.stderr == ""
 
 
+@pytest.mark.lasting
 def test_the_way_back_needs_no_build_and_the_one_after_that_leads_forward_again(shop: Shop) -> None:
     first, second = shop.release(), shop.release()
     begun = time.monotonic()
@@ -100,6 +103,7 @@ def test_the_way_back_needs_no_build_and_the_one_after_that_leads_forward_again(
     assert "it has no release nosuch" in missing.stderr
 
 
+@pytest.mark.lasting
 def test_old_releases_go_but_the_newest(shop: Shop, web: Machine) -> None:
     shop.configure(deploy="vendor = true\nkeep_releases = 2")
     releases = [shop.release() for _ in range(3)]
@@ -108,6 +112,7 @@ def test_old_releases_go_but_the_newest(shop: Shop, web: Machine) -> None:
     assert f"tako-shop@{releases[0]}.service" not in web.run("ls", "/etc/systemd/system")
 
 
+@pytest.mark.lasting
 def test_a_dry_run_shows_every_command_and_changes_nothing(shop: Shop, web: Machine) -> None:
     done = shop.tako("deploy", "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -117,6 +122,7 @@ def test_a_dry_run_shows_every_command_and_changes_nothing(shop: Shop, web: Mach
     assert web.run("find", "/opt", "/var/lib/tako", "/etc/systemd/system", "-name", "*tako*", check=False) == ""
 
 
+@pytest.mark.lasting
 def test_runs_that_the_new_code_would_not_know_are_told_of_before_the_switch(shop: Shop) -> None:
     first = shop.release()
     run_id = shop.start("ask")
@@ -133,6 +139,7 @@ def test_runs_that_the_new_code_would_not_know_are_told_of_before_the_switch(sho
     assert "orphaned: 1 (ask: 1)" in told.stderr
 
 
+@pytest.mark.lasting
 def test_secrets_come_along_and_are_nowhere_but_in_their_file(shop: Shop, web: Machine) -> None:
     shop.configure('[secrets]\nrequired = ["STRIPE_KEY"]\n')
     known = 'return secrets["STRIPE_KEY"][-4:] + os.environ["TAKO_RELEASE"]'
@@ -158,6 +165,7 @@ def test_secrets_come_along_and_are_nowhere_but_in_their_file(shop: Shop, web: M
 # --- who may, and where ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.lasting
 def test_a_second_deploy_at_once_is_refused_and_names_who_has_the_lock(shop: Shop, web: Machine) -> None:
     good = shop.release()
     shop.change()
@@ -171,6 +179,7 @@ def test_a_second_deploy_at_once_is_refused_and_names_who_has_the_lock(shop: Sho
     assert first.returncode == 0, said
 
 
+@pytest.mark.lasting
 def test_one_of_two_servers_that_is_down_stops_the_deploy_before_anything_is_changed(tmp_path: Path) -> None:
     with machines("web", "api") as [web, api]:
         shop = Shop(tmp_path / "shop", {"web": web, "api": api}, more=WITH_APP)

@@ -9,7 +9,7 @@ from conftest import until
 from deploying import Shop, stage
 from machines import Machine
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.lasting
 
 
 # --- cut off ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from conftest import until
 from deploying import APP, Shop
 from machines import machines
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.lasting
 
 WITH_APP = """
     [app]
