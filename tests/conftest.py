@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from hypothesis import settings
@@ -22,6 +22,10 @@ from tako_runtime.state import Change, Outcome, settle
 from tako_runtime.store import Home, base, open_store
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import Workflow, registry
+
+if TYPE_CHECKING:
+    from deploying import Shop
+    from machines import Machine
 
 T = TypeVar("T")
 
@@ -249,3 +253,20 @@ def clean_registry() -> Iterator[dict[str, Workflow[..., object]]]:
     yield registry
     registry.clear()
     registry.update(before)
+
+
+@pytest.fixture
+def web() -> "Iterator[Machine]":
+    """A server of our own, with nothing on it; skips where this machine cannot run one."""
+    from machines import machines
+
+    with machines("web") as [one]:
+        yield one
+
+
+@pytest.fixture
+def shop(web: "Machine", tmp_path: Path) -> "Shop":
+    """A project whose server that is."""
+    from deploying import Shop
+
+    return Shop(tmp_path / "shop", {"web": web})

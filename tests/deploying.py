@@ -117,6 +117,16 @@ HAMMER = """
 """
 
 
+#: An app that listens there.
+PORT = 8123
+WITH_APP = f"""
+    [app]
+    command = ["python", "app.py", "{{fd}}"]
+    port = {PORT}
+    health = "/healthz"
+"""
+
+
 class Shop:
     """The project. What `pack` has found out of its dependencies is shared by all."""
 
@@ -239,6 +249,15 @@ class Shop:
         assert self.current() == release
         until(lambda: {name for name, state in self.units().items() if state == "active"} == {release}, 60)
         assert self.ended(self.start("greet")) == release
+
+
+def stage(web: Machine, but: str) -> str:
+    """How far the trial of another release than that is, read off the server's disk."""
+    try:
+        told = json.loads((web.root / "var/lib/tako/production/apps/shop/trial.json").read_text())
+    except (OSError, ValueError):
+        return ""
+    return str(told["stage"]) if told["release"] != but else ""
 
 
 class Hammering:

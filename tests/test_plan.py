@@ -179,6 +179,14 @@ def test_a_release_starts_only_if_it_is_current_or_on_trial(shop: Config, tmp_pa
     assert starts()
 
 
+def test_a_release_is_told_which_environment_it_is_of(shop: Config) -> None:
+    place = asked(shop, told(), "staging").place
+    assert place is not None
+    text = units(shop, "web-1", place, "abc")["tako-shop.staging@abc.service"]
+    assert 'Environment="TAKO_ENV=staging"\n' in text
+    assert " --env staging " in text
+
+
 def test_the_longest_grace_is_what_a_stop_is_given(shop: Config) -> None:
     place = asked(shop, told()).place
     assert place is not None

@@ -57,7 +57,7 @@ def rollback(
     keep_going: KeepGoing = False,
     as_json: Json = False,
 ) -> None:
-    """Go back to an earlier release, in seconds.
+    """Go back to an earlier release, within seconds.
 
     Nothing is packed, sent or installed: every server has to have it. It proves itself as at a deploy, and takes over
     in the same way. Runs that only the newer code knows are told of first.
@@ -74,7 +74,7 @@ def rollback(
     remotes = connected(config, names)
     facts = preflight(config, env, remotes, as_json=as_json)
     wanted = [_chosen(one, release) for one in facts]
-    plans = [back(one, name, config.deploy.keep_releases) for one, name in zip(facts, wanted, strict=True)]
+    plans = [back(config, one, name) for one, name in zip(facts, wanted, strict=True)]
     finish(carried_out(plans, remotes, yes=yes, parallel=parallel, keep_going=keep_going), as_json=as_json)
 
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +187,10 @@ def read(config: Config, env: str, remote: Remote, answer: Mapping[str, Any], he
 
 
 def schema() -> int:
-    """The version of the store that this tako writes: the number of its last migration."""
-    folder = resources.files("tako_runtime").joinpath("store", "migrations", "sqlite")
-    return max(int(file.name[:4]) for file in folder.iterdir() if file.name[:4].isdigit())
+    """The version of the store that this tako writes."""
+    from tako_runtime.store.queries import migrations
+
+    return migrations("sqlite")[-1][0]
 
 
 def locked(lock: Mapping[str, Any], now: float) -> str:

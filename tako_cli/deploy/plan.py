@@ -155,16 +155,21 @@ def plan(
     files = units(config, facts.server, place, name)
     return Plan(
         facts.server, place, name, prepare, switch(place, name, files, config.deploy.keep_releases),
-        fit(place, name) if facts.answer.get("schema") else None,
+        fit(place, name) if _has_runs(config, facts) else None,
     )  # fmt: skip
 
 
-def back(facts: Facts, release: str, keep: int) -> Plan:
+def back(config: Config, facts: Facts, release: str) -> Plan:
     """The plan for the way back to a release that the server has."""
     place = facts.place
     assert place is not None
-    looked = fit(place, release) if facts.answer.get("schema") else None
-    return Plan(facts.server, place, release, [], switch(place, release, {}, keep), looked)
+    looked = fit(place, release) if _has_runs(config, facts) else None
+    return Plan(facts.server, place, release, [], switch(place, release, {}, config.deploy.keep_releases), looked)
+
+
+def _has_runs(config: Config, facts: Facts) -> bool:
+    """Whether there is a store on that server to look into."""
+    return config.storage.url == "sqlite" and bool(facts.answer.get("schema"))
 
 
 def _name(release: Release, facts: Facts) -> str:
@@ -175,7 +180,7 @@ def _name(release: Release, facts: Facts) -> str:
 
 def fit(place: Place, release: str) -> Step:
     """Which live runs the release would not know any more."""
-    told = ["env", f"TAKO_APP_NAME={place.app}", f"TAKO_DATA_DIR={place.data_dir}"]
+    told = ["env", f"TAKO_APP_NAME={place.app}", f"TAKO_DATA_DIR={place.data_dir}", f"TAKO_ENV={place.env}"]
     words = [*told, ".venv/bin/python", "-P", "-m", "tako_runtime", "fit"]
     there = ["sh", "-c", 'cd "$1" && shift && exec "$@"', "fit", place.release(release), *words]
     return Step("fit", "looks which runs it would not know", place.as_account(there))

@@ -101,7 +101,9 @@ def units(config: Config, server: str, place: Place, release: str) -> Mapping[st
     names = config.group_names(server)
     grace = max([config.workflows.grace, *(config.group(name, server).grace for name in names)])
     takes_socket = config.app is not None and any("{fd}" in word for word in config.app.command)
-    environment = {"TAKO_APP_NAME": place.app, "TAKO_DATA_DIR": place.data_dir, "TAKO_RELEASE": release}
+    environment = {
+        "TAKO_APP_NAME": place.app, "TAKO_DATA_DIR": place.data_dir, "TAKO_ENV": place.env, "TAKO_RELEASE": release,
+    }  # fmt: skip
     # A socket whose path is too long lies in /tmp, where other processes have to find it: so /tmp is not private.
     sandbox = _SANDBOX.format(account=place.account, data=_path(place.data_dir), shared=_path(f"{place.base}/shared"))
     files = {
