@@ -1,5 +1,6 @@
 """`tako servers`: the user's tako.toml is edited in place, and servers are asked without being changed."""
 
+import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,3 +106,30 @@ def test_a_check_asks_each_server_and_says_what_speaks_against_it(web: Web) -> N
 def test_a_shell_is_one_of_the_servers_with_takos_own_connection(web: Web) -> None:
     said = web.tako("servers", "shell", stdin="echo I am in $((6 * 7))\n")
     assert "I am in 42" in said.stdout
+
+
+@pytest.mark.slow
+def test_an_app_that_somebody_deploys_is_left_alone_and_one_that_is_not_there_is_not_found(web: Web) -> None:
+    with (web.base / "deploy.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write('{"user": "ada", "host": "laptop"}')
+        lock.flush()
+        for words in (["stop"], ["remove", "--yes"]):
+            refused = web.tako("app", *words)
+            assert refused.returncode == 1
+            assert "web-1: a deploy of ada on laptop is under way" in refused.stderr
+    assert web.release.exists()
+    config = web.project / "tako.toml"
+    config.write_text(config.read_text() + '[envs.staging]\nservers = ["web-1"]\n')
+    missing = web.tako("app", "start", "--env", "staging")
+    assert missing.returncode == 4
+    assert "is not deployed there" in missing.stderr
+
+
+@pytest.mark.slow
+def test_nothing_is_removed_that_nobody_has_confirmed(web: Web) -> None:
+    asked = web.tako("app", "remove")
+    assert asked.returncode == 2
+    assert f"this would remove {web.app} (production) from web-1; a copy of its store stays" in asked.stderr
+    assert "its runs are lost for good" in web.tako("app", "remove", "--no-copy").stderr
+    assert web.release.exists()

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cli import tako
 from conftest import until
-from deploying import APP, Shop
+from deploying import APP, Hammering, Shop
 from machines import machines
 
 pytestmark = pytest.mark.lasting
 
-WITH_APP = """
+PORT = 8123
+WITH_APP = f"""
     [app]
-    command = ["python", "app.py", "{fd}"]
-    port = 8123
+    command = ["python", "app.py", "{{fd}}"]
+    port = {PORT}
 """
 
 
@@ -73,11 +75,29 @@ def test_an_app_is_operated_from_its_first_deploy_until_it_is_taken_down(shop: S
     assert told(shop, "app", "start")["servers"][0]["state"] == "active"
     told(shop, "runs", "signal", "go", "--env", "production")
     assert shop.ended(parked) == [release, release]
-    pid = web.run("systemctl", *user(shop), "show", "-p", "MainPID", f"tako-shop@{release}.service", user=shop.user)
+
+    hammer = Hammering(web, PORT, 50)
+    pid = told(shop, "status", "--env", "production")["status"]["process"]["pid"]
+    key = {"XDG_CONFIG_HOME": str(tmp_path / "config")}  # where the shop's own commands have it too
+    kept = tako("secrets", "set", "KEY", "--env", "production", cwd=shop.folder, stdin="sk_live_1", **key)
+    assert kept.returncode == 0
+    [pushed] = told(shop, "secrets", "push")["servers"]
+    assert pushed == {"server": "web", "changed": ["KEY"], "told": True, "running": True, "error": None}
+    owner = web.run("stat", "-c", "%a %U", f"{shop.data_dir}/apps/shop/secrets.json", user=shop.user).split()
+    assert owner == ["600", "tako" if shop.user == "root" else shop.user]
+
+    def renewed() -> bool:
+        status = told(shop, "status", "--env", "production")["status"]
+        return status["secrets"] == {"unread": False, "old": []} and status["process"]["pid"] not in (pid, None)
+
+    until(renewed)
+    supervisor = told(shop, "status", "--env", "production")["status"]["supervisor"]["pid"]
     assert told(shop, "app", "restart")["servers"][0]["state"] == "active"
-    again = web.run("systemctl", *user(shop), "show", "-p", "MainPID", f"tako-shop@{release}.service", user=shop.user)
-    assert again != pid
+    assert told(shop, "status", "--env", "production")["status"]["supervisor"]["pid"] != supervisor
     shop.runs_on(release)
+    asked_for = hammer.stop()
+    assert asked_for["failures"] == [], "nobody was refused, at the rotation or at the restart"
+    assert set(asked_for["answers"]) == {release}
 
     asked = shop.tako("app", "remove")
     assert asked.returncode == 2
@@ -91,10 +111,6 @@ def test_an_app_is_operated_from_its_first_deploy_until_it_is_taken_down(shop: S
     assert missing.returncode == 4
     assert "shop is not deployed there" in missing.stderr
     assert shop.tako("app", "start").returncode == 4
-
-
-def user(shop: Shop) -> list[str]:
-    return ["--user"] * (shop.user != "root")
 
 
 def test_a_log_that_is_followed_goes_on_after_the_cable_was_cut_and_loses_nothing(shop: Shop) -> None:

@@ -241,6 +241,8 @@ def _tell(vault: "Vault", *, changed: bool = True) -> None:
     home = store.project_home(context.project().name, vault.root)
     if changed and vault.env == context.DEV and supervising(home.app_dir) is not None:
         output.note("what runs here has the old ones: stop tako dev, and start it again")
+    if changed and vault.env in context.project().envs:
+        output.note(f"its servers get that with the next deploy, or now: tako secrets push --env {vault.env}")
     if ignored := kept_out_of_git(vault):
         names = ", ".join(str(path.relative_to(vault.root)) for path in ignored)
         output.note(

@@ -106,8 +106,12 @@ def _do(verb: str, done: str, env: str, server: str | None, *, copy: bool = True
 
 
 def _carried_out(config: "Config", env: str, remote: "Remote", verb: str, *, copy: bool) -> dict[str, str]:
+    import json
+
     from tako_cli import afar
     from tako_cli.deploy import service
+    from tako_cli.deploy.facts import locked
+    from tako_runtime import clock
     from tako_runtime.errors import Refused
 
     remote.connect()
@@ -116,5 +120,8 @@ def _carried_out(config: "Config", env: str, remote: "Remote", verb: str, *, cop
         return service.read(done.out)
     if done.code in (afar.NO_APP, afar.NO_RUNTIME):
         raise afar.explained(config, env, remote, done)
+    if done.code == service.LOCKED:
+        now = clock.SystemClock().now() / clock.SECOND
+        raise Refused(f"{remote.name}: {locked(json.loads(done.out or '{}'), now)}", hint="Wait for it to end.")
     said = done.err.strip() or f"sh ended with {done.code}"
     raise Refused(f"{remote.name}: {said}", hint=f"What it says itself: tako logs --env {env} --server {remote.name}")

@@ -7,6 +7,9 @@ from tako_cli.afar import FIND
 from tako_cli.deploy.facts import slug
 from tako_runtime.config import Config
 
+#: What it ends with where somebody deploys right now; it has printed who.
+LOCKED = 65
+
 #: What is stopped stays so over a boot. The socket goes last: until then, connections wait. Nothing is removed before
 #: the store's copy is there.
 _SCRIPT = (
@@ -25,6 +28,10 @@ else
     manager() { systemctl --user "$@"; }
 fi
 [ -L "$base/current" ] || exit 66
+if command -v flock >/dev/null; then  # no deploy meanwhile
+    exec 9>>"$base/deploy.lock"
+    flock -n 9 || { cat "$base/deploy.lock"; exit 65; }
+fi
 release=$(basename "$(readlink "$base/current")")
 unit=tako-$slug; service=$unit@$release.service; socket=$unit.socket
 
