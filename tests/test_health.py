@@ -265,7 +265,7 @@ def test_a_worker_that_is_frozen_while_runs_are_due_is_replaced_and_the_log_says
         [(name, pid)] = until(lambda: workers(opened).items())
         freeze(home, pid)
         run_id = orders.answers.enqueue_sync("x")
-        until(lambda: shown(opened, run_id)["status"] == "succeeded")
+        until(lambda: shown(opened, run_id)["status"] == "succeeded", seconds=60)  # the next ones must be quick, too
         [stalled] = supervisor.events("worker.stalled")
         assert (stalled["worker"], stalled["pid"], stalled["group"]) == (name, pid, "default")
         [told] = supervisor.events("group.unhealthy")
