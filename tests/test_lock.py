@@ -290,7 +290,7 @@ def test_it_has_the_runtime_with_its_data_and_neither_the_command_nor_what_only_
 def test_all_that_the_runtime_imports_is_named_in_its_wheel() -> None:
     stated = [need.removeprefix("Requires-Dist: ") for need in wheels.runtime().needs]
     needed = {wheels.project_name(need).replace("-", "_") for need in stated}
-    optional = {"pydantic", "attr", "attrs"}  # used where the project has them
+    optional = {"pydantic", "attr", "attrs", "psycopg"}  # used where the project has them
     found = set()
     for path in (ROOT / "tako_runtime").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

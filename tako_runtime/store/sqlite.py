@@ -113,10 +113,11 @@ class SqliteStore(SqlStore):
                 self._turnstile = Turnstile(path, PATIENCE)
             self._db = apsw.Connection(str(path), _OPEN)
             self._db.set_busy_timeout(BUSY_TIMEOUT)
-            shape.check(self._db, path)
-            if not self._db.pragma("page_count"):  # only a new file can be told to give its free pages back
-                self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            self._db.execute("PRAGMA journal_mode = WAL").fetchall()
+            with nullcontext() if path.stat().st_size else self.turn():  # who reads meanwhile would be in its way
+                shape.check(self._db, path)
+                if not self._db.pragma("page_count"):  # only a new file can be told to give its free pages back
+                    self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                self._db.execute("PRAGMA journal_mode = WAL").fetchall()
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA cache_size = -65536")
             self._db.execute("PRAGMA wal_autocheckpoint = 4000")
