@@ -250,6 +250,18 @@ def test_a_stop_lets_the_step_end_and_leaves_no_child_behind(number: signal.Sign
     assert (project / "bodies.txt").read_text().split() == ["before", "held"]
 
 
+def test_two_sigterms_are_as_good_as_one(project: Path) -> None:
+    with developing(project) as dev:
+        run, _ = hold(project, dev)
+        dev.send(signal.SIGTERM)
+        dev.wait_for("worker.draining")
+        dev.send(signal.SIGTERM)
+        (project / "go").touch()
+        assert dev.ended() == 0
+    assert (project / "bodies.txt").read_text().split() == ["before", "held"], "it came to its step boundary"
+    assert run_of(project, run)["status"] == "succeeded"
+
+
 def test_a_second_ctrl_c_kills_at_once_and_the_run_goes_on_next_time(project: Path) -> None:
     with developing(project) as dev:
         run, child = hold(project, dev)

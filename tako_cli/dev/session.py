@@ -118,8 +118,9 @@ class Session:
     async def run(self) -> int:
         """Until Ctrl-C, or with `once` until nothing is left; the exit code."""
         loop, once = asyncio.get_running_loop(), self._options.once
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, self._interrupted)
+        loop.add_signal_handler(signal.SIGINT, self._interrupted)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._told_to_end)
         if self._server.app is not None:
             self._server.app.bind()  # or say who has its port, before anything starts
         given_back: list[Event] = []
@@ -228,6 +229,11 @@ class Session:
             self._stop()
             return
         self._server.kill()
+
+    def _told_to_end(self) -> None:
+        """By a program, which may say it to this process and to its whole group: twice is as good as once."""
+        if self._stops == 0:
+            self._interrupted()
 
     def _stop(self) -> None:
         self._server.stop()
