@@ -99,7 +99,7 @@ def servers(env: str, server: str | None = None) -> "tuple[Config, Sequence[str]
     if env not in config.envs:
         near = get_close_matches(env, config.envs, 1, 0.5)
         known = f"Did you mean {near[0]}?" if near else f"There is: {', '.join(config.envs)}." if config.envs else ""
-        how = 'Say where it runs: [envs.production] with servers = ["web-1"], and [servers.web-1] with its host.'
+        how = f'Say where it runs: [envs.{env}] with servers = ["web-1"], and [servers.web-1] with its host.'
         raise ConfigError(f"{config.path}: there is no environment {env!r} with servers", hint=known or how)
     names = config.envs[env].servers
     if server is not None and server not in names:

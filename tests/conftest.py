@@ -218,6 +218,17 @@ def server(_servers: list[Server]) -> Server:
 
 
 @pytest.fixture
+def own() -> Iterator[Server]:
+    """A server of the test's own, to be stopped."""
+    try:
+        one = Server()
+    except NoPostgres as error:
+        pytest.skip(f"NO POSTGRES: {error}")
+    yield one
+    one.close()
+
+
+@pytest.fixture
 def home(request: pytest.FixtureRequest, dialect: str) -> Iterator[Home]:
     """A home with nothing in it yet, on a path that is short enough for sockets, for a store of that dialect."""
     with tempfile.TemporaryDirectory(prefix="tako-", dir="/tmp", ignore_cleanup_errors=True) as folder:

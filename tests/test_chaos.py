@@ -1,25 +1,13 @@
 """A short night of crashes; `make chaos` is the long one."""
 
-from collections.abc import Iterator
-
 import pytest
 from chaos import night
-from postgres import NoPostgres, Server
+from postgres import Server
 
 
 @pytest.mark.slow
 def test_whatever_is_killed_and_stopped_every_acknowledged_run_ends_exactly_once() -> None:
     assert "runs 300;" in night(runs=300, strikes=15, seed=20261125)
-
-
-@pytest.fixture
-def own() -> Iterator[Server]:
-    try:
-        one = Server()
-    except NoPostgres as error:
-        pytest.skip(f"NO POSTGRES: {error}")
-    yield one
-    one.close()
 
 
 @pytest.mark.slow

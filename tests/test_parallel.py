@@ -422,11 +422,8 @@ def test_a_body_in_a_thread_whose_caller_is_cancelled_is_seen_through_and_not_ru
 # --- more branches than threads --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("end", ["cancel", "drain", "lost claim"])
-def test_a_body_that_waits_for_a_thread_does_not_begin_once_its_attempt_must_stop(
-    end: str, opened: StoreThread, home: Home
-) -> None:
-    gate, bodies = threading.Event(), []
+def enqueue_many_bodies(gate: threading.Event, bodies: list[int]) -> str:
+    """A run of 200 sync branches, more than there are threads, each of which says that it has begun and is held."""
 
     def body(n: int) -> int:
         bodies.append(n)
@@ -437,7 +434,16 @@ def test_a_body_that_waits_for_a_thread_does_not_begin_once_its_attempt_must_sto
     async def many(step: Step) -> int:
         return sum(await asyncio.gather(*[step.run(f"branch-{n}", body, n) for n in range(200)]))
 
-    run_id = many.enqueue_sync()
+    return many.enqueue_sync()
+
+
+@pytest.mark.parametrize("end", ["cancel", "drain", "lost claim"])
+def test_a_body_that_waits_for_a_thread_does_not_begin_once_its_attempt_must_stop(
+    end: str, opened: StoreThread, home: Home
+) -> None:
+    gate, bodies = threading.Event(), []
+
+    run_id = enqueue_many_bodies(gate, bodies)
 
     async def stop(worker: Worker) -> None:
         threads = worker.bodies._max_workers
@@ -469,16 +475,7 @@ def test_a_lease_in_doubt_delays_the_bodies_that_wait_and_loses_none(opened: Sto
     """As after a machine that slept: the store says that the lease holds, and they begin."""
     gate, bodies, asked = threading.Event(), [], []
 
-    def body(n: int) -> int:
-        bodies.append(n)
-        gate.wait(30)
-        return n
-
-    @workflow("many")
-    async def many(step: Step) -> int:
-        return sum(await asyncio.gather(*[step.run(f"branch-{n}", body, n) for n in range(200)]))
-
-    run_id = many.enqueue_sync()
+    run_id = enqueue_many_bodies(gate, bodies)
 
     async def suspend(worker: Worker) -> None:
         await eventually(lambda: len(bodies) == worker.bodies._max_workers)

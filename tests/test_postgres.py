@@ -12,7 +12,7 @@ import msgspec
 import psycopg
 import pytest
 from conftest import Caller, until
-from postgres import NoPostgres, Server
+from postgres import Server
 from scenarios.flows import orders
 from scenarios.lasting import ticking
 from wire import Cut, Wire, wire
@@ -108,17 +108,6 @@ def test_an_outcome_that_cannot_be_found_out_is_told_as_that(
 
 
 # --- a database that goes --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def own() -> Iterator[Server]:
-    """A server of the test's own, to be stopped."""
-    try:
-        one = Server()
-    except NoPostgres as error:
-        pytest.skip(f"NO POSTGRES: {error}")
-    yield one
-    one.close()
 
 
 @pytest.mark.parametrize("how", ["fast", "immediate"])

@@ -280,6 +280,24 @@ def test_a_file_that_was_broken_from_the_start_holds_up_no_other(project: Path) 
         dev.wait_for("code.reloaded")
 
 
+@pytest.mark.parametrize("ends", ["os.kill(os.getpid(), 9)", "os._exit(0)", "raise SystemExit"])
+def test_a_file_that_ends_the_process_that_imports_it_leaves_the_code_as_it_was(project: Path, ends: str) -> None:
+    whole = flows(project).read_text()
+    with developing(project) as dev:
+        ready(dev)
+        run = start(project, "later")
+        dev.wait_for("run.waiting")
+        flows(project).write_text(f"import os\n{ends}\n")
+        dev.wait_for("code.kept")
+        done("runs", "signal", "now", cwd=project)
+        dev.wait_for("run.succeeded")
+        assert run_of(project, run)["result"]["version"] == 1
+        flows(project).write_text(whole.replace('"version": 1', '"version": 2'))
+        dev.wait_for("code.reloaded")
+        assert price(project, dev)["version"] == 2
+        assert named(dev, "group.unhealthy") == []
+
+
 def test_where_no_code_is_good_the_first_good_save_begins(project: Path) -> None:
     whole = flows(project).read_text()
     flows(project).write_text("price = (\n")
@@ -298,22 +316,15 @@ def test_what_the_code_does_not_import_causes_no_reload(project: Path) -> None:
         (project / folder).mkdir(parents=True)
     with developing(project) as dev:
         ready(dev)
-        for n in range(100):
-            start_quietly(project, n)
+        writes = "from workflows.flows import price\nfor _ in range(100):\n    price.enqueue_sync()"
+        subprocess.run([sys.executable, "-c", writes], cwd=project, check=True)
+        (project / ".tako" / "made.py").write_text("")
         for name in ("build/made.py", "tests/test_shop.py", ".venv/lib/x.py", "node_modules/x.py", "notes.txt", "x.py"):
             (project / name).write_text("x = 1\n")
         edit(flows(project), '"version": 1', '"version": 2')  # seen after all of the others
         dev.wait_for("code.reloaded")
         assert price(project, dev)["version"] == 2
         assert len(named(dev, "code.reloaded")) == 1
-
-
-def start_quietly(project: Path, n: int) -> None:
-    """A write to the store, and to the folder that it is in."""
-    code = f"from workflows.flows import price; [price.enqueue_sync() for _ in range({1 + n % 2})]"
-    if n % 20 == 0:
-        subprocess.run([sys.executable, "-c", code], cwd=project, check=True)
-    (project / ".tako" / f"file{n}.py").write_text("")
 
 
 def test_a_spare_that_has_died_is_done_without(project: Path) -> None:
