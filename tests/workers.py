@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -243,13 +243,17 @@ def gone(pid: int) -> bool:
 
 
 def freeze(home: Home, pid: int) -> None:
-    """SIGSTOP, but not with the store's lock in its hand: that would stop all others too."""
-    with Path(f"{home.app_dir}/runs.db-lock").open("rb") as lock:
+    """SIGSTOP, but neither with the store's lock in its hand nor in the queue for it: that would stop all others too."""
+    with ExitStack() as files:
+        queue = [files.enter_context(Path(f"{home.app_dir}/runs.db-{name}").open("rb")) for name in ("gate", "lock")]
         while True:
             os.kill(pid, signal.SIGSTOP)
             until(lambda: Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for file in queue:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
+                for file in queue:
+                    fcntl.flock(file, fcntl.LOCK_UN)
                 os.kill(pid, signal.SIGCONT)
