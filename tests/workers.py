@@ -243,7 +243,7 @@ def gone(pid: int) -> bool:
 
 
 def freeze(home: Home, pid: int) -> None:
-    """SIGSTOP, but neither with the store's lock in its hand nor in the queue for it: that would stop all others too."""
+    """SIGSTOP, neither with the store's lock in its hand nor in the queue for it: that would stop all others too."""
     with ExitStack() as files:
         queue = [files.enter_context(Path(f"{home.app_dir}/runs.db-{name}").open("rb")) for name in ("gate", "lock")]
         while True:
