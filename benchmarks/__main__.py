@@ -1,81 +1,102 @@
-"""python -m benchmarks: what the engine costs, as one table and as JSON.
+"""python -m benchmarks: tako beside what people would use instead, on this machine, for the same work.
 
-A number by itself says more about the machine than about the engine; so each stands beside a floor, or beside its like,
-measured in turns with it, and the ratio is the result. Targets are printed, not enforced: a benchmark is no test.
+Every peer is measured in turns with the others, and each with a process, a folder and a database of its own. Results are
+written to `benchmarks/results/<date>/` as they come; --resume goes on where a run was broken off.
 """
 
 import argparse
-import json
+import contextlib
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from benchmarks import contention, drain, history, idle, imports, latency, postgres, reload, start, steps
-from benchmarks.measure import Row, Spread, machine
+from benchmarks import report
+from benchmarks.about import about
+from benchmarks.peer import Peer
+from benchmarks.peers import NAMES, load
+from benchmarks.place import ROOT
+from benchmarks.rounds import WANTED, Cell, Record, measure, plan
 
-BENCHMARKS = {
-    module.__name__.rpartition(".")[2]: module
-    for module in (drain, latency, steps, history, contention, idle, start, reload, imports, postgres)
-}
+if TYPE_CHECKING:
+    from postgres import Server
+
+RESULTS = ROOT / "benchmarks" / "results"
+WORKLOADS = list(dict.fromkeys(one.workload for one in WANTED))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="fewer rounds, smaller files: a minute, not ten")
-    parser.add_argument("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there as well; - is stdout")
+    parser.add_argument("--quick", action="store_true", help="one round of a fifth of the work, the main workloads")
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
+    parser.add_argument("--peers", nargs="+", choices=NAMES, default=list(NAMES), metavar="PEER", help=", ".join(NAMES))
+    parser.add_argument("--resume", action="store_true", help="keep what the folder has, measure what it lacks")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="instead of benchmarks/results/<date>")
+    parser.add_argument("--report", action="store_true", help="measure nothing: write the tables of what is there")
     args = parser.parse_args()
-    people = sys.stderr if args.json == Path("-") else sys.stdout
-    about = machine()
-    for what, value in about.items():
-        print(f"{what:8} {value}", file=people)
-    results: dict[str, list[Row]] = {}
-    for name in args.only or BENCHMARKS:
-        began = time.monotonic()
-        results[name] = BENCHMARKS[name].measure(args.quick)
-        print("\n" + (BENCHMARKS[name].__doc__ or name).split("\n\n")[0].strip(), file=people)
-        for line in table(results[name]):
-            print(f"  {line}", file=people)
-        print(f"  ({time.monotonic() - began:.0f} s)", file=people, flush=True)
-    if args.json:
-        found = {name: [{**asdict(row), "met": row.met} for row in rows] for name, rows in results.items()}
-        text = json.dumps({"about": about, "quick": args.quick, "results": found}, indent=2) + "\n"
-        sys.stdout.write(text) if args.json == Path("-") else args.json.write_text(text)
+    folder = args.results or RESULTS / (f"{today()}-quick" if args.quick else today())
+    folder.mkdir(parents=True, exist_ok=True)
+    cells = folder / "cells.jsonl"
+    if not args.report:
+        if not args.resume:
+            cells.unlink(missing_ok=True)
+        run(args.peers, args.only, args.quick, cells)
+    report.write(folder)
+    print(f"\n{folder}: results.json, results.md, throughput.svg, latency.svg")
     return 0
 
 
-HEAD = ("", "value", "", "beside it", "ratio", "target", "")
+def today() -> str:
+    return date.today().isoformat()  # noqa: DTZ011: of whoever measures
 
 
-def table(rows: list[Row]) -> list[str]:
-    cells = [HEAD, *(_cells(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for row, one in zip([None, *rows], cells, strict=True):
-        lines.append("  ".join(text.ljust(width) for text, width in zip(one, widths, strict=True)).rstrip())
-        if row and row.note:
-            lines.append(f"    {row.note}")
-    return lines
+def run(peers: list[str], only: list[str], quick: bool, results: Path) -> None:
+    classes: dict[str, type[Peer]] = {}
+    absent: dict[str, str] = {}
+    for name in peers:
+        try:
+            classes[name] = load(name)
+        except ImportError as error:
+            absent[name] = f"cannot be set up on this machine: {error}"
+    with contextlib.ExitStack() as stack:
+        server = None
+        if any(cls.store == "postgres" for cls in classes.values()):
+            try:
+                server = stack.enter_context(postgres())
+            except Exception as error:  # noqa: BLE001: whatever it is, the others are measured
+                for name in [name for name, cls in classes.items() if cls.store == "postgres"]:
+                    absent[name] = f"no Postgres can be set up on this machine: {error}"
+        for name, why in absent.items():
+            print(f"NOT MEASURED: {name} {why}", file=sys.stderr)
+        report.save_about(results.parent, about(classes, absent, server, quick))
+
+        @contextlib.contextmanager
+        def new_database() -> Iterator[str]:
+            assert server is not None
+            url = server.database()
+            yield url
+            server.drop(url)
+
+        todo = list(plan(peers, only, quick))
+        began = time.monotonic()
+
+        def say(cell: Cell, record: Record) -> None:
+            at = todo.index(cell) + 1
+            print(f"{time.monotonic() - began:5.0f} s  {at:3}/{len(todo)}  {report.line(cell, record)}", flush=True)
+
+        measure(todo, classes, absent, new_database, results, say)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    target = f"{row.target.relation} {row.target.bound:g}" if row.target else ""
-    met = {None: "", True: "met", False: "MISSED"}[row.met]
-    return row.what, _spread(row.value), row.unit, _spread(row.beside), _spread(row.ratio), target, met
+@contextlib.contextmanager
+def postgres() -> "Iterator[Server]":
+    """The tests' own server, but every commit is synced."""
+    sys.path.append(str(ROOT / "tests"))
+    from postgres import server
 
-
-def _spread(spread: Spread | None) -> str:
-    """`median (low to high)`."""
-    if spread is None:
-        return ""
-    if spread.n == 1:
-        return _number(spread.median)
-    return f"{_number(spread.median)} ({_number(spread.low)} to {_number(spread.high)})"
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    with server(None, "fsync=on") as one:
+        yield one
 
 
 if __name__ == "__main__":
