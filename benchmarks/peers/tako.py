@@ -39,7 +39,7 @@ class TakoSqlite(Peer):
     drains: ClassVar = {1: 600, 10: 6_000, 100: 15_000}
 
     def prepare(self) -> None:
-        self.home = Home(APP, self.place.folder / "data", self.place.url or EMBEDDED)
+        self.home = Home(APP, self.place.folder / "data", self.place.url or EMBEDDED, "production")
         self.environment = {"TAKO_APP_NAME": APP, "TAKO_DATA_DIR": str(self.home.data_dir)}
         (self.place.folder / "workflows").mkdir()
         shutil.copy(ROOT / "benchmarks" / "workflows" / "measured.py", self.place.folder / "workflows")
