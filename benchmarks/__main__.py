@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks import report
 from benchmarks.about import about
@@ -30,11 +30,16 @@ WORKLOADS = list(dict.fromkeys(one.workload for one in WANTED))
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one round of a fifth of the work, the main workloads")
-    parser.add_argument("--only", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
+    parser.add_argument(
+        "--only", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS)
+    )
     parser.add_argument("--peers", nargs="+", choices=NAMES, default=list(NAMES), metavar="PEER", help=", ".join(NAMES))
     parser.add_argument("--resume", action="store_true", help="keep what the folder has, measure what it lacks")
     parser.add_argument("--results", type=Path, metavar="DIR", help="instead of benchmarks/results/<date>")
     parser.add_argument("--report", action="store_true", help="measure nothing: write the tables of what is there")
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help="and put the short table between that page's markers"
+    )
     args = parser.parse_args()
     folder = args.results or RESULTS / (f"{today()}-quick" if args.quick else today())
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,12 +49,15 @@ def main() -> int:
             cells.unlink(missing_ok=True)
         run(args.peers, args.only, args.quick, cells)
     report.write(folder)
+    if args.write:
+        text = report.put_into(args.write.read_text("utf-8"), report.brief(report.Results(folder)))
+        args.write.write_text(text, "utf-8")
     print(f"\n{folder}: results.json, results.md, throughput.svg, latency.svg")
     return 0
 
 
 def today() -> str:
-    return date.today().isoformat()  # noqa: DTZ011: of whoever measures
+    return date.today().isoformat()  # noqa: DTZ011 of whoever measures
 
 
 def run(peers: list[str], only: list[str], quick: bool, results: Path) -> None:
@@ -65,7 +73,7 @@ def run(peers: list[str], only: list[str], quick: bool, results: Path) -> None:
         if any(cls.store == "postgres" for cls in classes.values()):
             try:
                 server = stack.enter_context(postgres())
-            except Exception as error:  # noqa: BLE001: whatever it is, the others are measured
+            except Exception as error:  # noqa: BLE001 whatever it is, the others are measured
                 for name in [name for name, cls in classes.items() if cls.store == "postgres"]:
                     absent[name] = f"no Postgres can be set up on this machine: {error}"
         for name, why in absent.items():

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from postgres import Server
 
 
-def about(classes: dict[str, type[Peer]], absent: dict[str, str], server: "Server | None", quick: bool) -> dict[str, Any]:
+def about(
+    classes: dict[str, type[Peer]], absent: dict[str, str], server: "Server | None", quick: bool
+) -> dict[str, Any]:
     return {
         "machine": machine(),
         "load before": f"{os.getloadavg()[0]:.2f}",
@@ -55,5 +57,3 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
-
-

@@ -26,7 +26,7 @@ def measure(asked: dict[str, Any]) -> dict[str, Any]:
             found = WORKLOADS[asked["workload"]](peer, asked["scale"])
             peer.close()
             return {"found": found}
-        except Exception as error:  # noqa: BLE001: whatever it is, it is this cell's result
+        except Exception as error:  # noqa: BLE001 whatever it is, it is this cell's result
             where = traceback.extract_tb(error.__traceback__)[-1]
             said = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
             return {"failed": said[:600], "output": place.output()[-3000:]}

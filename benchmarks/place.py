@@ -20,6 +20,11 @@ ROOT = Path(__file__).parent.parent
 Options = dict[str, Any]
 
 
+def installed(program: str) -> str:
+    """A command beside this interpreter's own."""
+    return str(Path(sys.executable).parent / program)
+
+
 @dataclass(slots=True)
 class Place:
     """`options` are the peer's settings. `url` is that of a new database, or empty for an embedded one."""

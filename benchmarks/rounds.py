@@ -19,7 +19,6 @@ from typing import Any
 
 from benchmarks.peer import Peer
 
-
 #: A cell's concurrency that is the peer's own best.
 BEST = 0
 
@@ -152,21 +151,17 @@ def _measured(
 
 def in_a_process(words: list[str], asked: Record, limit: float) -> Record:
     """What that process answers in its last line; it and all that it started are killed at the limit, in seconds."""
-    process = subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        answer, errors = process.communicate(json.dumps(asked).encode(), timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not within {limit:g} s"}
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True) as process:
+        try:
+            answer, errors = process.communicate(json.dumps(asked).encode(), timeout=limit)
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not within {limit:g} s"}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     try:
         found: Record = json.loads(answer.decode().strip().splitlines()[-1])
     except (IndexError, ValueError):
         return {"failed": f"it ended with {process.returncode}", "output": errors.decode(errors="replace")[-2000:]}
     return found
-
-

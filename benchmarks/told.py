@@ -43,10 +43,10 @@ class Told:
     """The reading end."""
 
     def __init__(self) -> None:
-        memory = Path("/dev/shm")  # noqa: S108: where it is, it is memory
+        memory = Path("/dev/shm")  # noqa: S108 where it is, it is memory
         handle, path = tempfile.mkstemp(prefix="tako-told-", dir=memory if memory.is_dir() else None)
         self.path = Path(path)
-        self._file = open(handle, "rb", buffering=0)  # noqa: SIM115, PTH123: closed in close()
+        self._file = open(handle, "rb", buffering=0)  # noqa: SIM115, PTH123 closed in close()
         self._said: dict[int, list[Said]] = {}
         self.forget()
 

@@ -16,8 +16,10 @@ from benchmarks.peer import Peer
 from benchmarks.place import stop
 from benchmarks.told import BEGAN, ENDED, STEP, WOKE, Told
 from benchmarks.work import FAN_OUT, SEQUENCE, SLEEPER, payload
+from tako_runtime.clock import SystemClock
 
 Found = dict[str, Any]
+
 
 def enqueue(peer: Peer, scale: float) -> Found:
     """One by one for a second or so, then many by the engine's call for many. No worker is up."""
@@ -113,7 +115,7 @@ def wake(peer: Peer, scale: float) -> Found:
     """10,000 runs that sleep until one and the same time: how late the handlers go on."""
     runs = round(10_000 * scale)
     peer.worker()
-    due = time.time() + peer.parking  # noqa: TID251: what a handler is given is a time of the epoch
+    due = SystemClock().now() / 1e6 + peer.parking
     due_here = time.monotonic_ns() + peer.parking * 1e9
     peer.enqueue_many(SLEEPER, [payload(n, wake=due) for n in range(runs)])
     told = _told(peer)
@@ -232,7 +234,7 @@ def flushes(peer: Peer, scale: float) -> Found:
 
 
 def history(peer: Peer, scale: float) -> Found:
-    """The drain and the latency of a store with 1,000,000 ended runs, beside those of the same store before it had them.
+    """The drain and the latency of a store with 1,000,000 ended runs, beside the same store before it had them.
 
     The engine runs 1,000 itself; those are copied, row for row with other keys (`multiply.py`).
     """
@@ -325,4 +327,3 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import subprocess
-import sys
 from typing import ClassVar
 
 import psycopg
@@ -11,7 +10,7 @@ from absurd_sdk import Absurd, AsyncAbsurd, AsyncTaskContext
 
 from benchmarks.multiply import in_postgres
 from benchmarks.peer import Peer
-from benchmarks.place import Place
+from benchmarks.place import Place, installed
 from benchmarks.told import BEGAN, ENDED, WOKE, tell
 from benchmarks.work import FAN_OUT, SEQUENCE, SLEEPER, Payload, async_body
 
@@ -65,7 +64,7 @@ class AbsurdPostgres(Peer):
     drains: ClassVar = {1: 200, 10: 500, 100: 600}
 
     def prepare(self) -> None:
-        command = [str(_beside_python("absurdctl")), "init"]
+        command = [installed("absurdctl"), "init"]
         subprocess.run(
             command, check=True, capture_output=True, env={**os.environ, "ABSURD_DATABASE_URL": self.place.url}
         )
@@ -96,17 +95,15 @@ class AbsurdPostgres(Peer):
         self.db.close()
 
 
-def _beside_python(program: str) -> str:
-    return os.path.join(os.path.dirname(sys.executable), program)
-
-
 async def _work() -> None:
     place = Place.of_this_process()
     app = AsyncAbsurd(place.url, queue_name=QUEUE)
     for name, handler in ((SEQUENCE, sequence), (FAN_OUT, fan_out), (SLEEPER, sleeper)):
         app.register_task(name)(handler)
     await app.start_worker(
-        concurrency=place.options["concurrency"], poll_interval=place.options["poll"], claim_timeout=place.options["claim"]
+        concurrency=place.options["concurrency"],
+        poll_interval=place.options["poll"],
+        claim_timeout=place.options["claim"],
     )
 
 

@@ -14,6 +14,7 @@ from benchmarks.peer import Peer
 from benchmarks.place import Place
 from benchmarks.told import BEGAN, ENDED, WOKE, tell
 from benchmarks.work import FAN_OUT, SEQUENCE, SLEEPER, Payload, async_body, body
+from tako_runtime.clock import SystemClock
 
 if TYPE_CHECKING:
     import subprocess
@@ -48,7 +49,7 @@ async def fan_out(given: Payload) -> None:
 @DBOS.workflow(name=SLEEPER)
 async def sleeper(given: Payload) -> None:
     tell(BEGAN, given["run"])
-    await DBOS.sleep_async(max(0.0, given["wake"] - time.time()))  # noqa: TID251: the wake time is one of the epoch
+    await DBOS.sleep_async(max(0.0, given["wake"] - SystemClock().now() / 1e6))
     tell(WOKE, given["run"])
 
 
@@ -122,6 +123,8 @@ def work() -> None:
     }  # fmt: skip
     DBOS(config=config)
     DBOS.launch()
-    DBOS.register_queue(QUEUE, worker_concurrency=place.options["concurrency"], polling_interval_sec=place.options["polling"])
+    DBOS.register_queue(
+        QUEUE, worker_concurrency=place.options["concurrency"], polling_interval_sec=place.options["polling"]
+    )
     while True:
         time.sleep(3600)

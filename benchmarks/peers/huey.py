@@ -1,13 +1,11 @@
 """Huey over SQLite: a task queue without steps, the upper reference. A task that is killed is lost."""
 
-import os
-import sys
 from typing import TYPE_CHECKING, ClassVar
 
 from huey import SqliteHuey
 
 from benchmarks.peer import Peer
-from benchmarks.place import Place
+from benchmarks.place import Place, installed
 from benchmarks.told import BEGAN, ENDED, tell
 from benchmarks.work import SEQUENCE, Payload, body
 
@@ -53,7 +51,7 @@ class HueySqlite(Peer):
 
     def worker(self) -> "subprocess.Popen[bytes]":
         return self.place.spawn(
-            os.path.join(os.path.dirname(sys.executable), "huey_consumer"), "benchmarks.peers.huey_app.huey",
+            installed("huey_consumer"), "benchmarks.peers.huey_app.huey",
             "--workers", str(self.options["concurrency"]), "--worker-type", "thread", "--quiet",
             "--delay", str(self.options["delay"]), "--max-delay", str(self.options["longest"]),
         )  # fmt: skip

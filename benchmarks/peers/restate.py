@@ -17,7 +17,7 @@ from typing import ClassVar
 import restate
 
 from benchmarks.peer import Peer
-from benchmarks.place import ROOT, Place
+from benchmarks.place import ROOT
 from benchmarks.told import BEGAN, ENDED, WOKE, tell
 from benchmarks.work import Payload, async_body
 

@@ -17,9 +17,7 @@ from tako_runtime.workflow import Workflow
 
 APP = "bench"
 
-WORKFLOWS: "dict[str, Workflow]" = {
-    each.name: each for each in (measured.sequence, measured.fan_out, measured.sleeper)
-}
+WORKFLOWS: "dict[str, Workflow]" = {each.name: each for each in (measured.sequence, measured.fan_out, measured.sleeper)}
 
 #: What a copy of a run gets instead: `copy` counts from 1, `many` is above every number that is taken.
 COPIED = {

@@ -19,9 +19,7 @@ async def sequence(payload: Payload, step: Step) -> None:
 @workflow(FAN_OUT)
 async def fan_out(payload: Payload, step: Step) -> None:
     tell(BEGAN, payload["run"])
-    await asyncio.gather(
-        *(step.run(f"step-{n}", async_body, payload, n) for n in range(1, payload["steps"] + 1))
-    )
+    await asyncio.gather(*(step.run(f"step-{n}", async_body, payload, n) for n in range(1, payload["steps"] + 1)))
     tell(ENDED, payload["run"])
 
 
