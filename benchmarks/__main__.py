@@ -1,7 +1,7 @@
 """python -m benchmarks: tako beside what people would use instead, on this machine, for the same work.
 
-Every peer is measured in turns with the others, and each with a process, a folder and a database of its own. Results are
-written to `benchmarks/results/<date>/` as they come; --resume goes on where a run was broken off.
+Every peer is measured in turns with the others, and each with a process, a folder and a database of its own. Results
+are written to `benchmarks/results/<date>/` as they come; --resume goes on where a run was broken off.
 """
 
 import argparse

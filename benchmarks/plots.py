@@ -31,7 +31,7 @@ def chart(
         for axis, span in ((0, (LEFT, WIDTH - LEGEND)), (1, (HEIGHT - BELOW, TOP)))
     ]
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         _text(LEFT, 22, title, "start", 14),
         _text((LEFT + WIDTH - LEGEND) / 2, HEIGHT - 10, axes[0], "middle"),
@@ -50,7 +50,7 @@ def chart(
         width = 2.5 if name.startswith("tako") else 1.5
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}"/>')
         parts.append(_line(WIDTH - LEGEND + 14, at, WIDTH - LEGEND + 34, at, colour, width))
-        parts.append(_text(WIDTH - LEGEND + 40, at + 4, name if points else f"{name} –", "start"))
+        parts.append(_text(WIDTH - LEGEND + 40, at + 4, name if points else f"{name}: none", "start"))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -158,9 +158,11 @@ def whole(results: Results) -> str:
     """The page: every figure, both settings, the curve, who is what, and every reason."""
     parts = ["# tako beside what people would use instead", about(results)]
     for setting, title in (("tuned", "Each at its best setting"), ("default", "Each as it comes")):
-        for some in (FIGURES, MORE_FIGURES):
-            if measured := [one for one in some if any(results.spread(peer, one, setting) for peer in results.peers)]:
-                parts.append(f"## {title}\n\n{table(results, measured, setting, spreads=True)}")
+        parts += (
+            f"## {title}\n\n{table(results, measured, setting, spreads=True)}"
+            for some in (FIGURES, MORE_FIGURES)
+            if (measured := [one for one in some if any(results.spread(peer, one, setting) for peer in results.peers)])
+        )
     parts.append("## Runs a second, by how many at once\n\n" + _curves(results))
     parts.append("## Who is what\n\n" + who(results))
     parts.append("![throughput](throughput.svg)\n\n![latency](latency.svg)")
@@ -214,7 +216,7 @@ def table(results: Results, figures: Iterable[Figure], setting: str, spreads: bo
 
 def _reason(why: str, reasons: list[str]) -> str:
     if not why:
-        return "–"
+        return "-"
     if why not in reasons:
         reasons.append(why)
     return f"{'FAILED' if why.startswith('FAILED') else 'none'} [{reasons.index(why) + 1}]"
@@ -240,7 +242,7 @@ def ahead(results: Results) -> str:
         ours = [results.spread(peer, figure) for peer in results.peers if peer.startswith("tako")]
         medians = [spread.median for spread in ours if spread]
         if best and medians and not any(peer.startswith("tako") for peer in best):
-            peer = sorted(best)[0]
+            peer = min(best)
             theirs = results.spread(peer, figure)
             assert theirs is not None
             own = (max if figure.more else min)(medians)
@@ -271,21 +273,23 @@ def who(results: Results) -> str:
             continue
         found = [results.spread(peer, flushes, setting) for setting in ("default", "tuned")]
         said = " / ".join(dict.fromkeys(number(spread.median) for spread in found if spread)) or "not counted"
-        settings = [facts["settings"].get(name, "–") for name in ("default", "tuned")]
+        settings = [facts["settings"].get(name, "-") for name in ("default", "tuned")]
         rows.append(
             f"| {facts['title']} | {facts['version']} | {facts['store']} | {' | '.join(settings)} | {facts['best']} | {said} |"
         )
     return "\n".join(rows) + "\n\n" + CAVEATS
 
 
-CAVEATS = """A flush is a call of fsync or fdatasync, counted by strace in the enqueuer, the worker, and the engine's server or
-Postgres, while one run at a time goes from its enqueue to its end: whoever has as many as commits keeps what it acknowledged
-through a loss of power. Huey and Procrastinate have no steps: their three "steps" are three calls of a function, and what
-they do for a run is less. The floor is no engine at all. A cold start of tako includes its supervisor, which starts the worker
-when work is due; of the others it begins when the worker's process is started, with the server up. Who has no supervisor of its
-own gets a new worker at once after a SIGKILL. The idle CPU of those on Postgres includes the database's, the memory does not.
-Restate's runs are sent ahead with a delay and fall due at once, since its server tries a worker that is away less and less
-often. A long history is copied from 1,000 runs that the engine did itself."""
+CAVEATS = """\
+A flush is a call of fsync or fdatasync, counted by strace in the enqueuer, the worker, and the engine's server or
+Postgres, while one run at a time goes from its enqueue to its end: whoever has as many as commits keeps what it
+acknowledged through a loss of power. Huey and Procrastinate have no steps: their three "steps" are three calls of a
+function, and what they do for a run is less. The floor is no engine at all. A cold start of tako includes its
+supervisor, which starts the worker when work is due; of the others it begins when the worker's process is started,
+with the server up. Who has no supervisor of its own gets a new worker at once after a SIGKILL. The idle CPU of
+those on Postgres includes the database's, the memory does not. Restate's runs are sent ahead with a delay and fall
+due at once, since its server tries a worker that is away less and less often. A long history is copied from 1,000
+runs that the engine did itself."""
 
 
 def _curve(results: Results, peer: str) -> list[tuple[float, float]]:
@@ -303,7 +307,7 @@ def _curves(results: Results) -> str:
     at = sorted({x for curve in curves.values() for x in curve})
     rows = ["| | " + " | ".join(f"{x:.0f}" for x in at) + " |", "|---" * (len(at) + 1) + "|"]
     for peer, curve in curves.items():
-        cells = [number(curve[x]) if x in curve else "–" for x in at]
+        cells = [number(curve[x]) if x in curve else "-" for x in at]
         rows.append(f"| {results.title(peer)} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 

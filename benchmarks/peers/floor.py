@@ -1,6 +1,6 @@
 """The floor: the rows that tako writes, in transactions of the same sizes, by plain apsw and by plain psycopg.
 
-No handler, no event loop, no second thread: what is left is the database, the disk, and a loop in Python. The SQL stands
+No handler, no event loop, no second thread: what is left is the database, the disk, a loop in Python. The SQL stands
 here in its own words, so that the ruler does not move with what it measures; the schema is tako's. It keeps nothing of
 what makes an engine: no lease, no retry, no restart.
 """
@@ -155,7 +155,8 @@ class ByApsw(Floor):
             [(now, seq, claim) for seq, claim, _ in runs],
         )
         self._db.executemany(
-            "INSERT INTO attempts (run, n, worker, started_at, finished_at, outcome) VALUES (?, 1, ?, ?, ?, 'succeeded')",
+            "INSERT INTO attempts (run, n, worker, started_at, finished_at, outcome) "
+            "VALUES (?, 1, ?, ?, ?, 'succeeded')",
             [(seq, self._name, now, now) for seq, _, _ in runs],
         )
 

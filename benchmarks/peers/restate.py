@@ -4,10 +4,8 @@ import asyncio
 import contextlib
 import http.client
 import json
-import os
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
@@ -17,7 +15,7 @@ from typing import ClassVar
 import restate
 
 from benchmarks.peer import Peer
-from benchmarks.place import ROOT
+from benchmarks.place import ROOT, installed
 from benchmarks.told import BEGAN, ENDED, WOKE, tell
 from benchmarks.work import Payload, async_body
 
@@ -166,7 +164,7 @@ class RestateServer(Peer):
     def worker(self) -> "subprocess.Popen[bytes]":
         if self._working is None or self._working.poll() is not None:
             self._working = self.place.spawn(
-                os.path.join(os.path.dirname(sys.executable), "hypercorn"),
+                installed("hypercorn"),
                 "--bind", f"127.0.0.1:{self.port}", "--workers", "0", "benchmarks.peers.restate:app",
             )  # fmt: skip
         return self._working
