@@ -45,8 +45,20 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
-bench: setup  ## the engine beside the floor (QUICK=1 for a short run)
-	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
+# What tako is measured beside has an environment of its own: Python's packages, and Restate's server from npm. What this
+# machine cannot have is said, here and in the result, and the others are measured.
+.bench/ready: $(INPUTS) benchmarks/peers/requirements.txt benchmarks/peers/package.json
+	@$(PYTHON) -m venv .bench/venv
+	@.bench/venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[postgres]'
+	@while read each; do \
+	    .bench/venv/bin/python -m pip install --quiet --disable-pip-version-check "$$each" || echo "CANNOT BE INSTALLED: $$each"; \
+	done < benchmarks/peers/requirements.txt
+	@mkdir -p .bench/node && cp benchmarks/peers/package.json .bench/node/
+	@npm install --prefix .bench/node --ignore-scripts --no-audit --no-fund --silent || echo "CANNOT BE INSTALLED: restate-server"
+	@touch $@
+
+bench: .bench/ready  ## tako beside DBOS, Absurd, Restate, Huey, Procrastinate and the floor (QUICK=1 for a short run)
+	.bench/venv/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(RESUME),--resume)
 
 screens: setup  ## the screens of the documentation, from a real terminal
 	$(BIN)/python tests/screens.py
@@ -55,4 +67,4 @@ chaos: setup  ## a night of crashes: 2,000 runs, 50 kills and stops at random
 	$(BIN)/python tests/chaos.py
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .bench .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,1 +1,1 @@
-"""What the engine costs, beside what the disk and SQLite cost anyway. `python -m benchmarks`; see `__main__.py`."""
+"""tako beside what people would use instead: `python -m benchmarks`. What it measures of itself: `.own`."""

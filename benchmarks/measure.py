@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import os
-import platform
 import shutil
 import statistics
 import tempfile
@@ -14,9 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import apsw
-
-import tako_runtime
 from tako_runtime.store import Home
 
 R = TypeVar("R")
@@ -138,25 +134,3 @@ def wait_until(true: Callable[[], object], what: str, seconds: float = 60) -> No
         if time.monotonic() > deadline:
             raise TimeoutError(f"not within {seconds:g} s: {what}")
         time.sleep(0.01)
-
-
-def machine() -> dict[str, str]:
-    cpus = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    temporary = Path(tempfile.gettempdir())
-    mounts = [line.split()[1:3] for line in _lines("/proc/mounts")]
-    kinds = [(len(place), kind) for place, kind in mounts if temporary.is_relative_to(place)]
-    return {
-        "machine": f"{os.cpu_count()} x {cpus[0] if cpus else platform.machine()}, {platform.system()} "
-        f"{platform.release()}, {temporary} on {max(kinds)[1] if kinds else 'an unknown file system'}",
-        "load": "{:.2f} {:.2f} {:.2f}".format(*os.getloadavg()),
-        "python": platform.python_version(),
-        "sqlite": f"{apsw.sqlite_lib_version()} (apsw {apsw.apsw_version()}), WAL, synchronous=FULL",
-        "tako": tako_runtime.__version__,
-    }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

@@ -274,9 +274,8 @@ def who(results: Results) -> str:
         found = [results.spread(peer, flushes, setting) for setting in ("default", "tuned")]
         said = " / ".join(dict.fromkeys(number(spread.median) for spread in found if spread)) or "not counted"
         settings = [facts["settings"].get(name, "-") for name in ("default", "tuned")]
-        rows.append(
-            f"| {facts['title']} | {facts['version']} | {facts['store']} | {' | '.join(settings)} | {facts['best']} | {said} |"
-        )
+        cells = [facts["title"], facts["version"], facts["store"], *settings, str(facts["best"]), said]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n\n" + CAVEATS
 
 

@@ -2,17 +2,15 @@
 
 import asyncio
 import gc
-import os
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmarks.workflows.idle_work import many_steps, three_steps
-from tako_runtime import log, store
+from benchmarks.own.workflows.idle_work import three_steps
+from tako_runtime import store
 from tako_runtime.bell import Bell
 from tako_runtime.store import Home
 from tako_runtime.store.base import CountRuns, Operation, Topics
@@ -85,23 +83,10 @@ class Opened:
         self.thread.close()
 
 
-def drain(home: Home, runs: int, concurrency: int, logged: bool = False) -> Drained:
-    """`runs` runs of three steps, stored and then done by one worker. `logged`: with the log lines of `tako dev`."""
+def drain(home: Home, runs: int, concurrency: int) -> Drained:
+    """`runs` runs of three steps, stored and then done by one worker in this process: also for a profiler."""
     opened = Opened(home)
     opened.fill(runs)
-    lines = log.JsonLines(os.open(os.devnull, os.O_WRONLY))
-    with log.sink(lines) if logged else nullcontext():
-        return _work_off(opened, runs, concurrency)
-
-
-def one_long_run(home: Home, steps: int) -> Drained:
-    """One run of so many steps, one after the other."""
-    opened = Opened(home)
-    many_steps.enqueue_sync(steps)
-    return _work_off(opened, 1, 10)
-
-
-def _work_off(opened: Opened, runs: int, concurrency: int) -> Drained:
     before = opened.thread.do_sync(CountRuns())[PENDING]
     gc.collect()  # as `python -m tako_runtime worker` sets its process
     gc.freeze()

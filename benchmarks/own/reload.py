@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.engine import Opened
-from benchmarks.latency import FOLDER, ROOT
 from benchmarks.measure import Row, Target, new_home, row
-from benchmarks.workflows.told_version import tell_version
+from benchmarks.own.engine import Opened
+from benchmarks.own.pipe import FOLDER, ROOT
+from benchmarks.own.workflows.told_version import tell_version
 from tako_cli.scaffold import scaffold
 from tako_runtime.store import project_home
 

@@ -18,10 +18,10 @@ from typing import Any
 
 import psycopg
 
-from benchmarks import engine
-from benchmarks.engine import FILL, PAYLOAD
 from benchmarks.measure import Row, Target, in_fresh_process, new_home, pairs, processes, row
-from benchmarks.workflows.idle_work import three_steps
+from benchmarks.own import engine
+from benchmarks.own.engine import FILL, PAYLOAD
+from benchmarks.own.workflows.idle_work import three_steps
 from tako_runtime import store
 from tako_runtime.clock import SystemClock
 from tako_runtime.control import Control
@@ -32,7 +32,8 @@ from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "tests"))
+ROOT = HERE.parents[1]
+sys.path.append(str(ROOT / "tests"))
 
 #: concurrency: (runs, quick runs)
 SIZES = {10: (3_000, 600), 100: (10_000, 3_000)}
@@ -196,7 +197,7 @@ def _round_trips(home: Home, count: int) -> list[float]:
     store.use(opened)
     words = [sys.executable, "-m", "tako_runtime", "worker", "--dir", "workflows"]
     worker = subprocess.Popen(
-        words, cwd=HERE, env={**os.environ, **home.environment(), "PYTHONPATH": str(HERE.parent)},
+        words, cwd=HERE, env={**os.environ, **home.environment(), "PYTHONPATH": str(ROOT)},
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
     )  # fmt: skip
     control, times = Control(opened, app_dir=home.app_dir), []

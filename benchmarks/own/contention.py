@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
-from benchmarks.engine import PAYLOAD, Opened, Queueing, work_until_stopped
 from benchmarks.measure import Row, Target, new_home, pairs, percentile, processes, row, wait_until
-from benchmarks.workflows.idle_work import three_steps
+from benchmarks.own.engine import PAYLOAD, Opened, Queueing, work_until_stopped
+from benchmarks.own.workflows.idle_work import three_steps
 from tako_runtime.errors import TakoError
 from tako_runtime.store import Home
 from tako_runtime.store.base import CountRuns, ListWorkers

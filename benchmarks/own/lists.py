@@ -1,7 +1,4 @@
-"""history: the same work beside 1,000,000 ended and 100,000 parked runs (--quick: a tenth), and in an empty file.
-
-A list is held against the same list of a file with 10,000 runs: an empty file has nothing to list.
-"""
+"""lists: `runs ls` among 1,000,000 ended and 100,000 parked runs (--quick: a tenth), beside one among 10,000."""
 
 import tempfile
 import time
@@ -11,17 +8,12 @@ from typing import Any
 
 import apsw
 
-from benchmarks import engine
-from benchmarks.latency import latencies
-from benchmarks.measure import Row, Target, in_fresh_process, new_home, pairs, percentile
+from benchmarks.measure import Row, Target, new_home, pairs
 from tako_runtime.clock import SystemClock
 from tako_runtime.control import Control
 from tako_runtime.store import open_store
 from tako_runtime.store.queries import migrations
 from tako_runtime.store.sqlite import SqliteStore
-
-#: Runs that are drained in each file.
-RUNS = 3_000
 
 #: Ended runs of the file that a list is held against: enough to fill its page, whatever it filters.
 FEW = 10_000
@@ -110,33 +102,7 @@ def history(ended: int) -> Path:
 
 
 def measure(quick: bool) -> list[Row]:
-    ended = 100_000 if quick else 1_000_000
-    full, small = history(ended), history(FEW)
-    rounds = 2 if quick else 5
-    return [
-        *(_drain(full, concurrency, rounds) for concurrency in (10, 100)),
-        _latency(full, rounds),
-        *_lists(full, small, 5 * rounds),
-    ]
-
-
-def _drain(full: Path, concurrency: int, rounds: int) -> Row:
-    times: dict[Path | None, list[float]] = {full: [], None: []}
-    for _ in range(rounds):
-        for store, seconds in times.items():
-            with new_home(store) as home:
-                drained = in_fresh_process(engine.drain, home, RUNS, concurrency)
-                seconds.append(drained.seconds / drained.runs * 1e6)
-    return pairs(f"drain, concurrency {concurrency}", "us a run", times[full], times[None], Target("<", 1.5))
-
-
-def _latency(full: Path, rounds: int) -> Row:
-    p50: dict[Path | None, list[float]] = {full: [], None: []}
-    for _ in range(rounds):
-        for store, found in p50.items():
-            with new_home(store) as home:
-                found.append(percentile(latencies(home, 100, at_rest=0).from_call, 0.5))
-    return pairs("latency, p50 from the call", "ms", p50[full], p50[None], Target("<", 1.5))
+    return _lists(history(100_000 if quick else 1_000_000), history(FEW), 10 if quick else 25)
 
 
 def _lists(full: Path, small: Path, rounds: int) -> list[Row]:

@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.engine import Opened
-from benchmarks.latency import FOLDER, ROOT, Pipe
 from benchmarks.measure import Row, Target, new_home, row, wait_until
-from benchmarks.supervised import children, supervisor
-from benchmarks.workflows.idle_work import tell_time
+from benchmarks.own.engine import Opened
+from benchmarks.own.pipe import FOLDER, ROOT, Pipe
+from benchmarks.own.supervised import children, supervisor
+from benchmarks.own.workflows.idle_work import tell_time
 from tako_cli.scaffold import scaffold
 from tako_runtime import clock
 from tako_runtime.child import Group

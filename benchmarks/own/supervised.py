@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.latency import FOLDER, ROOT
 from benchmarks.measure import processes
+from benchmarks.own.pipe import FOLDER, ROOT
 from tako_runtime.child import Group
 from tako_runtime.store import Home, Limits, open_store
 from tako_runtime.supervisor import Supervisor

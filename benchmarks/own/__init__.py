@@ -1,0 +1,1 @@
+"""What tako measures of itself alone."""
