@@ -26,7 +26,6 @@ from tako_runtime.guard import ORPHAN_GRACE
 from tako_runtime.manifest import IMPORT_LIMIT, Manifest, declares, discover, imported
 from tako_runtime.masking import guarded, masked_json
 from tako_runtime.output import captured
-from tako_runtime.script import run_script
 from tako_runtime.secrets import receive, reserve, stored
 from tako_runtime.spare import stand_by
 from tako_runtime.store.base import DataVersion
@@ -78,6 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.parse = parser.parse_args
     if args.command == "run":
+        from tako_runtime.script import run_script  # reads tako.toml, which a worker does without
+
         run_script(args.script, args.words)
     try:
         return COMMANDS[args.command](args)

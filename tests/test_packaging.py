@@ -71,6 +71,14 @@ def test_the_runtime_stands_on_neither_the_command_nor_what_only_the_command_nee
     assert not {"tako_cli", "typer", "rich", "cookiecutter", "tomli_w"} & set(loaded)
 
 
+def test_a_worker_starts_without_what_reads_tako_toml(tmp_path: Path) -> None:
+    code = "import sys; from tako_runtime import __main__; print(*sys.modules)"
+    words = [sys.executable, "-c", code]
+    loaded = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    assert "tako_runtime.worker" in loaded
+    assert not {"tako_runtime.config", "tomllib", "croniter"} & set(loaded)
+
+
 def test_only_the_store_speaks_to_sqlite() -> None:
     speaks = re.compile(r"^\s*(import|from) (apsw|sqlite3)\b", re.MULTILINE)
     found = [path for path in (ROOT / "tako_runtime").rglob("*.py") if speaks.search(path.read_text())]
