@@ -30,9 +30,7 @@ WORKLOADS = list(dict.fromkeys(one.workload for one in WANTED))
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one round of a fifth of the work, the main workloads")
-    parser.add_argument(
-        "--only", nargs="+", choices=WORKLOADS, default=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS)
-    )
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
     parser.add_argument("--peers", nargs="+", choices=NAMES, default=list(NAMES), metavar="PEER", help=", ".join(NAMES))
     parser.add_argument("--resume", action="store_true", help="keep what the folder has, measure what it lacks")
     parser.add_argument("--results", type=Path, metavar="DIR", help="instead of benchmarks/results/<date>")
@@ -47,7 +45,8 @@ def main() -> int:
     if not args.report:
         if not args.resume:
             cells.unlink(missing_ok=True)
-        run(args.peers, args.only, args.quick, cells)
+        short = list(dict.fromkeys(one.workload for one in WANTED if one.quick))
+        run(args.peers, args.only or (short if args.quick else WORKLOADS), args.quick, cells)
     report.write(folder)
     if args.write:
         text = report.put_into(args.write.read_text("utf-8"), report.brief(report.Results(folder)))

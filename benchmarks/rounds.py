@@ -37,6 +37,7 @@ class Wanted:
     limit: float = 90
 
 
+#: In this order, in each round.
 WANTED = (
     Wanted("drain", rounds=3, quick=True),
     Wanted("drain", concurrency=BEST, rounds=3, quick=True),
@@ -80,8 +81,12 @@ class Cell:
 
 
 def plan(peers: Sequence[str], workloads: Iterable[str], quick: bool) -> Iterator[Cell]:
-    """All cells in their order. A quick run has one round, and of each workload a fifth."""
-    chosen = [one for one in WANTED if one.workload in set(workloads) and (one.quick or not quick)]
+    """All cells in their order. A quick run has one round, a fifth of the work, and what is `quick` of each workload;
+    of one that has nothing of that kind, its first.
+    """
+    asked = [one for one in WANTED if one.workload in set(workloads)]
+    firsts = {one.workload: one for one in reversed(asked)} | {one.workload: one for one in asked if one.quick}
+    chosen = [one for one in asked if not quick or one.quick or one is firsts[one.workload]]
     rounds = 1 if quick else max((one.rounds for one in chosen), default=0)
     for number in range(rounds):
         turn = number % max(1, len(peers))
