@@ -34,7 +34,7 @@ def _peer(cls: type[Peer]) -> dict[str, Any]:
     return {
         "title": cls.title, "version": f"{cls.distribution} {metadata.version(cls.distribution)}", "store": cls.store,
         "settings": {name: cls.said.get(name, "as it comes") for name in cls.settings}, "best": cls.best,
-        "missing": cls.missing, "notes": list(cls.notes),
+        "missing": cls.missing,
     }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ class Peer:
     - `settings`: "default" is the engine as it comes, "tuned" the quickest that its documented settings give here.
     - `best`: the concurrency at which it drains quickest.
     - `drains`: how many runs a drain takes by concurrency, for about two seconds of work.
+    - `asleep`: the concurrency with which many runs sleep: an engine whose sleepers keep their places needs as many.
     - `missing`: what the engine has no such thing for: workload to reason.
     """
 
@@ -26,11 +27,9 @@ class Peer:
     settings: ClassVar[dict[str, Options]] = {"default": {}, "tuned": {}}
     said: ClassVar[dict[str, str]] = {}
     best: ClassVar[int] = 100
+    asleep: ClassVar[int] = 100
     drains: ClassVar[dict[int, int]] = {1: 200, 10: 1_000, 100: 2_000}
     missing: ClassVar[dict[str, str]] = {}
-    #: Seconds that 10,000 runs need until all of them sleep, from the first enqueue on.
-    parking: ClassVar[float] = 40
-    notes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, place: Place) -> None:
         self.place = place

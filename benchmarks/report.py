@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import plots
 from benchmarks.measure import Spread, percentile
-from benchmarks.rounds import BEST, WANTED, Cell, Record, read
+from benchmarks.rounds import ASLEEP, BEST, WANTED, Cell, Record, read
 
 BEGIN, END = "<!-- benchmark: made by python -m benchmarks --write -->", "<!-- /benchmark -->"
 
@@ -28,6 +28,7 @@ class Figure:
     of: Callable[[Found], float]
     concurrency: int = 10
     more: bool = False
+    note: Callable[[Found], str] = lambda found: ""
 
 
 def _named(name: str) -> Callable[[Found], float]:
@@ -40,6 +41,10 @@ def _percentile(share: float) -> Callable[[Found], float]:
 
 def _idle(found: Found) -> float:
     return float(found["CPU %"] + found.get("database's CPU %", 0))
+
+
+def _asleep(found: Found) -> str:
+    return "" if found["runs"] >= 10_000 else f" (of {found['runs']:,} asleep)"
 
 
 def _slower(found: Found) -> float:
@@ -72,7 +77,7 @@ MORE_FIGURES = (
     Figure("idle memory, MB", "idle", _named("MB")),
     Figure("enqueues/s, one by one", "enqueue", _named("one by one, per s"), more=True),
     Figure("enqueues/s, many", "enqueue", _named("many, per s"), more=True),
-    Figure("10,000 sleeps: the last is late, ms", "wake", _named("the last one, ms"), BEST),
+    Figure("10,000 sleeps: the last is late, ms", "wake", _named("the last one, ms"), ASLEEP, note=_asleep),
     Figure("among 1,000,000 ended: a drain takes", "history", _slower),
     Figure("a start takes", "history", _later),
 )
@@ -104,6 +109,10 @@ class Results:
     def spread(self, peer: str, figure: Figure, setting: str = "tuned") -> Spread | None:
         values = [figure.of(found) for found in self.found(peer, figure.workload, setting, figure.concurrency)]
         return Spread.of(values) if values else None
+
+    def note(self, peer: str, figure: Figure, setting: str) -> str:
+        found = self.found(peer, figure.workload, setting, figure.concurrency)
+        return figure.note(found[-1]) if found else ""
 
     def why_not(self, peer: str, figure: Figure, setting: str) -> str:
         """Empty where it was not asked for."""
@@ -207,7 +216,7 @@ def table(results: Results, figures: Iterable[Figure], setting: str, spreads: bo
             if spread is None:
                 cells.append(_reason(results.why_not(peer, one, setting), reasons))
                 continue
-            text = _spread(spread) if spreads else number(spread.median)
+            text = (_spread(spread) if spreads else number(spread.median)) + results.note(peer, one, setting)
             cells.append(f"**{text}**" if peer in best[one.title] else text)
         rows.append(f"| {results.title(peer)} | " + " | ".join(cells) + " |")
     notes = [f"[{n}] {reason}." for n, reason in enumerate(reasons, 1)]
@@ -317,7 +326,9 @@ def _latencies(results: Results, peer: str) -> list[float]:
 
 def line(cell: Cell, record: Record) -> str:
     """One cell for the terminal."""
-    head = f"{cell.workload:8} {cell.peer:15} {cell.setting:8} {cell.concurrency or 'best':>4}"
+    head = (
+        f"{cell.workload:8} {cell.peer:15} {cell.setting:8} {cell.concurrency if cell.concurrency > 0 else 'best':>4}"
+    )
     for why in ("absent", "missing", "failed"):
         if why in record:
             return f"{head}  {'none' if why == 'missing' else why.upper()}: {record[why][:150]}"

@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.peer import Peer
 
-#: A cell's concurrency that is the peer's own best.
-BEST = 0
+#: A cell's concurrency that is the peer's own: where it drains quickest, and where many of its runs sleep.
+BEST, ASLEEP = 0, -1
 
 Record = dict[str, Any]
 
@@ -58,7 +58,7 @@ WANTED = (
     Wanted("latency", setting="default"),
     Wanted("kill", setting="default", limit=240),
     Wanted("flushes", setting="default"),
-    Wanted("wake", concurrency=BEST, limit=180),
+    Wanted("wake", concurrency=ASLEEP, limit=180),
     Wanted("history", limit=300),
 )
 
@@ -149,7 +149,8 @@ def _measured(
         return {"missing": "there is but one setting of it"}
     if cell.workload in cls.missing:
         return {"missing": cls.missing[cell.workload]}
-    asked = {**asdict(cell), "concurrency": cell.concurrency or cls.best}
+    concurrency = {BEST: cls.best, ASLEEP: cls.asleep}.get(cell.concurrency, cell.concurrency)
+    asked = {**asdict(cell), "concurrency": concurrency}
     with new_database() if cls.store == "postgres" else contextlib.nullcontext("") as url:
         return in_a_process([sys.executable, "-m", "benchmarks.cell"], {**asked, "url": url}, cell.limit)
 

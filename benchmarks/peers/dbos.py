@@ -69,6 +69,7 @@ class DbosSqlite(Peer):
         "tuned": "queue polled every 10 ms; its file switched to WAL, which the engine does not do by itself",
     }
     best = 100
+    asleep = 10_000
     drains: ClassVar = {1: 60, 10: 150, 100: 250}
 
     def prepare(self) -> None:

@@ -80,6 +80,7 @@ class RestateServer(Peer):
         "tuned": "2 partitions, parked after 0.5 s, a lost worker tried again after 50 to 200 ms",
     }
     best = 100
+    asleep = 1_000
     drains: ClassVar = {1: 100, 10: 1_000, 100: 1_500}
     missing: ClassVar = {
         "history": "only its own log has its runs, and they end after a day: 1,000,000 would have to be run first",

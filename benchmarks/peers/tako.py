@@ -83,7 +83,6 @@ class TakoPostgres(TakoSqlite):
     title = "tako, Postgres"
     store = "postgres"
     drains: ClassVar = {1: 300, 10: 2_500, 100: 8_000}
-    parking = 60
 
     def multiply(self, times: int) -> None:
         in_postgres(self.place.url, self.home.schema, COPIED, times)
