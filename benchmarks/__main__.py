@@ -29,7 +29,7 @@ WORKLOADS = list(dict.fromkeys(one.workload for one in WANTED))
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one round of a fifth of the work, the main workloads")
+    parser.add_argument("--quick", action="store_true", help="one round of a third of the work, the main workloads")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
     parser.add_argument("--peers", nargs="+", choices=NAMES, default=list(NAMES), metavar="PEER", help=", ".join(NAMES))
     parser.add_argument("--resume", action="store_true", help="keep what the folder has, measure what it lacks")

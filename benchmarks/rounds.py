@@ -25,9 +25,15 @@ BEST, ASLEEP = 0, -1
 Record = dict[str, Any]
 
 
+#: What a quick run does of a cell's work.
+QUICK = 0.3
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One workload in one setting: so many rounds, and whether a quick run has it. `limit` is in seconds."""
+    """One workload in one setting: so many rounds, and whether a quick run has it. `limit` is in seconds; `scale` is
+    the share of the workload's full size.
+    """
 
     workload: str
     setting: str = "tuned"
@@ -35,6 +41,7 @@ class Wanted:
     rounds: int = 1
     quick: bool = False
     limit: float = 90
+    scale: float = 0.5
 
 
 #: In this order, in each round.
@@ -42,24 +49,22 @@ WANTED = (
     Wanted("drain", rounds=3, quick=True),
     Wanted("drain", concurrency=BEST, rounds=3, quick=True),
     Wanted("latency", rounds=3, quick=True),
-    Wanted("steps", rounds=3, quick=True),
+    Wanted("steps", rounds=3, quick=True, scale=1),
     Wanted("fan-out", rounds=2, quick=True),
-    Wanted("kill", rounds=2, quick=True),
+    Wanted("kill", rounds=3, quick=True),
     Wanted("cold", rounds=2),
     Wanted("enqueue", rounds=2),
     Wanted("flushes", quick=True),
     Wanted("imports"),
     Wanted("drain", concurrency=1),
-    Wanted("drain", concurrency=30),
     Wanted("drain", concurrency=300),
     Wanted("idle", setting="default"),
     Wanted("idle"),
     Wanted("drain", setting="default"),
     Wanted("latency", setting="default"),
-    Wanted("kill", setting="default", limit=240),
     Wanted("flushes", setting="default"),
-    Wanted("wake", concurrency=ASLEEP, limit=180),
-    Wanted("history", limit=300),
+    Wanted("wake", concurrency=ASLEEP, limit=150, scale=1),
+    Wanted("history", limit=300, scale=1),
 )
 
 
@@ -81,7 +86,7 @@ class Cell:
 
 
 def plan(peers: Sequence[str], workloads: Iterable[str], quick: bool) -> Iterator[Cell]:
-    """All cells in their order. A quick run has one round, a fifth of the work, and what is `quick` of each workload;
+    """All cells in their order. A quick run has one round, a third of the work, and what is `quick` of each workload;
     of one that has nothing of that kind, its first.
     """
     asked = [one for one in WANTED if one.workload in set(workloads)]
@@ -93,7 +98,7 @@ def plan(peers: Sequence[str], workloads: Iterable[str], quick: bool) -> Iterato
         for one in chosen:
             if number < (1 if quick else one.rounds):
                 for peer in [*peers[turn:], *peers[:turn]]:
-                    scale = 0.2 if quick else 1.0
+                    scale = one.scale * (QUICK if quick else 1)
                     yield Cell(number, peer, one.setting, one.workload, one.concurrency, scale, one.limit)
 
 

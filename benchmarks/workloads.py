@@ -21,7 +21,7 @@ from tako_runtime.clock import SystemClock
 Found = dict[str, Any]
 
 #: Seconds from the first enqueue of a run that sleeps until all of them wake: a shorter sleep is none to some engines.
-PARKING = 45
+PARKING = 40
 
 
 def enqueue(peer: Peer, scale: float) -> Found:
@@ -115,8 +115,8 @@ def fan_out(peer: Peer, scale: float) -> Found:
 
 
 def wake(peer: Peer, scale: float) -> Found:
-    """10,000 runs that sleep until one and the same time, or as many as the engine gets to sleep in 40 seconds: how late
-    the handlers go on. Nobody has more than 500 of them waiting for a place to sleep.
+    """10,000 runs that sleep until one and the same time, or as many as the engine gets to sleep in 35 seconds: how
+    late the handlers go on. Nobody has more than 500 of them waiting for a place to sleep.
     """
     most, step = round(10_000 * scale), 500
     peer.worker()

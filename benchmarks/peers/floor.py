@@ -17,9 +17,7 @@ from typing import Any, ClassVar
 import apsw
 import psycopg
 
-from benchmarks.multiply import in_postgres, in_sqlite
 from benchmarks.peer import Peer
-from benchmarks.peers.tako import COPIED
 from benchmarks.place import Place
 from benchmarks.told import BEGAN, ENDED, tell
 from benchmarks.work import FAN_OUT, Payload, body
@@ -229,7 +227,10 @@ class FloorSqlite(Peer):
     settings: ClassVar = {"tuned": {}}
     said: ClassVar = {"tuned": "no engine: tako's rows, by a loop"}
     drains: ClassVar = {1: 1_000, 10: 8_000, 100: 25_000}
-    missing: ClassVar = dict.fromkeys(("kill", "cold", "wake"), NO_ENGINE)
+    missing: ClassVar = {
+        **dict.fromkeys(("kill", "cold", "wake"), NO_ENGINE),
+        "history": "it has tako's own tables",
+    }
     floor: ClassVar[type[Floor]] = ByApsw
 
     def prepare(self) -> None:
@@ -248,9 +249,6 @@ class FloorSqlite(Peer):
     def worker(self) -> "subprocess.Popen[bytes]":
         return self.place.python("-m", "benchmarks.peers", "floor")
 
-    def multiply(self, times: int) -> None:
-        in_sqlite(self.place.folder / "runs.db", COPIED, times)
-
     def close(self) -> None:
         self.own.close()
 
@@ -267,9 +265,6 @@ class FloorPostgres(FloorSqlite):
         with psycopg.connect(self.place.url, autocommit=True) as db:
             for _, script in migrations("postgres"):
                 db.execute(script)
-
-    def multiply(self, times: int) -> None:
-        in_postgres(self.place.url, "public", COPIED, times)
 
 
 def work() -> None:
