@@ -72,7 +72,7 @@ _WORDS = {
     "in_statuses": "= ANY (:statuses)",
     "those": "= ANY (ARRAY(",
     "end": "))",
-    "any_index": "",
+    "any_index": "'' || ",
     "lock": "FOR UPDATE SKIP LOCKED",
     "hold": "FOR SHARE",
 }

@@ -32,7 +32,7 @@ UPDATE runs
        attempt = attempt + (CASE WHEN attempt_started_at IS NULL THEN 1 ELSE 0 END),
        attempt_started_at = COALESCE(attempt_started_at, :now), started_at = COALESCE(started_at, :now)
  WHERE seq {those} SELECT seq FROM runs
-                     WHERE ready = 1 AND "group" = :group AND workflow {in_workflows}
+                     WHERE ready = 1 AND "group" = :group AND {any_index}workflow {in_workflows}
                        AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND lease_until > 0)
                        AND NOT EXISTS (SELECT 1 FROM leases WHERE name = :pause AND until > :now)
                      ORDER BY priority DESC, due_at, seq LIMIT :limit {lock} {end}
@@ -46,7 +46,7 @@ SELECT run, {step} FROM steps WHERE run {in_runs} ORDER BY run, position, starte
 SELECT {step} FROM steps WHERE run = :seq AND kind = :kind AND name = :name;
 
 -- name: holds_claim
-SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND status = 'running' {hold};
+SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND {any_index}status = 'running' {hold};
 
 -- name: save_steps
 -- The first write wins; a failure that the next attempt may mend counts as not written.
@@ -54,7 +54,7 @@ WITH new (seq, kind, name, position, status, attempt, started_at, finished_at, d
 INSERT INTO steps (run, kind, name, position, status, attempt, started_at, finished_at, due_at, result, error)
 SELECT seq, kind, name, position, status, attempt, started_at, finished_at, due_at, {result}, error
   FROM new
- WHERE EXISTS (SELECT 1 FROM runs WHERE runs.seq = new.seq AND runs.claim = new.claim AND runs.status = 'running'
+ WHERE EXISTS (SELECT 1 FROM runs WHERE runs.seq = new.seq AND runs.claim = new.claim AND {any_index}runs.status = 'running'
                {hold})
     ON CONFLICT (run, kind, name) DO UPDATE
    SET position = excluded.position, status = excluded.status, attempt = excluded.attempt,
@@ -73,7 +73,7 @@ UPDATE runs
        losses = change.losses, max_attempts = change.max_attempts, cancelling = change.cancelling,
        result = change.result, error = change.error
   FROM change
- WHERE runs.seq = change.seq AND runs.claim = change.claim AND runs.status = change.seen_status
+ WHERE runs.seq = change.seq AND runs.claim = change.claim AND {any_index}runs.status = change.seen_status
    AND (change.ready IS NULL OR runs.cancelling IS NULL);
 
 -- name: insert_attempts
