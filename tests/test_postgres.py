@@ -366,6 +366,7 @@ def test_a_run_is_not_given_away_while_a_step_of_it_is_being_saved(opened: Store
         with late._piped(db):
             db.execute("BEGIN")
             assert late._run([op := base.SaveStep(seq=run.seq, claim=1, step=step)], {base.SaveStep: [(0, op)]}, set())
+            db._pipeline.sync()  # type: ignore[union-attr]  # it is written
             giving = pool.submit(caller.settle, run, Returned("1"))
             assert not giving.done()
             db.execute("COMMIT")

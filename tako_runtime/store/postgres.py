@@ -1,7 +1,9 @@
 """The shared store: Postgres through psycopg, one schema for each app and environment.
 
 A batch is one transaction, and travels as one pipeline: the store waits for the server only where an answer decides
-what is done next, and for the commit. Several processes write at the same time. What must not interleave takes a lock
+what is done next, and for the commit. That each write finds its row is not waited for, it is taken for granted: a
+batch in which one does not (a step was there already, a claim is lost) fails as a whole, and is done again with each of
+its writes looked at. So ends and saves, which are most of what is written, cost one round trip. Several processes write at the same time. What must not interleave takes a lock
 on its name first (`operations.contended`); claims pass over the rows that others have in hand (`FOR UPDATE SKIP
 LOCKED`); and a write that names a claim holds its run's row (`FOR SHARE`) until the commit, so that nobody gives the
 run away in between.
@@ -21,7 +23,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
 
+import msgspec
 import psycopg
+from psycopg import errors
 
 from tako_runtime import clock
 from tako_runtime.errors import StoreError, StoreUnreachable
@@ -77,6 +81,17 @@ _WORDS = {
     "hold": "FOR SHARE",
 }
 
+#: Fails, in the words of a conversion, where a query has written fewer rows than it was to. Those who read the server's
+#: log may wonder.
+_ALL_OF_THEM = (
+    "WITH written AS ({query} RETURNING 1) SELECT CASE count(*) WHEN %s THEN 1 ELSE "
+    "CAST('tako: somebody was first; now one by one, as only ' || count(*) || ' rows were as expected' AS int) END "
+    "FROM written"
+)
+
+#: Backslashes of JSON that an array's text has not.
+_ESCAPED = re.compile(rb'\\[^"\\]')
+
 #: The types of what `{rows}` stands for.
 _ROWS = {
     "insert_runs": "text text text text int8 int8 int8 int8 int8 int8 text text int8 int8",
@@ -101,7 +116,8 @@ def queries_of(schema: str) -> dict[str, str]:
         arrays = ", ".join(f"%s::{kind}[]" for kind in _ROWS.get(name, "").split())
         return _TABLES.sub(rf'\1 "{schema}".\2', named).replace("{rows}", f"SELECT * FROM unnest({arrays})")  # noqa: S608
 
-    return {name: translated(name, text) for name, text in load(_WORDS).items()}
+    queries = {name: translated(name, text) for name, text in load(_WORDS).items()}
+    return queries | {f"all of {name}": _ALL_OF_THEM.format(query=queries[name]) for name in ("save_steps", "apply")}
 
 
 class PostgresStore(SqlStore):
@@ -117,6 +133,7 @@ class PostgresStore(SqlStore):
         self._db: psycopg.Connection[tuple[Any, ...]] | None = None
         self._pipeline: psycopg.Pipeline | None = None
         self._unsent = 0
+        self._hopeful = True  # whether the writes of a batch are taken to find their rows
         self._committing: tuple[list[Any], Topics] | None = None
         try:
             migrate(self._connected(), schema, database, breaking=breaking)
@@ -143,7 +160,7 @@ class PostgresStore(SqlStore):
         return nullcontext()
 
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
-        patience, tries = _Patience(), _TRIES
+        patience, tries, self._hopeful = _Patience(), _TRIES, True
         while True:
             self._committing = None
             try:
@@ -157,6 +174,9 @@ class PostgresStore(SqlStore):
                         continue
                 elif isinstance(error, AGAIN) and tries:
                     tries -= 1
+                    continue
+                elif isinstance(error, errors.InvalidTextRepresentation) and self._hopeful:
+                    self._hopeful = False
                     continue
                 raise translated(error, self._database) from error
             except BaseException:
@@ -239,10 +259,13 @@ class PostgresStore(SqlStore):
         self._unsent += sum([len(value) for value in bound.values() if isinstance(value, str)]) if bound else 0
         return self._connected().execute(self._queries[query], bound, binary=True)
 
-    def _send_rows(self, query: str, rows: Sequence[tuple[Any, ...]]) -> "psycopg.Cursor[tuple[Any, ...]]":
+    def _send_rows(
+        self, query: str, rows: Sequence[tuple[Any, ...]], all_of: str = ""
+    ) -> "psycopg.Cursor[tuple[Any, ...]]":
         arrays = _arrays(query, rows)
         self._unsent += sum(map(len, arrays))
-        return self._connected().execute(self._queries[query], arrays, binary=True)
+        bound = [*arrays, len(rows)] if all_of else arrays
+        return self._connected().execute(self._queries[all_of + query], bound, binary=True)
 
     def _drain(self) -> None:
         """To be called before an answer is waited for. psycopg waits for what the server says; while a part of what it
@@ -276,8 +299,14 @@ class PostgresStore(SqlStore):
     def _write(self, query: str, written: Sequence[tuple[Any, ...]]) -> None:
         self._send_rows(query, written)
 
-    def _written(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
-        return self._count(self._send_rows(query, written))
+    def _all_written(self, query: str, written: Sequence[tuple[Any, ...]]) -> bool:
+        if self._hopeful:
+            self._send_rows(query, written, "all of ")
+            return True
+        return self._count(self._send_rows(query, written)) == len(written)
+
+    def _all_or_none(self, query: str, written: Sequence[tuple[Any, ...]]) -> bool:
+        return self._all_written(query, written) if self._hopeful else super()._all_or_none(query, written)
 
     def _found(self, query: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
         sent = self._send_rows(query, asked)
@@ -326,14 +355,15 @@ def _arrays(query: str, rows: Sequence[tuple[Any, ...]]) -> list[str]:
     return [_array(column, kind == "text") for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
 
 
-def _array(column: tuple[Any, ...], quoted: bool) -> str:
-    if not quoted:
-        return f"{{{','.join(['NULL' if value is None else str(value) for value in column])}}}"
-    return f"{{{','.join(['NULL' if value is None else _quoted(value) for value in column])}}}"
+def _array(column: tuple[Any, ...], text: bool) -> str:
+    """As JSON, in braces: but for a few characters that is how the database writes it, too."""
+    if text:
+        column = tuple([value.decode() if isinstance(value, bytes) else value for value in column])
+    array = msgspec.json.encode(column)
+    if _ESCAPED.search(array):
+        return f"{{{','.join(['NULL' if value is None else _quoted(value) for value in column])}}}"
+    return f"{{{array[1:-1].decode()}}}"
 
 
-def _quoted(value: str | bytes) -> str:
-    text = value.decode() if isinstance(value, bytes) else value
-    if '"' in text or "\\" in text:
-        text = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'
+def _quoted(text: str) -> str:
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
