@@ -26,6 +26,7 @@ from tako_runtime.run import StepRecord
 from tako_runtime.state import Returned
 from tako_runtime.store import Home, base, database, open_store, queries, schema
 from tako_runtime.store.commit import StoreThread
+from tako_runtime.store.pipeline import Query
 from tako_runtime.store.postgres import PostgresStore
 
 STORES = ("postgres",)
@@ -362,14 +363,14 @@ def test_a_run_is_not_given_away_while_a_step_of_it_is_being_saved(opened: Store
     late = PostgresStore(database.Database(home.url, "x"), home.schema)
     step = StepRecord("run", "charge", 1, "done", 1, caller.now, caller.now, None, b"1")
     with closing(late), ThreadPoolExecutor(1) as pool:
-        db = late._connected()
-        with late._piped(db):
-            db.execute("BEGIN")
+        late._connect()
+        with late._pipeline as line:
+            late._command("BEGIN")
             assert late._run([op := base.SaveStep(seq=run.seq, claim=1, step=step)], {base.SaveStep: [(0, op)]}, set())
-            db._pipeline.sync()  # type: ignore[union-attr]  # it is written
+            line.rows(line.send(Query(b"SELECT 1")))  # it is written
             giving = pool.submit(caller.settle, run, Returned("1"))
             assert not giving.done()
-            db.execute("COMMIT")
+            late._command("COMMIT")
         assert giving.result(20)
     assert [each.name for each in caller.do(base.Steps(seq=run.seq))] == ["charge"]
 

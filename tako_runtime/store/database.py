@@ -8,7 +8,6 @@ from typing import Any
 
 import psycopg
 from psycopg import conninfo, errors, pq
-from psycopg.types.numeric import Int8Dumper
 from psycopg.types.string import StrDumperUnknown
 
 from tako_runtime.errors import ConfigError, Refused, StoreBusy, StoreError, StoreUnreachable
@@ -97,10 +96,8 @@ class Database:
                     f"the database {self.where} is encoded in {encoding}", hint="Make one with ENCODING 'UTF8'."
                 )
             self.pooled = pid != db.info.backend_pid  # a pooler makes up the number that it tells its clients
-            db.prepare_threshold = None if self.pooled else 1
-            db.prepared_max = 500
+            db.prepare_threshold = None  # what is worth it, `pipeline.py` prepares; psycopg would forget that, too
             db.adapters.register_dumper(str, _Text)
-            db.adapters.register_dumper(int, Int8Dumper)
             if not self.pooled:
                 given = list(TIMES), list(TIMES.values())
                 db.execute("SELECT set_config(n, v, false) FROM unnest(%s::text[], %s::text[]) AS t (n, v)", given)
