@@ -24,9 +24,19 @@ _DEFAULTS = {
     "application_name": "tako",
 }
 
-#: A client that has stopped in a transaction lets go of its locks after this; nobody waits for a lock or a statement
-#: longer than that. For a session, or where that is shared (behind a pooler) for each transaction.
-TIMES = {"idle_in_transaction_session_timeout": "5s", "lock_timeout": "10s", "statement_timeout": "30s", "jit": "off"}
+#: For a session, or where that is shared (behind a pooler) for each transaction. A client that has stopped in a
+#: transaction lets go of its locks; nobody waits long for a lock or a statement. And each query is written for the
+#: index that it walks: the planner, which goes by what a table was at its last ANALYZE, is to think of nothing better.
+SETTINGS = {
+    "idle_in_transaction_session_timeout": "5s",
+    "lock_timeout": "10s",
+    "statement_timeout": "30s",
+    "jit": "off",
+    "enable_seqscan": "off",
+    "enable_sort": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+}
 
 #: Trouble of the database's that passes with time: no space, no memory, somebody's lock.
 _PASSES = ("53", "55P03", "57014")
@@ -99,7 +109,7 @@ class Database:
             db.prepare_threshold = None  # what is worth it, `pipeline.py` prepares; psycopg would forget that, too
             db.adapters.register_dumper(str, _Text)
             if not self.pooled:
-                given = list(TIMES), list(TIMES.values())
+                given = list(SETTINGS), list(SETTINGS.values())
                 db.execute("SELECT set_config(n, v, false) FROM unnest(%s::text[], %s::text[]) AS t (n, v)", given)
         except BaseException:
             db.close()

@@ -8,7 +8,7 @@ what an operation reads then stays true until it is committed, but for the rows 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import groupby, starmap
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, ClassVar, cast
 
 from msgspec.structs import asdict
@@ -251,7 +251,8 @@ class SqlStore(Store):
         return [WorkerRecord(*row) for row in self._all("list_workers")]
 
     def _runs_of(self, op: base.RunsOf, topics: Topics) -> list[Run]:
-        return [rows.run(row) for row in self._all("runs_of", {"worker": op.worker})]
+        found = [rows.run(row) for row in self._all("runs_of", {"worker": op.worker})]
+        return sorted(found, key=attrgetter("seq"))
 
     def _report_health(self, op: base.ReportHealth, topics: Topics) -> None:
         bound = {"group": op.group, "host": op.host}

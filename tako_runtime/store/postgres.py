@@ -30,7 +30,7 @@ from tako_runtime import clock
 from tako_runtime.errors import StoreError, StoreUnreachable
 from tako_runtime.run import RUN_COLUMNS
 from tako_runtime.store.base import Operation, Topics
-from tako_runtime.store.database import AGAIN, TIMES, Database, lost, translated
+from tako_runtime.store.database import AGAIN, SETTINGS, Database, lost, translated
 from tako_runtime.store.operations import Bound, SqlStore, contended, sort
 from tako_runtime.store.pipeline import Pipeline, Query, Sent, array
 from tako_runtime.store.queries import load
@@ -203,7 +203,7 @@ class PostgresStore(SqlStore):
         with self._pipeline:
             self._command("BEGIN")
             if self._database.pooled:
-                self._change("set_times", {"names": list(TIMES), "values": list(TIMES.values())})
+                self._change("set_for_now", {"names": list(SETTINGS), "values": list(SETTINGS.values())})
             if names := contended(sorts):
                 numbers = sorted({number(name) % _LOCKS for name in names})
                 self._change("lock_names", {"space": self._locks, "numbers": numbers})

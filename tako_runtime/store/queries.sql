@@ -169,7 +169,7 @@ SELECT 1 FROM workers WHERE id = :worker;
 SELECT id, "group", host, pid, release, started_at, lease_until FROM workers ORDER BY started_at, id;
 
 -- name: runs_of
-SELECT {run} FROM runs WHERE status = 'running' AND worker = :worker ORDER BY seq;
+SELECT {run} FROM runs WHERE status = 'running' AND worker = :worker;
 
 -- name: report_unhealthy
 INSERT INTO unhealthy ("group", host, since, reason, details) VALUES (:group, :host, :now, :reason, :details)
@@ -221,7 +221,7 @@ RETURNING 1;
 
 -- name: next_ended_group
 -- The first group after this one that has ended runs: asked again and again, it skips from group to group.
-SELECT min("group") FROM runs WHERE finished_at IS NOT NULL AND "group" > :after;
+SELECT "group" FROM runs WHERE finished_at IS NOT NULL AND "group" > :after ORDER BY "group" LIMIT 1;
 
 -- name: ended_runs
 -- A stretch of a group's ended runs, in the order of their ends; which of them are asked for; and about the bytes that go
@@ -248,7 +248,7 @@ DELETE FROM attempts WHERE run {in_runs};
 
 -- name: next_ready_group
 -- The first group after this one that has a run to claim: asked again and again, it skips from group to group.
-SELECT min("group") FROM runs WHERE ready = 1 AND "group" > :after;
+SELECT "group" FROM runs WHERE ready = 1 AND "group" > :after ORDER BY "group" LIMIT 1;
 
 -- name: declared_is_ready
 -- Whether a group has a run to claim whose workflow is one of these. In the order of a claim: the first will mostly do.
@@ -259,7 +259,7 @@ SELECT 1 FROM runs WHERE ready = 1 AND "group" = :group AND workflow {in_workflo
 SELECT workflow FROM runs WHERE ready = 1 AND "group" = :group ORDER BY priority DESC, due_at, seq LIMIT 1;
 
 -- name: next_due
-SELECT min(due_at) FROM runs WHERE ready = 0 AND due_at IS NOT NULL;
+SELECT due_at FROM runs WHERE ready = 0 AND due_at IS NOT NULL ORDER BY due_at LIMIT 1;
 
 -- name: next_due_run
 SELECT {run} FROM runs
@@ -364,7 +364,7 @@ SELECT count(*), max(created_at) FROM runs;
 -- Held until the commit, in one order.
 SELECT pg_advisory_xact_lock(CAST(:space AS int4), n) FROM unnest(CAST(:numbers AS int4[])) AS n;
 
--- name: set_times
+-- name: set_for_now
 -- For this transaction only, where a session is shared.
 SELECT set_config(name, value, true) FROM unnest(CAST(:names AS text[]), CAST(:values AS text[])) AS t (name, value);
 
