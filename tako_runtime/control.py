@@ -31,6 +31,9 @@ from tako_runtime.workflow import check_signal_name, new_run, refuse_unhealthy, 
 
 Json = dict[str, Any]
 
+#: The net under the bell, for who waits for a run's end: in seconds.
+LOOK = 1.0
+
 
 class Control:
     """The operations on one store. Blocking, as a command is. What only this machine knows (which processes live, who
@@ -264,9 +267,11 @@ class Control:
         listener = self._store.bell.listen("c-" + new_id(self._clock.now()))
         try:
             listener.start(lambda topics: rung.set() if "ended" in topics else None)
+            if self._store.shared:
+                await self._store.do(base.AwaitEnd(seq=run.seq))
             while not Status((found := await self._get(run)).status).ended:
                 try:
-                    async with asyncio.timeout(1):
+                    async with asyncio.timeout(LOOK):
                         await rung.wait()
                 except TimeoutError:
                     pass

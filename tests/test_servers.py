@@ -3,20 +3,25 @@
 import os
 import signal
 import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import psycopg
 import pytest
-from conftest import until
+from conftest import Caller, until
 from postgres import Server
 from workers import SupervisorProcess, serving, shown, status
 
-from tako_runtime import Step
+from tako_runtime import Step, log
 from tako_runtime.clock import SECOND
 from tako_runtime.control import Control
-from tako_runtime.store import Home, open_store
+from tako_runtime.state import Returned, Waits, cancel, settle
+from tako_runtime.store import Home, base, open_store
 from tako_runtime.store.base import ListWorkers
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import Workflow, workflow
@@ -128,6 +133,74 @@ def test_another_server_takes_up_what_a_dead_one_had_in_hand(
         assert shown(opened, run_id)["result"] == str(place)
 
 
+# --- who waits for a run on another server ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def heard(home: Home) -> Iterator[list[str]]:
+    """What is sent to all machines, from now on."""
+    notes: list[str] = []
+    ended = threading.Event()
+
+    def listen() -> None:
+        with psycopg.connect(home.url, autocommit=True) as db:
+            db.execute(f'LISTEN "{home.schema}"')
+            up.set()
+            while not ended.is_set():
+                notes.extend(note.payload.partition("\t")[2] for note in db.notifies(timeout=0.1))
+
+    up = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        listening = pool.submit(listen)
+        up.wait(20)
+        yield notes
+        ended.set()
+        listening.result()
+
+
+def test_who_waits_for_a_run_hears_of_its_end_on_another_server(
+    opened: StoreThread, homes: list[Home], monkeypatch: pytest.MonkeyPatch, heard: list[str]
+) -> None:
+    """It would look only after ten minutes."""
+    monkeypatch.setattr("tako_runtime.control.LOOK", 600.0)
+    caller = Caller(opened)
+    relayed: list[dict[str, Any]] = []
+    with (
+        log.sink(relayed.append),
+        closing(open_store(homes[1])) as there,
+        opened.relay(),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        until(lambda: [line for line in relayed if line["event"] == "relay.listening"])
+        run = caller.started()
+        waiting = pool.submit(Control(opened).wait, run)
+        until(lambda: awaited(homes[0]) == [run.seq])
+        assert there.do_sync(base.Apply(change=settle(run, Returned("1"), caller.now)))
+        assert waiting.result(60)["status"] == "succeeded"
+        assert awaited(homes[0]) == []
+        until(lambda: "ended" in heard)
+
+
+def test_an_end_that_nobody_waits_for_on_another_server_is_not_sent_to_them(
+    opened: StoreThread, homes: list[Home], heard: list[str]
+) -> None:
+    caller = Caller(opened)
+    for _ in range(3):
+        run = caller.started()
+        assert caller.settle(run, Returned("1"))
+    caller.do(base.AwaitEnd(seq=run.seq))  # it has ended: nothing will come of it
+    caller.signal("the last")
+    caller.apply(cancel(caller.started(), "stop", caller.now))
+    until(lambda: "cancel" in heard)
+    assert "ended" not in heard
+    assert awaited(homes[0]) == []
+
+
+def awaited(home: Home) -> list[int]:
+    with psycopg.connect(home.url) as db:
+        return [run for (run,) in db.execute(f'SELECT run FROM "{home.schema}".awaited').fetchall()]  # noqa: S608
+
+
 # --- behind a pooler -------------------------------------------------------------------------------------------------
 
 POOLER = """
@@ -165,12 +238,6 @@ def pooled(home: Home, server: Server) -> Iterator[Home]:
 
 
 def test_a_store_works_behind_a_pooler_that_hands_out_sessions_by_the_transaction(pooled: Home, home: Home) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    from conftest import Caller
-
-    from tako_runtime.state import Returned, Waits
-
     threads = [open_store(pooled) for _ in range(8)]
     callers = [Caller(threads[0])]
     for thread in threads[1:]:

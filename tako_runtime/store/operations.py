@@ -359,6 +359,10 @@ class SqlStore(Store):
         row = self._one("run_by_seq", {"seq": op.seq})
         return rows.run(row) if row else None
 
+    def _await_end(self, op: base.AwaitEnd, topics: Topics) -> None:
+        if self.shared:
+            self._change("await_end", {"seq": op.seq})
+
     def _find_runs(self, op: base.FindRuns, topics: Topics) -> list[Run]:
         where = {"prefix": op.prefix, "beyond": op.prefix + "\U0010ffff", "limit": op.limit}
         found = self._all("find_runs", where)
@@ -517,6 +521,7 @@ class SqlStore(Store):
         base.Undeclared: _undeclared,
         base.DataVersion: _seen_version,
         base.GetRun: _get_run,
+        base.AwaitEnd: _await_end,
         base.FindRuns: _find_runs,
         base.NextDue: _next_due_run,
         base.ListRuns: _list_runs,

@@ -39,6 +39,11 @@ class Sent:
         self.prepares = prepares
         self.result: Any = None
 
+    @property
+    def status(self) -> str:
+        """What it has done, in the server's word for that; nothing before its answer, or where it has failed."""
+        return (self.result.command_status or b"").decode() if self.result is not None else ""
+
 
 class Pipeline:
     """The pipeline of one connection, which nobody else uses within `with`. At its end all that was sent has been

@@ -29,6 +29,7 @@ from psycopg import errors
 from tako_runtime import clock
 from tako_runtime.errors import StoreError, StoreUnreachable
 from tako_runtime.run import RUN_COLUMNS
+from tako_runtime.store import base
 from tako_runtime.store.base import Operation, Topics
 from tako_runtime.store.database import AGAIN, SETTINGS, Database, lost, translated
 from tako_runtime.store.operations import Bound, SqlStore, contended, sort
@@ -98,7 +99,8 @@ _ROWS = {
 }
 
 _TABLES = re.compile(
-    r"\b(FROM|UPDATE|INTO|JOIN) (runs|steps|attempts|waits|signals|workers|schedules|leases|unhealthy|writers)\b"
+    r"\b(FROM|UPDATE|INTO|JOIN) "
+    r"(runs|steps|attempts|waits|signals|workers|schedules|leases|unhealthy|writers|awaited)\b"
 )
 
 
@@ -200,24 +202,42 @@ class PostgresStore(SqlStore):
         if not any(kind.writes for kind in sorts):
             with self._pipeline:
                 return self._run(batch, sorts, topics), topics
-        with self._pipeline:
-            self._command("BEGIN")
-            if self._database.pooled:
-                self._change("set_for_now", {"names": list(SETTINGS), "values": list(SETTINGS.values())})
-            if names := contended(sorts):
-                numbers = sorted({number(name) % _LOCKS for name in names})
-                self._change("lock_names", {"space": self._locks, "numbers": numbers})
-            answers = self._run(batch, sorts, topics)
-            self._batch += 1
-            self._change("mark_batch", {"writer": self._writer, "batch": self._batch})
-            if abroad := topics - {"ended"}:  # who waits for a run on another machine looks once a second
-                message = f"{self._sender}\t{' '.join(sorted(abroad))}"[:_LONGEST_MESSAGE]
-                self._change("ring", {"channel": self._schema, "message": message})
-            self._committing = answers, topics
-            commit = self._pipeline.command(b"COMMIT")
-        if commit.result.command_status != b"COMMIT":
-            raise StoreError(f"the database {self._database.where} has not committed: {commit.result.command_status}")
+        commit: Sent | None = None
+        try:
+            with self._pipeline:
+                self._begin(contended(sorts))
+                ended = [op.change.seq for _, op in sorts.get(base.Apply, ()) if op.change.finished_at is not None]
+                answers = self._run(batch, sorts, topics)
+                self._batch += 1
+                self._change("mark_batch", {"writer": self._writer, "batch": self._batch})
+                self._committing = answers, topics
+                commit = self._pipeline.command(b"COMMIT")
+                self._ring(topics, ended)
+        except psycopg.Error as error:
+            if commit is None or commit.status != "COMMIT":
+                raise
+            self._gone(error)  # a ring that has failed costs others a second
+        if commit.status != "COMMIT":
+            raise StoreError(f"the database {self._database.where} has not committed: {commit.status}")
         return answers, topics
+
+    def _begin(self, names: Sequence[str]) -> None:
+        """A transaction that has these names for itself."""
+        self._command("BEGIN")
+        if self._database.pooled:
+            self._change("set_for_now", {"names": list(SETTINGS), "values": list(SETTINGS.values())})
+        if names:
+            numbers = sorted({number(name) % _LOCKS for name in names})
+            self._change("lock_names", {"space": self._locks, "numbers": numbers})
+
+    def _ring(self, topics: Topics, ended: list[int]) -> None:
+        """Tell other machines, whose relays hear it. It goes with the commit, and is carried out after that."""
+        if abroad := topics - {"ended"}:
+            message = f"{self._sender}\t{' '.join(sorted(abroad))}"[:_LONGEST_MESSAGE]
+            self._change("ring", {"channel": self._schema, "message": message})
+        if ended:
+            told = {"channel": self._schema, "message": f"{self._sender}\tended"}
+            self._change("ring_for_ends", {"runs": ended, **told})
 
     def _gone(self, error: psycopg.Error) -> bool:
         """After an error, with nothing of the batch left open: whether there is no connection any more."""
@@ -306,6 +326,7 @@ class PostgresStore(SqlStore):
     def _give_back_space(self) -> bool:
         """The database's own vacuum does; what goes here are the processes that were."""
         self._change("forget_writers", {"age": _FORGOTTEN})
+        self._change("forget_awaited", {})
         return False
 
 

@@ -387,4 +387,21 @@ SELECT CAST(COALESCE(sum(batch), 0) AS int8) FROM writers WHERE id <> :writer;
 DELETE FROM writers WHERE at < now() - CAST(:age AS interval);
 
 -- name: ring
-SELECT pg_notify(:channel, :message);
+-- In a transaction of its own, which does not wait for the disk: one that notifies holds a lock of the whole database's
+-- until its commit is done.
+SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, :message);
+
+-- name: await_end
+-- Not where it has ended; and who is just ending it is waited for.
+INSERT INTO awaited (run) SELECT seq FROM runs WHERE seq = :seq AND finished_at IS NULL FOR SHARE
+    ON CONFLICT DO NOTHING;
+
+-- name: ring_for_ends
+-- Only where somebody waits for one of these.
+WITH told AS (DELETE FROM awaited WHERE run = ANY (:runs)
+                 AND EXISTS (SELECT 1 FROM runs WHERE seq = run AND finished_at IS NOT NULL) RETURNING run)
+SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, :message)
+ WHERE EXISTS (SELECT 1 FROM told);
+
+-- name: forget_awaited
+DELETE FROM awaited WHERE NOT EXISTS (SELECT 1 FROM runs WHERE seq = run AND finished_at IS NULL);
