@@ -1,9 +1,11 @@
 """Several servers on one store: processes with data folders of their own and a database that they share."""
 
+import asyncio
 import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
@@ -15,15 +17,18 @@ import psycopg
 import pytest
 from conftest import Caller, until
 from postgres import Server
-from workers import SupervisorProcess, serving, shown, status
+from workers import SupervisorProcess, serving, shown, status, worker_process
 
-from tako_runtime import Step, log
-from tako_runtime.clock import SECOND
+from tako_runtime import Step, clock, log
+from tako_runtime.clock import SECOND, SystemClock
 from tako_runtime.control import Control
+from tako_runtime.reclaim import reclaim
+from tako_runtime.run import WorkerRecord
 from tako_runtime.state import Returned, Waits, cancel, settle
 from tako_runtime.store import Home, base, open_store
 from tako_runtime.store.base import ListWorkers
 from tako_runtime.store.commit import StoreThread
+from tako_runtime.supervisor import RECLAIM_EVERY
 from tako_runtime.workflow import Workflow, workflow
 
 STORES = ("postgres",)
@@ -199,6 +204,72 @@ def test_an_end_that_nobody_waits_for_on_another_server_is_not_sent_to_them(
 def awaited(home: Home) -> list[int]:
     with psycopg.connect(home.url) as db:
         return [run for (run,) in db.execute(f'SELECT run FROM "{home.schema}".awaited').fetchall()]  # noqa: S608
+
+
+# --- a server whose clock is off -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def off(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """By how many nanoseconds this machine's clock is off, as its last item says."""
+    by, right = [0], time.time_ns  # noqa: TID251
+    monkeypatch.setattr("tako_runtime.clock.time.time_ns", lambda: right() + by[-1])
+    monkeypatch.setattr("tako_runtime.store.postgres.COMPARE_EVERY", 0)
+    yield by
+    clock.standard.ahead = 0
+
+
+def test_a_process_whose_clock_is_off_goes_by_the_databases_and_says_so(
+    home: Home, off: list[int], server: Server
+) -> None:
+    def error() -> int:
+        [(shown,)] = server.ask("SELECT CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS int8)")
+        return abs(SystemClock().now() - int(str(shown)))
+
+    told: list[dict[str, Any]] = []
+    off.append(-600 * 10**9)
+    with log.sink(told.append), closing(open_store(home)) as opened:
+        caller = Caller(opened)
+        assert error() < SECOND
+        off.append(3_600 * 10**9)  # somebody sets it, at work
+        caller.enqueue()
+        assert error() < SECOND
+        off.append(0)
+        caller.enqueue()
+        assert clock.standard.ahead == 0
+        caller.enqueue()
+    said = [(line["event"], line.get("off"), line.get("direction")) for line in told if line["event"][:6] == "clock."]
+    assert said == [("clock.off", "10m", "behind"), ("clock.off", "1h", "ahead of"), ("clock.right", None, None)]
+
+
+@pytest.mark.parametrize("seconds", [-600, 600])
+def test_a_worker_whose_servers_clock_is_off_is_not_taken_for_dead(
+    opened: StoreThread, homes: list[Home], project: Path, seconds: int
+) -> None:
+    def lease() -> int:
+        return {worker.id: worker.lease_until for worker in opened.do_sync(ListWorkers())}[mine]
+
+    off = {"TEST_CLOCK_OFF": str(seconds)}
+    with (
+        serving(homes[2], project) as right,
+        worker_process(homes[1], "--lease", "2s", script="clock_off.py", env=off) as wrong,
+    ):
+        [told] = wrong.up().events("clock.off")
+        assert told["off"] == "10m"
+        mine = wrong.events("worker.started")[0]["worker"]
+        first = lease()
+        assert abs(first - SystemClock().now()) < 10 * SECOND
+        until(lambda: lease() > first + RECLAIM_EVERY + SECOND)  # meanwhile the other one has looked
+        assert not right.events("clock.off")
+
+
+def test_a_server_whose_clock_is_off_takes_nobodys_runs(opened: StoreThread, home: Home, off: list[int]) -> None:
+    caller, now = Caller(opened), SystemClock().now()
+    caller.do(base.AddWorker(worker=WorkerRecord("right", "default", "elsewhere", 1, "dev", now, now + 15 * SECOND)))
+    off.append(600 * 10**9)
+    caller.enqueue()  # whoever writes looks
+    asyncio.run(reclaim(opened, home.app_dir, SystemClock().now()))
+    assert "right" in {worker.id for worker in caller.do(ListWorkers())}
 
 
 # --- behind a pooler -------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import psycopg
 from psycopg import conninfo, errors, pq
 from psycopg.types.string import StrDumperUnknown
 
+from tako_runtime import clock
 from tako_runtime.errors import ConfigError, Refused, StoreBusy, StoreError, StoreUnreachable
+from tako_runtime.log import emit
 
 #: What a connection is told unless its url says otherwise. A peer that is silent for about ten seconds is gone; of
 #: several hosts (a primary and its standbys) it is the one that takes writes.
@@ -100,7 +102,13 @@ class Database:
         """A connection in autocommit. Raises `psycopg.Error`."""
         db = psycopg.connect(**self._parameters, autocommit=True)
         try:
-            [pid, encoding] = _first(db, "SELECT pg_backend_pid(), current_setting('server_encoding')")
+            asked = clock.machine()
+            [pid, encoding, shown] = _first(
+                db,
+                "SELECT pg_backend_pid(), current_setting('server_encoding'), "
+                "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS int8)",
+            )
+            self.compare(shown, asked)
             if encoding != "UTF8":
                 raise StoreError(
                     f"the database {self.where} is encoded in {encoding}", hint="Make one with ENCODING 'UTF8'."
@@ -115,6 +123,15 @@ class Database:
             db.close()
             raise
         return db
+
+    def compare(self, shown: int, asked: int) -> None:
+        """Heed what its clock has `shown` (`clock.standard`) in an answer, which has just come, to what was `asked` then."""
+        if clock.standard.heed(shown, asked=asked, answered=clock.machine()):
+            if ahead := clock.standard.ahead:
+                direction = "behind" if ahead > 0 else "ahead of"
+                emit("clock.off", off=clock.spell(abs(ahead)), direction=direction, database=self.where)
+            else:
+                emit("clock.right", database=self.where)
 
     def words(self, error: BaseException) -> str:
         """What an error says, in one line, without the password."""

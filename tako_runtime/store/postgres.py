@@ -41,6 +41,9 @@ from tako_runtime.store.schema import migrate, number
 #: is, in seconds.
 PATIENCE, FIRST_PAUSE, LONGEST_PAUSE = 10 * clock.SECOND, 0.02, 0.5
 
+#: How often a process that writes compares its machine's clock with the database's.
+COMPARE_EVERY = clock.SECOND
+
 #: How often a batch is tried again that stood in the way of another one.
 _TRIES = 5
 
@@ -145,6 +148,7 @@ class PostgresStore(SqlStore):
         self._writer, self._batch = os.urandom(8).hex(), 0
         self._db: psycopg.Connection[Any] | None = None
         self._pipeline: Pipeline
+        self._compare_at = 0
         self._hopeful = True  # whether the writes of a batch are taken to find their rows
         self._committing: tuple[list[Any], Topics] | None = None
         try:
@@ -209,7 +213,8 @@ class PostgresStore(SqlStore):
                 ended = [op.change.seq for _, op in sorts.get(base.Apply, ()) if op.change.finished_at is not None]
                 answers = self._run(batch, sorts, topics)
                 self._batch += 1
-                self._change("mark_batch", {"writer": self._writer, "batch": self._batch})
+                asked = clock.machine()
+                mark = self._send("mark_batch", {"writer": self._writer, "batch": self._batch})
                 self._committing = answers, topics
                 commit = self._pipeline.command(b"COMMIT")
                 self._ring(topics, ended)
@@ -219,7 +224,15 @@ class PostgresStore(SqlStore):
             self._gone(error)  # a ring that has failed costs others a second
         if commit.status != "COMMIT":
             raise StoreError(f"the database {self._database.where} has not committed: {commit.status}")
+        self._compare_clocks(mark, asked)
         return answers, topics
+
+    def _compare_clocks(self, mark: Sent, asked: int) -> None:
+        """Whoever writes looks at the clocks, if only now and then: a machine's may be set wrong at any time."""
+        if (now := clock.monotonic()) >= self._compare_at:
+            self._compare_at = now + COMPARE_EVERY
+            [(shown,)] = self._pipeline.rows(mark)
+            self._database.compare(shown, asked)
 
     def _begin(self, names: Sequence[str]) -> None:
         """A transaction that has these names for itself."""

@@ -369,9 +369,10 @@ SELECT pg_advisory_xact_lock(CAST(:space AS int4), n) FROM unnest(CAST(:numbers 
 SELECT set_config(name, value, true) FROM unnest(CAST(:names AS text[]), CAST(:values AS text[])) AS t (name, value);
 
 -- name: mark_batch
--- The number of the batch that this process writes, in the batch's own transaction.
+-- The number of the batch that this process writes, in the batch's own transaction; and what the clock shows there.
 INSERT INTO writers (id, batch) VALUES (:writer, :batch)
-    ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, at = now();
+    ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, at = now()
+RETURNING CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS int8);
 
 -- name: know_writer
 INSERT INTO writers (id, batch) VALUES (:writer, 0) ON CONFLICT (id) DO NOTHING;
