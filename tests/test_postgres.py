@@ -12,7 +12,7 @@ import msgspec
 import psycopg
 import pytest
 from conftest import Caller, until
-from postgres import Server
+from postgres import NoPostgres, Server
 from scenarios.flows import orders
 from scenarios.lasting import ticking
 from wire import Cut, Wire, wire
@@ -147,6 +147,25 @@ def test_a_database_that_is_away_for_long_is_an_error_that_names_it_and_goes_whe
         own.start()
         run_id = caller.enqueue()
         assert [run.id for run in caller.do(base.ListRuns())] == [run_id]
+
+
+def test_of_several_hosts_it_goes_on_with_the_standby_that_was_promoted(home: Home, own: Server) -> None:
+    name = own.database().partition("?")[0].rpartition("/")[2]
+    try:
+        standby = Server(standby_of=own)
+    except NoPostgres as error:
+        pytest.skip(f"NO STANDBY: {error}")
+    url = f"postgresql://tako@/{name}?host={standby.folder},{own.folder}"  # the one that takes no writes comes first
+    with closing(standby), closing(open_store(home._replace(url=url))) as opened:
+        caller = Caller(opened)
+        first = caller.enqueue()
+        written = own.ask("SELECT pg_current_wal_lsn()")[0][0]
+        until(lambda: standby.ask(f"SELECT pg_last_wal_replay_lsn() >= '{written}'")[0][0])
+        own.stop()
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(caller.enqueue)  # it waits for somebody who takes it
+            standby.promote()
+            assert {run.id for run in caller.do(base.ListRuns())} == {first, second.result()}
 
 
 def test_no_error_and_no_picture_of_a_database_shows_its_password(home: Home) -> None:

@@ -125,7 +125,7 @@ class Database:
         return db
 
     def compare(self, shown: int, asked: int) -> None:
-        """Heed what its clock has `shown` (`clock.standard`) in an answer, which has just come, to what was `asked` then."""
+        """Heed what its clock has `shown` in an answer that has just come, to what was asked at `asked`."""
         if clock.standard.heed(shown, asked=asked, answered=clock.machine()):
             if ahead := clock.standard.ahead:
                 direction = "behind" if ahead > 0 else "ahead of"
