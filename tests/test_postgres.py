@@ -24,7 +24,7 @@ from tako_runtime.control import Control
 from tako_runtime.errors import ConfigError, Refused, StoreError, StoreTooNew, StoreUnreachable
 from tako_runtime.run import StepRecord
 from tako_runtime.state import Returned
-from tako_runtime.store import Home, base, database, open_store, queries, schema
+from tako_runtime.store import Home, base, database, open_store, postgres, queries, schema
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.pipeline import Query
 from tako_runtime.store.postgres import PostgresStore
@@ -88,6 +88,28 @@ def test_what_several_callers_wrote_together_is_in_once_when_its_answer_was_lost
     with ThreadPoolExecutor(20) as pool:
         ids = list(pool.map(lambda _: caller.enqueue(), range(60)))
     assert sorted(ids) == sorted(run.id for run in caller.do(base.ListRuns(limit=100)))
+
+
+def test_a_batch_that_still_waits_on_the_server_when_its_connection_is_lost_is_not_carried_out_twice(
+    far: StoreThread, line: Wire, home: Home, server: Server
+) -> None:
+    """Its backend does not notice that nobody is there: it waits for a lock, and then goes on to the commit."""
+    caller, lock = Caller(far), f"{schema.number(home.schema)}, {schema.number('event go') % postgres._LOCKS}"
+
+    def waiting(count: int) -> bool:
+        asked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        return server.ask(asked, home.url) == [(count,)]
+
+    with psycopg.connect(home.url, autocommit=True) as other, ThreadPoolExecutor(1) as pool:
+        other.execute(f"SELECT pg_advisory_lock({lock})")  # type: ignore[arg-type]
+        sending = pool.submit(caller.signal, "go", "1")
+        until(lambda: waiting(1))
+        line.cut()
+        until(lambda: waiting(2))
+        other.execute(f"SELECT pg_advisory_unlock({lock})")  # type: ignore[arg-type]
+        assert sending.result(30) == 0
+        until(lambda: waiting(0))
+    assert len(caller.do(base.KeptSignals(now=caller.now))) == 1
 
 
 def test_a_reader_does_not_notice_that_the_connection_was_cut(far: StoreThread, line: Wire) -> None:

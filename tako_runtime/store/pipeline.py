@@ -136,7 +136,9 @@ class Pipeline:
                 self._poll(select.POLLIN)
                 self._wire.consume_input()
             result = self._wire.get_result()
-            if result is None:  # one comes after each statement's
+            if result is None:  # one comes after each statement's; and nothing but that, once the connection is gone
+                if self._wire.status != pq.ConnStatus.OK:
+                    raise error or psycopg.OperationalError(self._wire.get_error_message())
                 continue
             sent = self._waiting.popleft()
             sent.result = result

@@ -11,8 +11,9 @@ that names a claim holds its run's row (`FOR SHARE`) until the commit, so that n
 
 A commit whose answer was lost. Each batch that writes also writes its number into its process's row of `writers`, in
 the same transaction. If the connection goes while the commit is on its way, a new one looks there: either the batch is
-in, and its answers, which had all come before the commit was sent, are given; or it is not, and it is done again. So a
-batch is carried out once, whatever happens to the connection. What is not found out within `PATIENCE` is told as it is.
+in, and its answers, which were all known before the commit was sent, are given; or it is not, and then its number is
+used up by that look, so that it cannot come in later, and it is done again. So a batch is carried out once, whatever
+happens to the connection. What is not found out within `PATIENCE` is told as it is.
 """
 
 import os
@@ -212,7 +213,7 @@ class PostgresStore(SqlStore):
                 self._begin(contended(sorts))
                 ended = [op.change.seq for _, op in sorts.get(base.Apply, ()) if op.change.finished_at is not None]
                 answers = self._run(batch, sorts, topics)
-                self._batch += 1
+                self._batch += 2
                 asked = clock.machine()
                 mark = self._send("mark_batch", {"writer": self._writer, "batch": self._batch})
                 self._committing = answers, topics
@@ -270,14 +271,14 @@ class PostgresStore(SqlStore):
 
     def _landed(self, patience: "_Patience") -> tuple[list[Any], Topics] | None:
         """What the batch has answered, if it was committed though the answer to that was lost. Its transaction may not
-        be over on the server: then its row is locked, and is waited for."""
+        be over on the server, nor have got far: from now on it cannot be committed any more, or it has been."""
         committing = self._committing
         while committing is not None:
             try:
                 self._connect()
                 who = {"writer": self._writer}
                 with self._pipeline:
-                    self._change("know_writer", who)
+                    self._change("give_up_batch", {"batch": self._batch, "given_up": self._batch + 1, **who})
                     landed = self._value("last_batch", who) == self._batch
                 return committing if landed else None
             except psycopg.Error as error:

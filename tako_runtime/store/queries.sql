@@ -369,17 +369,21 @@ SELECT pg_advisory_xact_lock(CAST(:space AS int4), n) FROM unnest(CAST(:numbers 
 SELECT set_config(name, value, true) FROM unnest(CAST(:names AS text[]), CAST(:values AS text[])) AS t (name, value);
 
 -- name: mark_batch
--- The number of the batch that this process writes, in the batch's own transaction; and what the clock shows there.
-INSERT INTO writers (id, batch) VALUES (:writer, :batch)
-    ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, at = now()
-RETURNING CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS int8);
+-- The number of the batch that this process writes, in the batch's own transaction; and what the clock shows there. Fails
+-- where the batch was given up meanwhile (`give_up_batch`).
+WITH marked AS (INSERT INTO writers (id, batch) VALUES (:writer, :batch)
+    ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, at = now() WHERE writers.batch < excluded.batch RETURNING id)
+SELECT CASE count(*) WHEN 1 THEN CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS int8)
+                     ELSE CAST('tako: its process has given this batch up, and done it again ' || count(*) AS int8) END
+  FROM marked;
 
--- name: know_writer
-INSERT INTO writers (id, batch) VALUES (:writer, 0) ON CONFLICT (id) DO NOTHING;
+-- name: give_up_batch
+-- It has been committed, or it never will be: where its transaction has come as far as its mark, it is waited for.
+INSERT INTO writers (id, batch) VALUES (:writer, :given_up)
+    ON CONFLICT (id) DO UPDATE SET batch = excluded.batch WHERE writers.batch < :batch;
 
 -- name: last_batch
--- Waits for the transaction that writes it.
-SELECT batch FROM writers WHERE id = :writer FOR UPDATE;
+SELECT batch FROM writers WHERE id = :writer;
 
 -- name: batches_of_others
 SELECT CAST(COALESCE(sum(batch), 0) AS int8) FROM writers WHERE id <> :writer;
