@@ -24,7 +24,7 @@ from tako_runtime.control import Control
 from tako_runtime.errors import ConfigError, Refused, StoreError, StoreTooNew, StoreUnreachable
 from tako_runtime.run import StepRecord
 from tako_runtime.state import Returned
-from tako_runtime.store import Home, base, database, open_store, postgres, queries, schema
+from tako_runtime.store import Home, base, database, open_store, queries, schema
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.pipeline import Query
 from tako_runtime.store.postgres import PostgresStore
@@ -94,22 +94,22 @@ def test_a_batch_that_still_waits_on_the_server_when_its_connection_is_lost_is_n
     far: StoreThread, line: Wire, home: Home, server: Server
 ) -> None:
     """Its backend does not notice that nobody is there: it waits for a lock, and then goes on to the commit."""
-    caller, lock = Caller(far), f"{schema.number(home.schema)}, {schema.number('event go') % postgres._LOCKS}"
+    caller = Caller(far)
 
     def waiting(count: int) -> bool:
         asked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
         return server.ask(asked, home.url) == [(count,)]
 
-    with psycopg.connect(home.url, autocommit=True) as other, ThreadPoolExecutor(1) as pool:
-        other.execute(f"SELECT pg_advisory_lock({lock})")  # type: ignore[arg-type]
-        sending = pool.submit(caller.signal, "go", "1")
+    with psycopg.connect(home.url) as other, ThreadPoolExecutor(1) as pool:
+        other.execute(f'LOCK TABLE "{home.schema}".runs IN SHARE MODE')
+        enqueuing = pool.submit(caller.enqueue)
         until(lambda: waiting(1))
         line.cut()
         until(lambda: waiting(2))
-        other.execute(f"SELECT pg_advisory_unlock({lock})")  # type: ignore[arg-type]
-        assert sending.result(30) == 0
+        other.rollback()
+        run_id = enqueuing.result(30)
         until(lambda: waiting(0))
-    assert len(caller.do(base.KeptSignals(now=caller.now))) == 1
+    assert [run.id for run in caller.do(base.ListRuns())] == [run_id]
 
 
 def test_a_reader_does_not_notice_that_the_connection_was_cut(far: StoreThread, line: Wire) -> None:
