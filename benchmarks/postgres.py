@@ -81,7 +81,7 @@ def measure(quick: bool) -> list[Row]:
 def _drains(server: Any, quick: bool) -> list[Row]:
     rows = []
     for concurrency, (many, few) in SIZES.items():
-        runs, rounds = (few, 1) if quick else (many, 3)
+        runs, rounds = (few, 2) if quick else (many, 5)
         for workers in WORKERS:
             rates, floors = [], []
             for _ in range(rounds):
