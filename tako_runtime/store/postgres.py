@@ -78,15 +78,14 @@ _WORDS = {
     "in_statuses": "= ANY (:statuses)",
     "those": "= ANY (ARRAY(",
     "end": "))",
-    "any_index": "'' || ",
+    "any_index": "'' || ",  # the planner knows no index of that
     "lock": "FOR UPDATE SKIP LOCKED",
     "hold": "FOR SHARE",
 }
 
+#: Fails, in the words of a conversion, where a query has written fewer rows than it was given: who reads the server's
+#: log finds them there.
 _ALL_OF = "all of "
-
-#: Fails, in the words of a conversion, where a query has written fewer rows than it was to. Those who read the server's
-#: log may wonder.
 _ALL_OF_THEM = (
     "WITH written AS ({query} RETURNING 1) SELECT CASE count(*) WHEN :rows THEN 1 ELSE "
     "CAST('tako: somebody was first; now one by one, as only ' || count(*) || ' rows were as expected' AS int) END "
@@ -116,16 +115,13 @@ def queries_of(schema: str) -> dict[str, Query]:
 
 
 def _texts() -> dict[str, str]:
-    """In this dialect; and those whose rows are all to be written, under their names with ALL_OF."""
+    """In this dialect; and those whose rows are all to be written, under their names with `_ALL_OF`."""
     texts = load(_WORDS)
-    for name in ("save_steps", "apply"):
-        texts[_ALL_OF + name] = _ALL_OF_THEM.format(query=texts[name])
-        _ROWS[_ALL_OF + name] = _ROWS[name]
-    return texts
+    return texts | {_ALL_OF + name: _ALL_OF_THEM.format(query=texts[name]) for name in ("save_steps", "apply")}
 
 
 def _translated(schema: str, name: str, text: str) -> Query:
-    kinds = _ROWS.get(name, "").split()
+    kinds = _ROWS.get(name.removeprefix(_ALL_OF), "").split()
     names: dict[str, int] = {}
 
     def numbered(found: re.Match[str]) -> str:
