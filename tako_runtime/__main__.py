@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     worker.add_argument("--idle-timeout", help="leave after this long without work; without it, never")
     worker.add_argument("--lease", default="15s", help="how long the worker is believed alive after its last word")
     worker.add_argument("--log-level", choices=LEVELS, default="info")
+    worker.add_argument("--local", action="store_true", help="those in this machine's own store beside a shared one")
     worker.add_argument("--trial", action="store_true", help="claim nothing: say that all is there, and stay")
     serve = commands.add_parser("serve", help="one app on this server: its own process, workers, cron")
     serve.add_argument("--server", help="the name under [servers] whose settings hold here")
@@ -300,7 +301,7 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
         )
         for group in sorted(groups)
     ]
-    opened, app_dir = store.current(), store.locate().app_dir
+    opened, app_dir = store.current(local=args.local), store.locate().app_dir
     if args.trial:
         return _stay(opened, lifeline, groups)
     gc.collect()

@@ -58,6 +58,7 @@ class Declared(msgspec.Struct, frozen=True):
     timeout: int | None = None
     blocking: bool = False
     example: str = ""
+    local: bool = False
 
 
 class Mistake(msgspec.Struct, frozen=True):
@@ -296,6 +297,7 @@ def _declared(flow: Workflow[..., Any]) -> Declared:
         timeout=flow.timeout,
         blocking=flow.blocking,
         example=example(annotation) if flow.takes_payload else "null",
+        local=flow.local,
     )
 
 

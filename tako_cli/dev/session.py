@@ -158,7 +158,7 @@ class Session:
             self._lines.hold()
             if self._board is not None:
                 self._debugging.enter_context(self._board.lent())
-            self._server.supervisor.cleared(int(event["pid"]))
+            self._server.cleared(int(event["pid"]))
             return
         if event["event"] == "debugger.closed":
             self._debugging.close()
@@ -249,7 +249,7 @@ class Session:
 
     async def _welcome(self) -> None:
         left, config = await self._left(), self._config
-        given = self._server.supervisor.secrets
+        given = self._server.secrets
         found = Found(
             app=config.name, url=self._server.app.url if self._server.app is not None else None, root=config.root,
             folder=config.workflows.dir, store=Path(store.where(self._home)), workflows=self._manifest.workflows,
