@@ -14,7 +14,16 @@ from tako_runtime.errors import StoreBusy
 from tako_runtime.log import emit
 from tako_runtime.run import new_id
 from tako_runtime.signals import AWAITED
-from tako_runtime.store.base import DataVersion, DropKept, DropLease, KeptSignals, OpenWaits, SendSignal, TakeLease
+from tako_runtime.store.base import (
+    DataVersion,
+    DropKept,
+    DropLease,
+    KeptSignal,
+    KeptSignals,
+    OpenWaits,
+    SendSignal,
+    TakeLease,
+)
 from tako_runtime.store.commit import StoreThread
 
 #: Between two looks, in seconds: at most, and after a ring of the bell.
@@ -62,24 +71,29 @@ class Courier:
         if versions == self._seen:
             return 0
         self._seen = versions
-        return sum([await self._bring(name) for name in dict.fromkeys(wait.signal for wait in waits)])
+        names = list(dict.fromkeys(wait.signal for wait in waits))
+        if not any(await asyncio.gather(*[self._oldest(name) for name in names])):
+            return 0
+        now = self._clock.now()
+        lease = TakeLease(name="courier", holder=self._server, until=now + LEASE, now=now)
+        if not await self._shared.do(lease):  # it is another's turn, and then ours
+            self._seen = None
+            return 0
+        try:
+            return sum(await asyncio.gather(*[self._bring(name) for name in names]))
+        finally:
+            await self._shared.do(DropLease(name="courier", holder=self._server))
+
+    def _oldest(self, name: str) -> "asyncio.Future[list[KeptSignal]]":
+        return self._shared.do(KeptSignals(now=self._clock.now(), name=name, limit=1))
 
     async def _bring(self, name: str) -> int:
         """The oldest kept signal of that name to all who wait for it here."""
-        now = self._clock.now()
-        if not await self._shared.do(KeptSignals(now=now, name=name, limit=1)):
-            return 0
-        lease = TakeLease(name="courier", holder=self._server, until=now + LEASE, now=now)
-        if not await self._shared.do(lease):
-            self._seen = None  # it is another's turn
-            return 0
-        try:
-            took = 0
-            for one in await self._shared.do(KeptSignals(now=now, name=name, limit=1)):
-                payload = one.payload.decode(errors="replace")
-                took = await self._local.do(SendSignal(name=name, payload=payload, now=now, expires_at=None))
-                if took:
-                    await self._shared.do(DropKept(name=name, sent_at=one.sent_at))
-            return took
-        finally:
-            await self._shared.do(DropLease(name="courier", holder=self._server))
+        took = 0
+        for one in await self._oldest(name):
+            payload = one.payload.decode(errors="replace")
+            signal = SendSignal(name=name, payload=payload, now=self._clock.now(), expires_at=None)
+            took = await self._local.do(signal)
+            if took:
+                await self._shared.do(DropKept(name=name, sent_at=one.sent_at))
+        return took
