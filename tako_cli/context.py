@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,8 +85,8 @@ def here() -> "Iterator[Site]":
     """The app of this folder's project, or the one that the environment names."""
     from tako_runtime.site import Site
 
-    with opened() as (thread, home):
-        yield Site(thread, home, lambda: manifest(project()), known())
+    with opened() as (thread, home), closing(Site(thread, home, lambda: manifest(project()), known())) as site:
+        yield site
 
 
 def servers(env: str, server: str | None = None) -> "tuple[Config, Sequence[str]]":

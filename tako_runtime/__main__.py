@@ -205,11 +205,13 @@ def _operate(args: argparse.Namespace) -> int:
 
     config, home = _config(), store.locate()
     opened = store.open_store(home)
+    site = Site(opened, home, declared, config, args.server)
     try:
-        answer(Site(opened, home, declared, config, args.server), iter(sys.stdin.buffer.readline, b""), say)
+        answer(site, iter(sys.stdin.buffer.readline, b""), say)
     except BrokenPipeError:  # it has gone
         return 1
     finally:
+        site.close()
         opened.close()
     return 0
 

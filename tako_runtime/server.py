@@ -70,7 +70,7 @@ class Server:
         self.manifest = Manifest(())
         self._together = together
         self._reloading: asyncio.Future[None] | None = None
-        self.metrics = Metrics(config.metrics.listen, self._stores, self._group_names, self._clock)
+        self.metrics = Metrics(config.metrics.listen, self.stores, self._group_names, self._clock)
         self.feed = Feed(home.app_dir, lambda event: heard("tako", event))
 
         def heard(source: str, event: dict[str, Any]) -> None:
@@ -81,7 +81,7 @@ class Server:
         self._heard = heard
         self._log_level = "debug" if config.metrics.listen else log_level
         self._held = rotation.Note(home.app_dir)
-        self._own = local_of(home)
+        self.local = local_of(home)
         self._beside_is_there, self._ending = asyncio.Event(), False
         self.main = self._side(store, secrets)
         self.beside: Side | None = None
@@ -113,7 +113,8 @@ class Server:
     def _sides(self) -> list[Side]:
         return [self.main] if self.beside is None else [self.main, self.beside]
 
-    def _stores(self) -> list[StoreThread]:
+    def stores(self) -> list[StoreThread]:
+        """Those that it serves, the environment's first."""
         return [side.store for side in self._sides]
 
     async def declare(self) -> Manifest:
@@ -136,7 +137,7 @@ class Server:
         """Go by what this manifest declares from now on."""
         self.manifest = manifest
         self.main.supervisor.configure(self._groups(), self.environment)
-        await self.main.take(manifest, scheduled_on(manifest, local=False) if self._own else manifest)
+        await self.main.take(manifest, scheduled_on(manifest, local=False) if self.local else manifest)
         if self.app is not None:
             self.app.try_now()
         await self.look_beside(manifest)
@@ -152,10 +153,10 @@ class Server:
 
     async def look_beside(self, manifest: Manifest) -> None:
         """Serve this machine's own store too, if a workflow is local, or a run ever was."""
-        if self._own is None or self.beside is not None or self._ending:
+        if self.local is None or self.beside is not None or self._ending:
             return
         wanted = any(flow.local for flow in manifest.workflows)
-        opened = await asyncio.to_thread(self._own.made if wanted else self._own.there)
+        opened = await asyncio.to_thread(self.local.made if wanted else self.local.there)
         if opened is not None and self.beside is None and not self._ending:
             self.beside = self._side(opened, self.secrets, local=True)
             self._beside_is_there.set()
@@ -165,7 +166,7 @@ class Server:
         side to which new runs of the group come; what is left on the other is worked off by one when it is due."""
         found = self.config.group(name, self._server)
         sides = {flow.local for flow in self.manifest.workflows if flow.group == name} or {False}
-        workers = found.workers if self._own is None or local in sides else 0
+        workers = found.workers if self.local is None or local in sides else 0
         return Group(name, workers, found.concurrency, found.idle_timeout, found.grace)
 
     def _groups(self) -> dict[str, Group]:
@@ -266,8 +267,6 @@ class Server:
             self.stop()
             leaving.cancel()
             await asyncio.gather(*ending, return_exceptions=True)
-            if self._own is not None:
-                self._own.close()
         for part in ending:
             part.result()
 
@@ -297,6 +296,11 @@ class Server:
         for side in self._sides:
             side.stop(succeeded=succeeded)
 
+    def close(self) -> None:
+        """Close what it has opened beside the store that it was given."""
+        if self.local is not None:
+            self.local.close()
+
     def kill(self) -> None:
         """End every process at once, with what it has started."""
         for side in self._sides:
@@ -321,6 +325,7 @@ async def serve(server: Server, lock: Lock, trial: Trial | None = None) -> None:
     release; tells systemd how it stands (sd_notify(3)). With other secrets, workers and the app are replaced. With a
     `trial` it has to prove itself, and gets the lock only then."""
     with contextlib.ExitStack() as guards:
+        guards.callback(server.close)
         guards.enter_context(guarded(server.secrets))
         old = None
         if trial is not None:

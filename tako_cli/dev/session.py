@@ -142,6 +142,7 @@ class Session:
             if isinstance(left, Exception):
                 raise left
         await self._farewell()
+        self._server.close()
         if self._stops > 1 or (once and self._stops):
             return 130
         return 1 if once and (self._dead or left is not True) else 0
@@ -241,7 +242,9 @@ class Session:
     async def _work_off(self) -> bool:
         declared = {(flow.name, flow.group) for flow in self._manifest.workflows}
         try:
-            return await work_off(self._store, Workable(declared, self._failed_starts), self._news, self._lines.say)
+            return await work_off(
+                self._server.stores, Workable(declared, self._failed_starts), self._news, self._lines.say
+            )
         finally:
             self._stop()
 
@@ -286,8 +289,9 @@ class Session:
     async def _left(self) -> dict[str, int]:
         """Live runs by what people call their state."""
         counted: Counter[str] = Counter()
-        for (status, reason), count in (await self._store.do(CountRuns())).items():
-            counted["running" if status == Status.RUNNING else reason] += count
+        for opened in self._server.stores():
+            for (status, reason), count in (await opened.do(CountRuns())).items():
+                counted["running" if status == Status.RUNNING else reason] += count
         return dict(counted)
 
 
