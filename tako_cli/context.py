@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -52,9 +52,10 @@ def opened() -> "Iterator[tuple[StoreThread, Home]]":
 @contextmanager
 def site(env: str | None = None, server: str | None = None) -> "Iterator[Site]":
     """The app that a command is about: that of this folder, or, of an environment with servers, the one there. Where
-    its servers share a store, the first that can be reached answers for all."""
+    its servers share a store, the first that can be reached answers for all, but for what is local to the others."""
     from tako_cli import afar
     from tako_cli.remote import Unreachable
+    from tako_cli.several import Several
 
     if env in (None, DEV):
         if server is not None:
@@ -63,10 +64,6 @@ def site(env: str | None = None, server: str | None = None) -> "Iterator[Site]":
             yield found
         return
     config, names = servers(str(env), server)
-    if len(names) > 1 and config.storage.url == "sqlite":
-        from tako_runtime.errors import Refused
-
-        raise Refused(f"each server of {env} has a store of its own", hint=f"Say which: --server {names[0]}")
     remotes = remotes_of(config, names)
     for remote in remotes:
         try:
@@ -77,7 +74,31 @@ def site(env: str | None = None, server: str | None = None) -> "Iterator[Site]":
                 raise
             output.note(f"{error}; asks the next one")
     with afar.site(config, str(env), remote) as found:
-        yield found
+        others = remotes[remotes.index(remote) + 1 :]
+        shared = config.storage.url != "sqlite"
+        if not others or (shared and not any(flow.local for flow in found.manifest().workflows)):
+            yield found
+            return
+        with _beside(config, str(env), others) as sites:
+            yield cast("Site", Several({remote.name: found, **sites}, shared=shared))
+
+
+@contextmanager
+def _beside(config: "Config", env: str, remotes: "Sequence[Remote]") -> "Iterator[dict[str, Site]]":
+    """The app on these servers too, as far as they can be reached."""
+    from tako_cli import afar
+    from tako_runtime.errors import TakoError
+
+    sites = {}
+    with ExitStack() as stack:
+        for remote in remotes:
+            try:
+                sites[remote.name] = stack.enter_context(afar.site(config, env, remote))
+                sites[remote.name].now()  # it answers
+            except TakoError as error:
+                sites.pop(remote.name, None)
+                output.note(f"{error}; what only {remote.name} has is not looked at")
+        yield sites
 
 
 @contextmanager

@@ -90,7 +90,7 @@ def _workers(workers: list[Json], now: int) -> "list[Text]":
         rows.append(
             [
                 f"w-{short_id(output.one_line(worker['id']))}",
-                output.one_line(worker["group"]),
+                wording.named(output.one_line(worker["group"]), worker["local"]),
                 str(worker["pid"]),
                 str(worker["running"]),
                 output.styled(lease, "" if worker["up"] else "red"),
@@ -109,7 +109,7 @@ def _schedules(schedules: list[Json], now: int) -> "list[Text]":
         zone = "" if one["timezone"] == "UTC" else f" {one['timezone']}"
         rows.append(
             [
-                output.one_line(one["workflow"]),
+                wording.named(output.one_line(one["workflow"]), one["local"]),
                 output.one_line(one["schedule"] + zone),
                 next_at if one["next_at"] else "once a supervisor runs",
             ]
@@ -140,7 +140,8 @@ def _waiting(waits: list[Json], now: int) -> "list[Text]":
     rows: list[list[str | Text]] = []
     for wait in waits:
         until = wording.distance(wait["until"], now) if wait["until"] else "never"
-        name, workflow = output.one_line(wait["signal"]), output.one_line(wait["workflow"])
+        name = output.one_line(wait["signal"])
+        workflow = wording.named(output.one_line(wait["workflow"]), wait["local"], wait.get("server"))
         rows.append([name, short_id(wait["run"]), workflow, wording.age(wait["since"], now), until])
     return output.table(["WAITED FOR", "RUN", "WORKFLOW", "SINCE", "TIMES OUT"], rows, flexible=[2, 0], right=[3])
 

@@ -163,12 +163,16 @@ def _fit(_: argparse.Namespace) -> int:
     declared = msgspec.json.decode(Path(".release/manifest.json").read_bytes(), type=Manifest)
     home = store.locate()
     there, ours = store.versions(home)
+    if home.is_shared and home.file.exists() and there == ours:
+        there, ours = store.versions(home.embedded())
     if there != ours:  # opening it would change it, under the release that runs
-        found = {"orphaned": {}, "strange": [], "unread": 0, "looked_at": 0, "schema": [there, ours]}
+        found = {"orphaned": {}, "elsewhere": {}, "strange": [], "unread": 0, "looked_at": 0, "schema": [there, ours]}
     else:
-        opened = store.open_store(home)
-        found = unfit(Control(opened, app_dir=home.app_dir), declared, Path.cwd())
+        opened, local = store.open_store(home), store.local_of(home)
+        found = unfit(Control(opened, app_dir=home.app_dir, local=local), declared, Path.cwd())
         opened.close()
+        if local is not None:
+            local.close()
     sys.stdout.write(json.dumps(found) + "\n")
     return 0
 

@@ -49,6 +49,11 @@ class Control:
         self._clock: Clock = clock or SystemClock()
         self._app_dir = app_dir or Path(os.devnull)
 
+    @property
+    def splits(self) -> bool:
+        """Whether runs of local workflows have another store than all others."""
+        return self._local is not None
+
     def _stores(self) -> list[tuple[StoreThread, bool]]:
         """The stores that there are, and whether it is this machine's own beside another."""
         beside = self._local.there() if self._local is not None else None

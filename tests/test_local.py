@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from beside import FLOWS, TICKS, Stores, make
 from conftest import finished, script, until
 from postgres import Server
 from workers import gone, serving
@@ -21,93 +22,16 @@ from tako_runtime.workflow import Workflow, signal, signal_sync, workflow
 
 STORES = ("postgres",)
 
-FLOWS = """
-import asyncio, os, pathlib
-from tako_runtime import Step, signal, workflow
-
-def here() -> str:
-    return os.environ["TAKO_DATA_DIR"]
-
-@workflow("shared")
-async def shared(payload: str, step: Step) -> str:
-    if payload == "starts local":
-        await warm.enqueue("from shared", unique_key="k")
-    return here()
-
-@workflow("warm", local=True)
-async def warm(payload: str, step: Step) -> str:
-    if payload == "starts shared":
-        await shared.enqueue_many(["from local"])
-    return here()
-
-@workflow("holds", local=True, retries=4)
-async def holds(payload: str, step: Step) -> str:
-    async def body() -> str:
-        while not pathlib.Path(payload).exists():
-            await asyncio.sleep(0.02)
-        return here()
-    return await step.run("hold", body)
-
-@workflow("waits", local=True)
-async def waits(payload: str, step: Step) -> object:
-    return await step.wait_for(payload)
-
-@workflow("sends", local=True)
-async def sends(payload: str, step: Step) -> int:
-    return await signal(payload, here())
-
-@workflow("asks")
-async def asks(payload: str, step: Step) -> object:
-    return await step.wait_for(payload)
-"""
-
-TICKS = """
-@workflow("ticks", local=True, schedule="* * * * * *")
-async def ticks(step: Step) -> str:
-    return here()
-"""
-
-TOML = 'name = "shop"\n[workflows]\nlease = "2s"\nidle_timeout = "60s"\n'
-
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return make(tmp_path / "shop", FLOWS)
 
 
-def make(root: Path, flows: str, toml: str = TOML) -> Path:
-    (root / "workflows").mkdir(parents=True, exist_ok=True)
-    (root / "workflows" / "flows.py").write_text(flows)
-    (root / "tako.toml").write_text(toml)
-    return root
-
-
 @pytest.fixture
 def homes(home: Home, tmp_path_factory: pytest.TempPathFactory) -> list[Home]:
     """Two servers. The test itself is a process of the first."""
     return [home, home._replace(data_dir=Path(tmp_path_factory.mktemp("s2")))]
-
-
-class Stores:
-    """Both stores of a server."""
-
-    def __init__(self, opened: StoreThread, home: Home) -> None:
-        self.home, self.local = home, Local(home)
-        self.control = Control(opened)
-        self.shared = opened
-
-    def runs(self, workflow: str | None = None) -> dict[str, list[dict[str, Any]]]:
-        """What is in the shared store, and what in the server's own."""
-        there = self.local.there()
-        own = Control(there).list_runs(workflow=workflow, limit=1_000) if there is not None else []
-        return {"shared": self.control.list_runs(workflow=workflow, limit=1_000), "local": own}
-
-    def ended(self, workflow: str, count: int = 1) -> list[dict[str, Any]]:
-        """The local runs of that workflow, once so many have succeeded."""
-        return until(lambda: len(found := self._succeeded(workflow)) >= count and found)
-
-    def _succeeded(self, workflow: str) -> list[dict[str, Any]]:
-        return [run for run in self.runs(workflow)["local"] if run["status"] == "succeeded"]
 
 
 @pytest.fixture
@@ -408,9 +332,9 @@ def test_no_signal_is_lost_whoever_is_killed_while_it_is_brought(
         signal_sync(f"s{n}", n)
     flows["waits"].enqueue_many_sync([f"s{n}" for n in range(100)])
     for _ in range(3):
-        before = len(both[0]._succeeded("waits"))
+        before = len(both[0].succeeded("waits"))
         with serving(homes[0], project) as server:
-            until(lambda: len(both[0]._succeeded("waits")) > min(before + 10, 99))  # noqa: B023
+            until(lambda: len(both[0].succeeded("waits")) > min(before + 10, 99))  # noqa: B023
             server.process.kill()
             server.process.wait()
     with serving(homes[0], project) as server:

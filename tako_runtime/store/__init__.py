@@ -24,9 +24,11 @@ from tako_runtime.store.base import Store
 from tako_runtime.store.commit import StoreThread
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from tako_runtime.store.database import Database
     from tako_runtime.store.file import Aside, Examined
-    from tako_runtime.store.moving import Moved
+    from tako_runtime.store.moving import Copied
     from tako_runtime.store.relay import Relay
 
 #: The environment of `tako dev`: TAKO_ENV, and the variables of [vars.development].
@@ -284,14 +286,14 @@ def _secret(home: Home, name: str) -> str | None:
     return secrets.get(name) or stored(home.app_dir).get(name)
 
 
-def copy(home: Home, *, dry_run: bool = False) -> "list[Moved]":
-    """Carry what is in this machine's own store into the database of `home`, or, where `home` names none yet, of the
-    secret (`moving.move`)."""
+def copy(home: Home, *, local: "Collection[str]" = (), dry_run: bool = False) -> "Copied":
+    """Carry what is in this machine's own store, but for the workflows `local`, into the database of `home`, or, where
+    `home` names none yet, of the secret (`moving.move`)."""
     shared = home if home.is_shared else home._replace(url=POSTGRES)
     database = _database(shared)
     from tako_runtime.store.moving import move
 
-    return move(home.file, database, shared.schema, dry_run=dry_run)
+    return move(home.file, database, shared.schema, local=local, dry_run=dry_run)
 
 
 def migrate(home: Home, *, breaking: bool = False) -> None:
