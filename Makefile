@@ -48,7 +48,7 @@ types: setup
 bench: setup  ## the engine beside the floor (QUICK=1 for a short run)
 	$(BIN)/python -m benchmarks $(if $(QUICK),--quick)
 
-screens: setup  ## the screens of the README, from a real terminal
+screens: setup  ## the screens of the documentation, from a real terminal
 	$(BIN)/python tests/screens.py
 
 chaos: setup  ## a night of crashes: 2,000 runs, 50 kills and stops at random

@@ -1,6 +1,6 @@
-"""`python -m tako_cli.reference`: the command reference of the README, made from the commands' own help.
+"""`python -m tako_cli.reference`: the command reference (`docs/commands.md`), made from the commands' own help.
 
-With `--write README.md` it is put between the file's markers; a test holds the two together.
+With `--write docs/commands.md` it is put between the file's markers; a test holds the two together.
 """
 
 import sys
@@ -33,9 +33,9 @@ def _helps(command: Any, path: str) -> Iterator[tuple[str, str]]:
         yield from _helps(one, f"{path} {name}")
 
 
-def written(readme: str) -> str:
-    """The text of a README with the reference put in."""
-    before, rest = readme.split(BEGIN)
+def written(page: str) -> str:
+    """The text of a page with the reference put in."""
+    before, rest = page.split(BEGIN)
     return f"{before}{BEGIN}\n\n{reference()}\n\n{END}{rest.split(END)[1]}"
 
 

@@ -1,4 +1,4 @@
-"""The screens of the README: `make screens`.
+"""The screens of the documentation: `make screens`.
 
 A scaffolded project, a real `tako dev` at a terminal of 100 columns, the keys of a person, and what the terminal shows
 as SVG in `docs/`. `tests/test_screens.py` makes them again and compares what does not change with time.

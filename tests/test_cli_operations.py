@@ -180,9 +180,9 @@ def test_why_names_the_file_that_may_have_the_workflow_and_cannot_be_imported(pr
     assert "flows.py:3" in found["sentence"]
 
 
-def test_the_causes_are_in_the_readme() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert [cause for cause in CAUSES if f"`{cause}`" not in readme] == []
+def test_the_causes_are_documented() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "operating.md").read_text()
+    assert [cause for cause in CAUSES if f"`{cause}`" not in page] == []
 
 
 # --- tako runs tail --------------------------------------------------------------------------------------------------

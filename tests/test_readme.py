@@ -1,4 +1,4 @@
-"""The README says what is so."""
+"""The README and the pages behind it say what is so."""
 
 import os
 import re
@@ -10,17 +10,20 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+PAGES = {path.name: path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")}
 
 
 def test_the_command_reference_is_what_the_commands_say_of_themselves() -> None:
     words = [sys.executable, "-m", "tako_cli.reference"]
     env = {**os.environ, "COLUMNS": "200"}  # whoever makes it, at whatever width
     made = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, env=env, timeout=60).stdout
-    assert made.strip() in README, "python -m tako_cli.reference --write README.md"
+    assert made.strip() in PAGES["commands.md"], "python -m tako_cli.reference --write docs/commands.md"
 
 
 def test_it_shows_the_annotated_example_of_tako_toml_as_it_is() -> None:
-    [shown] = re.findall(r"<!-- example: tako_runtime/example.toml -->\n\n```toml\n(.*?)```", README, re.DOTALL)
+    [shown] = re.findall(
+        r"<!-- example: tako_runtime/example.toml -->\n\n```toml\n(.*?)```", PAGES["configuration.md"], re.DOTALL
+    )
     assert shown == (ROOT / "tako_runtime" / "example.toml").read_text("utf-8")
 
 
@@ -29,6 +32,28 @@ def test_its_first_page_says_at_least_once_and_what_the_key_of_a_step_is_for() -
     [said] = re.findall(r"### At least once.*?\n\n(.*)", first_page, re.DOTALL)
     assert "runs once more" in said
     assert "`step.key(" in said
+
+
+def test_every_link_within_the_documentation_leads_somewhere() -> None:
+    pages = {ROOT / "README.md": README, **{ROOT / "docs" / name: text for name, text in PAGES.items()}}
+    anchors = {
+        path: {
+            re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
+            for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+        }
+        for path, text in pages.items()
+    }
+    links = [(path, link) for path, text in pages.items() for link in re.findall(r"\]\((?!https?:)([\w./#-]+)\)", text)]
+    assert len(links) >= 10
+    for path, link in links:
+        name, _, anchor = link.partition("#")
+        target = (path.parent / name).resolve() if name else path
+        assert target.is_file(), (path.name, link)
+        assert not anchor or anchor in anchors[target], (path.name, link)
+
+
+def test_every_page_is_reached_from_the_readme() -> None:
+    assert {name for name in PAGES if f"(docs/{name})" not in README} == set()
 
 
 def test_every_error_of_the_public_names_is_documented_in_the_tree_of_errors() -> None:
@@ -40,6 +65,6 @@ def test_every_error_of_the_public_names_is_documented_in_the_tree_of_errors() -
             assert re.search(rf"\b{name}\b", tree), name
 
 
-@pytest.mark.parametrize("name", re.findall(r"`(\w+\.py)`", README.split("## How it is built")[1]))
-def test_a_module_that_the_readme_names_is_there(name: str) -> None:
+@pytest.mark.parametrize("name", re.findall(r"`(\w+\.py)`", PAGES["how-it-is-built.md"]))
+def test_a_module_that_the_pages_name_is_there(name: str) -> None:
     assert list((ROOT / "tako_runtime").rglob(name))

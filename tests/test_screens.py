@@ -1,4 +1,4 @@
-"""The screens of the README are what `tako dev` shows."""
+"""The screens of the documentation are what `tako dev` shows."""
 
 import re
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import screens
 
-README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+PAGE = (screens.DOCS / "development.md").read_text("utf-8")
 
 
-def test_the_readme_shows_both_and_they_are_there() -> None:
-    shown = re.findall(r"!\[[^\]]+\]\((docs/[\w-]+\.svg)\)", README)
-    assert shown == ["docs/dev.svg", "docs/dev-mend.svg"]
-    assert all((screens.DOCS.parent / name).is_file() for name in shown)
+def test_the_page_on_development_shows_both_and_they_are_there() -> None:
+    shown = re.findall(r"!\[[^\]]+\]\(([\w-]+\.svg)\)", PAGE)
+    assert shown == ["dev.svg", "dev-mend.svg"]
+    assert all((screens.DOCS / name).is_file() for name in shown)
 
 
 @pytest.mark.slow
