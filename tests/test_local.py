@@ -12,9 +12,10 @@ import pytest
 from beside import FLOWS, TICKS, Stores, make
 from conftest import finished, script, until
 from postgres import Server
+from serving import keep_secrets
 from workers import gone, serving
 
-from tako_runtime import Step, store
+from tako_runtime import Step, rotation, store
 from tako_runtime.control import Control
 from tako_runtime.store import Home, Local, base, open_store
 from tako_runtime.store.commit import StoreThread
@@ -248,6 +249,69 @@ def test_local_workflows_go_on_while_the_database_is_away(
             store.use(None)
         assert server.process.poll() is None
     beside.close()
+
+
+KEEPERS = """
+from tako_runtime import secrets
+
+def wait(gate: str) -> str:
+    import time
+    while not pathlib.Path(gate).exists():
+        time.sleep(0.02)
+    return secrets["KEY"][-3:]
+
+@workflow("here", local=True, retries=0)
+async def kept_here(payload: str, step: Step) -> list[str]:
+    return [await step.run("first", wait, payload), await step.run("second", wait, payload)]
+
+@workflow("there", retries=0)
+async def kept_there(payload: str, step: Step) -> list[str]:
+    return [await step.run("first", wait, payload), await step.run("second", wait, payload)]
+"""
+
+
+def test_new_secrets_replace_the_workers_of_both_stores_at_their_next_step(
+    both: list[Stores], homes: list[Home], tmp_path: Path, clean_registry: object
+) -> None:
+    @workflow("here", local=True)
+    async def here(payload: str, step: Step) -> None: ...
+
+    @workflow("there")
+    async def there(payload: str, step: Step) -> None: ...
+
+    keep_secrets(homes[0], {"KEY": "sk_live_before_one"})
+    gate, app_dir = tmp_path / "gate", homes[0].app_dir
+    with serving(homes[0], make(tmp_path / "shop", FLOWS + KEEPERS)) as server:
+        here.enqueue_sync(str(gate))
+        there.enqueue_sync(str(gate))
+        until(lambda: [run["status"] for runs in both[0].runs().values() for run in runs] == ["running"] * 2)
+        keep_secrets(homes[0], {"KEY": "sk_live_after_two"})
+        server.process.send_signal(signals.SIGHUP)
+        until(lambda: sorted(rotation.standing(app_dir)["old"]) == sorted(server.spawned[:2]))
+        gate.touch()
+        [run] = both[0].ended("here")
+        [other] = until(lambda: both[0].control.list_runs(workflow="there", statuses=["succeeded"]))
+        assert (run["result"], other["result"]) == (["one", "two"], ["one", "two"])
+        until(lambda: rotation.standing(app_dir) == {"unread": False, "old": []})
+
+
+def test_workers_of_both_stores_stop_with_their_supervisor_and_what_they_had_in_hand_uses_up_no_attempt(
+    both: list[Stores], homes: list[Home], project: Path, tmp_path: Path, flows: dict[str, Workflow[..., Any]]
+) -> None:
+    gate = tmp_path / "gate"
+    with serving(homes[0], project) as server:
+        flows["holds"].enqueue_sync(str(gate))
+        flows["shared"].enqueue_sync("x")
+        until(lambda: len(server.events("worker.claimed")) == 2)
+        server.process.terminate()
+        until(lambda: server.events("worker.draining"))
+        gate.touch()
+        assert server.process.wait(30) == 0
+        assert all(gone(pid) for pid in server.spawned)
+    [run] = both[0].runs("holds")["local"]
+    assert (run["attempt"], run["status"] in ("succeeded", "pending")) == (1, True)
+    own = both[0].local.made()
+    assert own.do_sync(base.ListWorkers()) == []
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

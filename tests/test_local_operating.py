@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from beside import FLOWS, make
-from cli import document, done, tako
+from cli import Dev, developing, document, done, tako
 from conftest import Caller, until
 from test_metrics import read
 from workers import serving
@@ -174,6 +175,23 @@ def test_the_commands_show_local_runs_beside_the_others(home: Home, tmp_path: Pa
     assert document("runs", "signal", "go", cwd=project)["signal"]["woken"] == 1
     assert tako("dev", "--once", cwd=project).returncode == 0
     assert document("runs", "show", asks["id"], cwd=project)["run"]["status"] == "succeeded"
+
+
+def test_tako_dev_puts_what_is_saved_to_work_for_local_runs_too(home: Home, tmp_path: Path) -> None:
+    project = make(tmp_path / "shop", FLOWS, f'name = "shop"\n[storage]\nurl = "{home.url}"\n')
+    flows = project / "workflows" / "flows.py"
+
+    def result(dev: Dev) -> Any:
+        run = document("runs", "start", "warm", "--payload", '"x"', "--wait", cwd=project)["run"]
+        assert (run["local"], run["status"]) == (True, "succeeded"), dev.events
+        return run["result"]
+
+    with developing(project) as dev:
+        dev.wait_for("dev.ready")
+        assert result(dev) == str(project / ".tako")
+        flows.write_text(FLOWS.replace('return os.environ["TAKO_DATA_DIR"]', 'return "as it is saved now"'))
+        dev.wait_for("code.reloaded")
+        until(lambda: result(dev) == "as it is saved now")
 
 
 def test_whoever_follows_a_local_run_sees_its_end_and_cron_ls_its_schedule(
