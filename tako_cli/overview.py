@@ -34,6 +34,7 @@ def _facts(found: Json, store: Path, here: Path, now: int, at: str) -> "list[Tex
     facts = [
         ("app", found["app"]),
         ("store", str(store.relative_to(here) if store.is_relative_to(here) else store)),
+        ("local", found.get("local_store") or ""),
         ("runs by", f"{who['what']}, process {who['pid']}" if who else "nobody"),
         ("process", f"{own['message']} ({wording.age(own['since'], now)} ago)" if own else ""),
         ("secrets", f"old ones in process {', '.join(old)}, until the next step there" if old else ""),

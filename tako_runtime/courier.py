@@ -96,4 +96,5 @@ class Courier:
             took = await self._local.do(signal)
             if took:
                 await self._shared.do(DropKept(name=name, sent_at=one.sent_at))
+                emit("signal.brought", signal=name, runs=took)
         return took

@@ -67,7 +67,9 @@ class Site(Control):
         return self._home.data_dir.name == ".tako"
 
     def status(self, config: Config | None = None, server: str | None = None) -> Json:
-        at = {"app": self._home.app, "store": store.where(self._home)}
+        beside = self._local is not None and self._local.there() is not None
+        own = str(self._home.file) if beside else None
+        at = {"app": self._home.app, "store": store.where(self._home), "local_store": own}
         return {**at, **super().status(config or self._config, server or self._server)}
 
     def why(self, prefix: str, config: Config | None = None, declared: Callable[[], Manifest] | None = None) -> Json:

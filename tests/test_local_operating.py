@@ -1,6 +1,9 @@
 """What an operator sees and does of local runs: beside those of the shared store, and on each of several servers."""
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,6 +16,7 @@ from conftest import Caller, until
 from test_metrics import read
 from workers import serving
 
+from tako_cli.overview import status as overview
 from tako_cli.several import Several
 from tako_runtime.control import Control
 from tako_runtime.errors import NotFound, Refused
@@ -23,6 +27,7 @@ from tako_runtime.site import Site
 from tako_runtime.state import Returned, Sleeps, Waits
 from tako_runtime.store import Home, Local, base, open_store
 from tako_runtime.store.commit import StoreThread
+from tako_runtime.store.file import examine
 
 STORES = ("postgres",)
 
@@ -212,6 +217,26 @@ def test_whoever_follows_a_local_run_sees_its_end_and_cron_ls_its_schedule(
 
         assert asyncio.run(asyncio.wait_for(followed(), 60))[-1] == "run.succeeded"
         site.close()
+
+
+def test_a_servers_own_store_is_told_of_and_can_be_copied_before_its_app_is_removed(
+    opened: StoreThread, home: Home, own: Caller, tmp_path: Path
+) -> None:
+    """As `tako app remove` does it."""
+    own.enqueue()
+    site = Site(opened, home, lambda: Manifest(()))
+    found = site.status()
+    assert found["local_store"] == str(home.file)
+    assert any(str(home.file) in str(line) for line in overview(found, own.now, tmp_path))
+    site.close()
+    environment = {**os.environ, **home.environment(), "TAKO_STORAGE": "sqlite"}
+    copied = subprocess.run(
+        [sys.executable, "-m", "tako_runtime", "backup"], env=environment, capture_output=True, check=True, timeout=60
+    ).stdout
+    (tmp_path / "copy.db").write_bytes(copied)
+    kept = examine(tmp_path / "copy.db")
+    assert kept is not None
+    assert (kept.damage, kept.runs) == ((), 1)
 
 
 # --- several servers -------------------------------------------------------------------------------------------------

@@ -176,8 +176,8 @@ def back(config: Config, facts: Facts, release: str) -> Plan:
 
 
 def _has_runs(config: Config, facts: Facts) -> bool:
-    """Whether there is a store on that server to look into."""
-    return config.storage.url == "sqlite" and bool(facts.answer.get("schema"))
+    """Whether there is a store to look into: on that server, or shared."""
+    return config.storage.url != "sqlite" or bool(facts.answer.get("schema"))
 
 
 def _name(release: Release, facts: Facts) -> str:
