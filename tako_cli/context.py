@@ -65,6 +65,10 @@ def site(env: str | None = None, server: str | None = None) -> "Iterator[Site]":
         return
     config, names = servers(str(env), server)
     remotes = remotes_of(config, names)
+    if len(remotes) > 1 and config.storage.url == "sqlite":
+        with _each(config, str(env), remotes) as sites:
+            yield cast("Site", Several(sites, shared=False))
+        return
     for remote in remotes:
         try:
             remote.connect()
@@ -75,28 +79,29 @@ def site(env: str | None = None, server: str | None = None) -> "Iterator[Site]":
             output.note(f"{error}; asks the next one")
     with afar.site(config, str(env), remote) as found:
         others = remotes[remotes.index(remote) + 1 :]
-        shared = config.storage.url != "sqlite"
-        if not others or (shared and not any(flow.local for flow in found.manifest().workflows)):
+        if others and any(flow.local for flow in found.manifest().workflows):
+            with _each(config, str(env), others, least=0) as sites:
+                yield cast("Site", Several({remote.name: found, **sites}))
+        else:
             yield found
-            return
-        with _beside(config, str(env), others) as sites:
-            yield cast("Site", Several({remote.name: found, **sites}, shared=shared))
 
 
 @contextmanager
-def _beside(config: "Config", env: str, remotes: "Sequence[Remote]") -> "Iterator[dict[str, Site]]":
-    """The app on these servers too, as far as they can be reached."""
+def _each(config: "Config", env: str, remotes: "Sequence[Remote]", least: int = 1) -> "Iterator[dict[str, Site]]":
+    """The app on each of these servers that answers, which are so many at least."""
     from tako_cli import afar
     from tako_runtime.errors import TakoError
 
-    sites = {}
+    sites: dict[str, Site] = {}
     with ExitStack() as stack:
-        for remote in remotes:
+        for at, remote in enumerate(remotes, 1):
             try:
-                sites[remote.name] = stack.enter_context(afar.site(config, env, remote))
-                sites[remote.name].now()  # it answers
+                found = stack.enter_context(afar.site(config, env, remote))
+                found.now()  # it answers
+                sites[remote.name] = found
             except TakoError as error:
-                sites.pop(remote.name, None)
+                if at == len(remotes) and len(sites) < least:
+                    raise
                 output.note(f"{error}; what only {remote.name} has is not looked at")
         yield sites
 
