@@ -91,7 +91,7 @@ def _workers(workers: list[Json], now: int) -> "list[Text]":
         rows.append(
             [
                 f"w-{short_id(output.one_line(worker['id']))}",
-                wording.named(output.one_line(worker["group"]), worker["local"]),
+                wording.named(output.one_line(worker["group"]), worker.get("local", False)),
                 str(worker["pid"]),
                 str(worker["running"]),
                 output.styled(lease, "" if worker["up"] else "red"),
@@ -110,7 +110,7 @@ def _schedules(schedules: list[Json], now: int) -> "list[Text]":
         zone = "" if one["timezone"] == "UTC" else f" {one['timezone']}"
         rows.append(
             [
-                wording.named(output.one_line(one["workflow"]), one["local"]),
+                wording.named(output.one_line(one["workflow"]), one.get("local", False)),
                 output.one_line(one["schedule"] + zone),
                 next_at if one["next_at"] else "once a supervisor runs",
             ]
@@ -142,7 +142,7 @@ def _waiting(waits: list[Json], now: int) -> "list[Text]":
     for wait in waits:
         until = wording.distance(wait["until"], now) if wait["until"] else "never"
         name = output.one_line(wait["signal"])
-        workflow = wording.named(output.one_line(wait["workflow"]), wait["local"], wait.get("server"))
+        workflow = wording.named(output.one_line(wait["workflow"]), wait.get("local", False), wait.get("server"))
         rows.append([name, short_id(wait["run"]), workflow, wording.age(wait["since"], now), until])
     return output.table(["WAITED FOR", "RUN", "WORKFLOW", "SINCE", "TIMES OUT"], rows, flexible=[2, 0], right=[3])
 

@@ -125,7 +125,7 @@ class Several:
         return self._sites[self._server_of[run]]
 
     def _is_own(self, one: Json) -> bool:
-        return one["local"] or not self._shared
+        return one.get("local", False) or not self._shared
 
     def _marked(self, one: Json, server: str) -> Json:
         return {**one, "server": server} if self._is_own(one) else one

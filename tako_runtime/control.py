@@ -59,9 +59,11 @@ class Control:
         beside = self._local.there() if self._local is not None else None
         return [(self._store, False)] if beside is None else [(self._store, False), (beside, True)]
 
-    def _store_of(self, run: Run) -> StoreThread:
-        is_local = isinstance(run, Found) and run.local
-        return self._local.made() if is_local and self._local is not None else self._store
+    def _store_for(self, *, local: bool) -> StoreThread:
+        return self._local.made() if local and self._local is not None else self._store
+
+    def _store_of(self, run: Found) -> StoreThread:
+        return self._store_for(local=run.local)
 
     # --- looking ---
 
@@ -192,9 +194,7 @@ class Control:
             backoff_base=flow.backoff_base, backoff_max=flow.backoff_max, priority=priority, unique_key=unique_key,
             scheduled_at=scheduled_at,
         )  # fmt: skip
-        is_local = flow.local and self._local is not None
-        store = self._local.made() if is_local and self._local is not None else self._store
-        [run_id] = store.do_sync(base.Enqueue(runs=[new], now=now))
+        [run_id] = self._store_for(local=flow.local).do_sync(base.Enqueue(runs=[new], now=now))
         return self.find(run_id)
 
     def refuse_unhealthy(self, group: str) -> None:

@@ -116,7 +116,7 @@ def fire(name: Name, env: AtEnv = None, server: AtServer = None, as_json: Json =
 def _standing(one: dict[str, Any]) -> "list[Text]":
     from tako_cli import wording
 
-    parts = [_title(wording.named(one["workflow"], one["local"]), one["expression"], one["timezone"])]
+    parts = [_title(wording.named(one["workflow"], one.get("local", False)), one["expression"], one["timezone"])]
     now = wording.now()
     if one["error"]:
         parts += _lines("", [one["error"]])
