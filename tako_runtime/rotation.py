@@ -30,9 +30,18 @@ def version(app_dir: Path) -> int:
         return 0
 
 
-def note(app_dir: Path, version: int, old: Collection[int]) -> None:
-    with contextlib.suppress(OSError):  # a full disk: only a look at it is wrong then
-        _write(app_dir / "secrets.held", msgspec.json.encode(Held(version, sorted(old))))
+class Note:
+    """What the supervisors of one app on this machine note, each for its own workers."""
+
+    def __init__(self, app_dir: Path) -> None:
+        self._app_dir = app_dir
+        self._old: dict[object, Collection[int]] = {}
+
+    def write(self, supervisor: object, version: int, old: Collection[int]) -> None:
+        self._old[supervisor] = old
+        pids = sorted(pid for pids in self._old.values() for pid in pids)
+        with contextlib.suppress(OSError):  # a full disk: only a look at it is wrong then
+            _write(self._app_dir / "secrets.held", msgspec.json.encode(Held(version, pids)))
 
 
 def standing(app_dir: Path) -> dict[str, Any]:

@@ -86,7 +86,10 @@ class Supervisor:
     for when a file has changed while something cannot work.
 
     With `together` one process is up at all times and takes the runs of all groups, and the next one stands by, so that
-    `reload()` has new code at work within a blink; `declare(manifest)` is told what it has found in the files."""
+    `reload()` has new code at work within a blink; `declare(manifest)` is told what it has found in the files.
+
+    `local`: its workers are for this machine's own store beside a shared one, and `store` is that. What all supervisors
+    of the app know of who has old secrets is in `held`."""
 
     def __init__(
         self,
@@ -99,6 +102,8 @@ class Supervisor:
         *,
         other: Callable[[str], Group] = Group,
         together: bool = False,
+        local: bool = False,
+        held: rotation.Note | None = None,
         declare: Callable[[Manifest], Awaitable[object]] | None = None,
         reread: Callable[[], Awaitable[object]] | None = None,
         lease: int = 15 * clock.SECOND,
@@ -121,6 +126,7 @@ class Supervisor:
         self._pace = pace  # of the pauses of runs whose worker died
         words = [
             "--dir", folder, "--lease", f"{lease}us", "--import-limit", f"{start_limit / 2}s", "--log-level", log_level,
+            *(["--local"] if local else []),
         ]  # fmt: skip
         self._crew = Crew(
             root, words, self._with_own(environment or os.environ), secrets or {}, self._said, self._ended, self._clock,
@@ -137,6 +143,7 @@ class Supervisor:
         self._awake: dict[str, int] = {}  # groups at rest that are this machine's to wake, and until when
         self._lost = Lost(store, home, self._crew.children, self._clock, lease, pace)
         self._wake = asyncio.Event()
+        self._held = held or rotation.Note(home.app_dir)
         self._secrets_version = rotation.version(home.app_dir)
         self._dirty = True
         self.stopping = self._succeeded = False
@@ -191,7 +198,7 @@ class Supervisor:
     def _note_old(self) -> None:
         """Say which processes have other secrets than those that are handed over now."""
         old = [child.pid for child in self._crew.children if child.secrets is not self.secrets]
-        rotation.note(self._home.app_dir, self._secrets_version, old)
+        self._held.write(self, self._secrets_version, old)
 
     @property
     def pids(self) -> list[int]:
