@@ -306,8 +306,9 @@ class Control:
         listener = self._store.bell.listen("c-" + new_id(self._clock.now()))
         try:
             listener.start(lambda topics: rung.set() if "ended" in topics else None)
-            if self._store.shared:
-                await self._store.do(base.AwaitEnd(seq=run.seq))
+            store = self._store_of(run)
+            if store.shared:
+                await store.do(base.AwaitEnd(seq=run.seq))
             while not Status((found := await self._get(run)).status).ended:
                 try:
                     async with asyncio.timeout(LOOK):

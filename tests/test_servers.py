@@ -178,7 +178,8 @@ def test_who_waits_for_a_run_hears_of_its_end_on_another_server(
     ):
         until(lambda: [line for line in relayed if line["event"] == "relay.listening"])
         run = caller.started()
-        waiting = pool.submit(Control(opened).wait, run)
+        control = Control(opened)
+        waiting = pool.submit(control.wait, control.find(run.id))
         until(lambda: awaited(homes[0]) == [run.seq])
         assert there.do_sync(base.Apply(change=settle(run, Returned("1"), caller.now)))
         assert waiting.result(60)["status"] == "succeeded"
