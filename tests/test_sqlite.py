@@ -297,6 +297,7 @@ PLANS: dict[str, tuple[set[str], bool]] = {
     "make_due": ({""}, False),
     "end_wait": ({""}, False),
     "take_kept": ({"signals_by_name", ""}, False),
+    "drop_kept": ({"signals_by_name", ""}, False),
     "waiting_runs": ({"", "waits_by_run"}, False),
     "wake": ({""}, False),
     "expire_signals": ({"signals_by_expiry", ""}, False),
