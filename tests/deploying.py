@@ -202,28 +202,31 @@ class Shop:
     def current(self, server: Machine | None = None) -> str:
         return Path((server or self.first).run("readlink", f"{self.base}/current", user=self.user).strip()).name
 
-    def units(self) -> dict[str, str]:
+    def units(self, server: Machine | None = None) -> dict[str, str]:
         """The state of each release's unit."""
         words = ["systemctl", *["--user"] * (self.user != "root"), "list-units", "--all", "--plain", "--no-legend"]
-        said = self.first.run(*words, "tako-shop@*", user=self.user)
+        said = (server or self.first).run(*words, "tako-shop@*", user=self.user)
         rows = [line.split() for line in said.splitlines()]
         return {row[0].removeprefix("tako-shop@").removesuffix(".service"): row[2] for row in rows}
 
-    def python(self, code: str, *words: str, cwd: str = "/") -> str:
+    def python(self, code: str, *words: str, server: Machine | None = None) -> str:
         """What a piece of Python prints that runs there as the app does, with the current release's runtime."""
         as_app = [] if self.user != "root" else ["runuser", "-u", "tako", "--"]
         told = ["env", "TAKO_APP_NAME=shop", f"TAKO_DATA_DIR={self.data_dir}"]
         python = [f"{self.base}/current/.venv/bin/python", "-c", textwrap.dedent(code), *words]
         script = 'cd "$1" && shift && exec "$@"'
-        return self.first.run(*as_app, "sh", "-c", script, "sh", cwd, *told, *python, user=self.user)
+        where = server or self.first
+        return where.run(
+            *as_app, "sh", "-c", script, "sh", f"{self.base}/current", *told, *python, user=self.user
+        )
 
-    def start(self, workflow: str) -> str:
+    def start(self, workflow: str, server: Machine | None = None) -> str:
         """The id of a new run."""
         code = f"""
             from workflows.flows import {workflow}
             print({workflow}.enqueue_sync(None))
         """
-        return self.python(code, cwd=f"{self.base}/current").strip()
+        return self.python(code, server=server).strip()
 
     def run(self, run_id: str) -> dict[str, Any]:
         code = """
@@ -246,9 +249,13 @@ class Shop:
 
     def runs_on(self, release: str) -> None:
         """That release runs, alone, and takes work."""
-        assert self.current() == release
-        until(lambda: {name for name, state in self.units().items() if state == "active"} == {release}, 60)
+        self.is_up(release, self.first)
         assert self.ended(self.start("greet")) == release
+
+    def is_up(self, release: str, server: Machine) -> None:
+        """That release runs there, alone."""
+        assert self.current(server) == release
+        until(lambda: {name for name, state in self.units(server).items() if state == "active"} == {release}, 60)
 
 
 def stage(web: Machine, but: str) -> str:
