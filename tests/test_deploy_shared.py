@@ -55,12 +55,6 @@ FLOWS = """
 
 
 @pytest.fixture
-def database() -> Iterator[list[Any]]:
-    """Whoever asks puts the two machines in."""
-    yield []
-
-
-@pytest.fixture
 def shop(tmp_path: Path) -> Iterator[Shop]:
     """A project with two servers and the secret of their database, which each reaches at an address of its own."""
     with machines("web", "api") as [web, api], ExitStack() as stack:
@@ -75,7 +69,7 @@ def shop(tmp_path: Path) -> Iterator[Shop]:
         one.write("workflows/flows.py", FLOWS)
         one.database = database  # type: ignore[attr-defined]
         url = f"postgresql://shop:{PASSWORD}@{web.gateway}:{PORT},{api.gateway}:{PORT}/shop"
-        kept = one.tako("secrets", "set", "DATABASE_URL", "--env", "production", "--no-push", stdin=url)
+        kept = one.tako("secrets", "set", "DATABASE_URL", "--env", "production", stdin=url)
         assert kept.returncode == 0, kept.stderr
         yield one
 
