@@ -64,6 +64,8 @@ def main(argv: list[str] | None = None) -> int:
     manifest.add_argument("--telling", action="store_true", help="first, a line for each file that is to be imported")
     manifest.add_argument("--without", action="append", default=[], metavar="FILE", help="leave it out")
     commands.add_parser("fit", help="which live runs would not fit the release in the working folder, as JSON")
+    migrate = commands.add_parser("migrate", help="bring the store to this tako's version")
+    migrate.add_argument("--breaking", action="store_true", help="also to what older ones cannot work with")
     commands.add_parser("switch", help="switch a server to a release, as the JSON on stdin says")
     commands.add_parser("backup", help="print a copy of the store, made while others work with it")
     commands.add_parser("restore", help="make what is on stdin the store; nobody may have that open")
@@ -161,14 +163,17 @@ def _fit(_: argparse.Namespace) -> int:
 
     declared = msgspec.json.decode(Path(".release/manifest.json").read_bytes(), type=Manifest)
     home = store.locate()
-    there, ours = store.versions(home)
-    if there != ours:  # opening it would change it, under the release that runs
-        found = {"orphaned": {}, "strange": [], "unread": 0, "looked_at": 0, "schema": [there, ours]}
-    else:
-        opened = store.open_store(home)
-        found = unfit(Control(opened, app_dir=home.app_dir), declared, Path.cwd())
-        opened.close()
+    opened = store.open_store(home)  # it may migrate it: what runs goes on with that (`store/version.py`)
+    found = unfit(Control(opened, app_dir=home.app_dir), declared, Path.cwd())
+    opened.close()
     sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+def _migrate(args: argparse.Namespace) -> int:
+    home = store.locate()
+    store.migrate(home, breaking=args.breaking)
+    sys.stdout.write(f"{store.where(home)}\n")
     return 0
 
 
@@ -412,8 +417,8 @@ def _end_now() -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "worker": _worker, "serve": _serve, "manifest": _manifest, "fit": _fit, "switch": _switch,
-    "operate": _operate, "backup": _backup, "restore": _restore,
+    "worker": _worker, "serve": _serve, "manifest": _manifest, "fit": _fit, "migrate": _migrate,
+    "switch": _switch, "operate": _operate, "backup": _backup, "restore": _restore,
 }  # fmt: skip
 
 

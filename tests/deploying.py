@@ -216,9 +216,7 @@ class Shop:
         python = [f"{self.base}/current/.venv/bin/python", "-c", textwrap.dedent(code), *words]
         script = 'cd "$1" && shift && exec "$@"'
         where = server or self.first
-        return where.run(
-            *as_app, "sh", "-c", script, "sh", f"{self.base}/current", *told, *python, user=self.user
-        )
+        return where.run(*as_app, "sh", "-c", script, "sh", f"{self.base}/current", *told, *python, user=self.user)
 
     def start(self, workflow: str, server: Machine | None = None) -> str:
         """The id of a new run."""

@@ -1,16 +1,13 @@
 """`tako deploy` to two real servers that share a Postgres."""
 
 import json
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import until
 from deploying import Shop
-from machines import Machine, machines
+from machines import machines
 from postgres import NoPostgres, Server
 
 pytestmark = pytest.mark.lasting

@@ -102,7 +102,7 @@ def test_a_server_that_is_fit_has_no_problems(shop: Config) -> None:
         (told(time=1090.0), "its clock is 90 s ahead", "timedatectl"),
         (told(time=910.0), "its clock is 90 s behind", "timedatectl"),
         (told(free_data=100 << 20), "only 100 MiB are free", "Make room"),
-        (told(schema=99), "written by a newer tako (schema 99", "Upgrade tako"),
+        (told(schema=99), "for a newer tako: it takes version 99", "Upgrade tako"),
         (told(lock={"user": "ada", "host": "pc", "since": 940.0}), "a deploy of ada on pc is under way, for 1m", ""),
     ],
 )  # fmt: skip

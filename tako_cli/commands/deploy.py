@@ -216,12 +216,7 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
 
     def go_on(unfit: "Mapping[str, Mapping[str, Any]]") -> bool:
         strange = []
-        for server, found in unfit.items():
-            if "schema" in found:
-                note(
-                    f"{server}: the store becomes one of version {found['schema'][1]} (it is {found['schema'][0]}): no "
-                    "release with an older tako can open it then, and its runs cannot be looked at before"
-                )
+        for server, found in _together(unfit):
             if found["orphaned"]:
                 named = ", ".join(f"{flow}: {count}" for flow, count in found["orphaned"].items())
                 count = sum(found["orphaned"].values())
@@ -249,6 +244,15 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
         return output.confirm("Go on?")
 
     return go_on
+
+
+def _together(unfit: "Mapping[str, Mapping[str, Any]]") -> "list[tuple[str, Mapping[str, Any]]]":
+    """Servers that share a store have found the same: it is told once."""
+    told: list[tuple[str, Mapping[str, Any]]] = []
+    for found in unfit.values():
+        if all(found != other for _, other in told):
+            told.append((", ".join(server for server, other in unfit.items() if other == found), found))
+    return told
 
 
 def finish(results: "Sequence[Result]", *, as_json: bool) -> None:

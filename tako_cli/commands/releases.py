@@ -95,7 +95,7 @@ def _chosen(facts: "Facts", release: str | None) -> str:
     schema, needed = (facts.answer.get("schema") or 0), int((known or {}).get("schema") or 0)
     if needed and schema > needed:
         raise Refused(
-            f"{facts.server}: {found[0]} cannot open the store any more: a newer tako has written it",
+            f"{facts.server}: {found[0]} cannot open the store any more: it is for a newer tako",
             hint="Deploy what it had with the tako of today: check that commit out, and tako deploy.",
         )
     return found[0]

@@ -197,10 +197,10 @@ def open_store(home: Home) -> StoreThread:
     return StoreThread(lambda: _open_schema(home, database), bell, lambda bell: _relay(home, database, bell))
 
 
-def _open_file(home: Home) -> Store:
+def _open_file(home: Home, *, breaking: bool = False) -> Store:
     from tako_runtime.store.sqlite import SqliteStore
 
-    return SqliteStore(home.app_dir / "runs.db")
+    return SqliteStore(home.app_dir / "runs.db", breaking=breaking)
 
 
 def _open_schema(home: Home, database: "Database", *, breaking: bool = False) -> Store:
@@ -255,8 +255,10 @@ def copy(home: Home, *, dry_run: bool = False) -> "list[Moved]":
 
 def migrate(home: Home, *, breaking: bool = False) -> None:
     """Bring the store to this tako's version; `breaking`: also to what older ones cannot work with."""
-    opened = _open_file(home) if home.url == EMBEDDED else _open_schema(home, _database(home), breaking=breaking)
-    opened.close()
+    if home.url == EMBEDDED:
+        _open_file(home, breaking=breaking).close()
+    else:
+        _open_schema(home, _database(home), breaking=breaking).close()
 
 
 def where(home: Home) -> str:
@@ -276,19 +278,6 @@ def examine(home: Home) -> "Examined | None":
     from tako_runtime.store.file import examine
 
     return examine(home.app_dir / "runs.db")
-
-
-def versions(home: Home) -> tuple[int, int]:
-    """The version of the store, and the one that this tako writes: opening it would make it that. Raises `StoreError`
-    where it cannot be read."""
-    if home.url != EMBEDDED:
-        from tako_runtime.store.queries import migrations
-
-        seen, newest = examine(home), migrations(POSTGRES)[-1][0]
-        return seen.version if seen is not None else newest, newest
-    from tako_runtime.store.file import versions
-
-    return versions(home.app_dir / "runs.db")
 
 
 def set_aside(home: Home) -> "Aside | None":
