@@ -1,6 +1,7 @@
 """The roll-over between two `serve` processes: what a release has to prove, and what the old one notices of it."""
 
 import json
+import shutil
 import signal
 import socket
 import textwrap
@@ -13,14 +14,15 @@ from urllib.request import urlopen
 
 import pytest
 from cli import make_project
-from conftest import until
+from conftest import BOTH, until
 from serving import Serving, serving
 from test_app import APP, asked, end_apps, free_port
 from workers import now, shown, status, workers
 
-from tako_runtime import clock
+import tako_runtime
+from tako_runtime import clock, store
 from tako_runtime.rollover import LINES, NOT_TAKEN
-from tako_runtime.store import Home
+from tako_runtime.store import Home, version
 from tako_runtime.store.base import Enqueue, SendSignal
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import new_run
@@ -123,11 +125,11 @@ class Two:
         """The release of that name proves itself first, when it is started."""
         self.on_trial.write_text(f"{name}\n")
 
-    def refused(self, project: Path) -> tuple[str, list[str]]:
+    def refused(self, project: Path, **env: str) -> tuple[str, list[str]]:
         """Why a release is not taken, and the last lines of what failed."""
         self.try_out(project.name)
         words = ("--on-trial", str(self.on_trial))
-        server = Serving(self.home, project, {"TAKO_RELEASE": project.name}, words)
+        server = Serving(self.home, project, {"TAKO_RELEASE": project.name, **env}, words)
         assert server.process.wait(120) == NOT_TAKEN, server.log.read_text()
         report = json.loads((self.home.app_dir / "trial.json").read_text())
         assert report["release"] == project.name
@@ -366,6 +368,35 @@ def test_a_release_whose_worker_crashes_after_three_seconds_is_not_taken(two: Tw
         error, lines = two.refused(two.release("two", more=bad))
     assert error == "a worker of group default ended (killed by SIGABRT)"
     assert "out of memory" in lines
+
+
+def newer_tako(folder: Path) -> Path:
+    """Where to import a tako from that has one more migration."""
+    copied = folder / "newer" / "tako_runtime"
+    shutil.copytree(Path(tako_runtime.__file__).parent, copied)
+    for dialect in BOTH:
+        number = version.newest(dialect) + 1
+        script = "ALTER TABLE runs ADD COLUMN shade TEXT;\n"
+        (copied / "store" / "migrations" / dialect / f"{number:04}_shade.sql").write_text(script)
+    return copied.parent
+
+
+def test_a_release_with_a_newer_tako_that_is_not_taken_leaves_a_store_that_the_one_before_works_on_with(
+    two: Two, opened: StoreThread, dialect: str
+) -> None:
+    bad = "import os, sys, threading\nif 'worker' in sys.argv:\n    threading.Timer(3, lambda: os._exit(9)).start()\n"
+    with undisturbed(two, opened):
+        error, _ = two.refused(two.release("two", more=bad), PYTHONPATH=str(newer_tako(two.folder)))
+    assert error == "a worker of group default ended (exit code 9)"
+    seen = store.examine(two.home)
+    assert seen is not None
+    assert seen.version == version.newest(dialect) + 1, "it had opened the store, and so migrated it"
+    with two.serving(two.folder / "one") as again:  # every process of it opens the store anew
+        run_id = two.start("ask")
+        until(lambda: status(opened, run_id) == ("pending", "waiting"))
+        opened.do_sync(SendSignal(name="go", payload="1", now=now(), expires_at=now() + clock.DAY))
+        assert two.result(run_id) == ["one", "one"]
+        assert again.saw("worker.started")
 
 
 APP_CONFIG = '[app]\ncommand = ["python", "app.py", "{port}"]\nport = %d\n'
