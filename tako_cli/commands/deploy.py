@@ -276,10 +276,10 @@ def finish(results: "Sequence[Result]", *, as_json: bool) -> None:
         if one.state == "failed" and not as_json:
             output.error(f"{one.server}: {one.error.removeprefix(f'{one.server}: ')}", one.hint)
     if any(one.state != "taken" for one in results):
-        if not as_json and all(one.state == "not tried" for one in results):
-            note("nothing was switched: what ran before runs on")
-        elif not as_json and any(one.state == "not tried" for one in results):
-            note("for the rest, once it is mended: tako deploy --resume")
+        states = {one.state for one in results}
+        if not as_json and "not tried" in states:
+            resume = "for the rest, once it is mended: tako deploy --resume"
+            note(resume if "taken" in states else "nothing was switched: what ran before runs on")
         raise typer.Exit(1)
 
 
