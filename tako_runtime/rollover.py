@@ -203,7 +203,8 @@ async def _app(server: "Server", up: asyncio.Barrier) -> None:
     def heard(event: dict[str, Any]) -> None:
         lines.append(str(event["message"]))
 
-    app = App(elsewhere, server.environment, heard, secrets=lambda: server.supervisor.secrets, look=_LOOK)
+    parent = server.supervisor
+    app = App(elsewhere, server.environment, heard, secrets=lambda: parent.secrets, mark=parent.mark, look=_LOOK)
     running = asyncio.ensure_future(app.run())
     unwell = asyncio.ensure_future(asyncio.sleep(0, ""))
     try:

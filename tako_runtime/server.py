@@ -84,7 +84,7 @@ class Server:
         if config.app is not None:
             self.app = App(
                 config, self.environment, lambda event: heard("app", event),
-                secrets=lambda: self.supervisor.secrets, passed_on=passed_on, clock=ticking,
+                secrets=lambda: self.supervisor.secrets, mark=self.supervisor.mark, passed_on=passed_on, clock=ticking,
             )  # fmt: skip
         self._successor: Lock | None = None  # the lock that another release waits for
         self._leaving = asyncio.Event()

@@ -123,8 +123,8 @@ class Supervisor:
             "--dir", folder, "--lease", f"{lease}us", "--import-limit", f"{start_limit / 2}s", "--log-level", log_level,
         ]  # fmt: skip
         self._crew = Crew(
-            root, words, self._with_own(environment or os.environ), secrets or {}, self._said, self._ended, self._clock,
-            together=together,
+            root, words, self._with_own(environment or os.environ), secrets or {}, self.mark, self._said, self._ended,
+            self._clock, together=together,
         )  # fmt: skip
         self._tasks: set[asyncio.Future[object]] = set()
         self._health = Health(store, self._clock)
@@ -138,6 +138,7 @@ class Supervisor:
         self._lost = Lost(store, home, self._crew.children, self._clock, lease, pace)
         self._wake = asyncio.Event()
         self._secrets_version = rotation.version(home.app_dir)
+        self._own_mark: rotation.Mark | None = None
         self._dirty = True
         self.stopping = self._succeeded = False
 
@@ -153,11 +154,12 @@ class Supervisor:
         listener = self._store.bell.listen("s-" + new_id(self._clock.now()))
         listener.start(self._heard)
         await self._health.forget()
-        self._note_old()
+        self._mark_anew()
         try:
             await self._supervise()
         finally:
             listener.close()
+            self._unmark()
             await self._crew.end_all()
             if not self._succeeded:
                 await self._health.forget()
@@ -185,13 +187,22 @@ class Supervisor:
                 if not child.leaving:
                     self._crew.end(child, within=_ANY_TIME)
         self._secrets_version = rotation.version(self._home.app_dir)
-        self._note_old()
+        self._mark_anew()
         self._look_anew()
 
-    def _note_old(self) -> None:
-        """Say which processes have other secrets than those that are handed over now."""
-        old = [child.pid for child in self._crew.children if child.secrets is not self.secrets]
-        rotation.note(self._home.app_dir, self._secrets_version, old)
+    def mark(self, what: str) -> rotation.Mark:
+        """For a process that gets these secrets."""
+        return rotation.mark(self._home.app_dir, self._secrets_version, what)
+
+    def _mark_anew(self) -> None:
+        """Which ones the supervisor itself has read."""
+        self._unmark()
+        self._own_mark = self.mark(rotation.SUPERVISOR)
+        self._own_mark.of(os.getpid())
+
+    def _unmark(self) -> None:
+        if self._own_mark is not None:
+            self._own_mark.drop()
 
     @property
     def pids(self) -> list[int]:
@@ -421,8 +432,6 @@ class Supervisor:
                     self._health.unhealthy(name, *child.why(code))
             self._health.paused(group)
         await self._lost.ended(child)
-        if child.secrets is not self.secrets:
-            self._note_old()
         self._look_anew()
 
     def cleared(self, pid: int) -> None:

@@ -13,14 +13,14 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from cli import make_project
+from cli import is_alive, make_project
 from conftest import BOTH, until
-from serving import Serving, serving
+from serving import Serving, keep_secrets, serving
 from test_app import APP, asked, end_apps, free_port
 from workers import now, shown, status, workers
 
 import tako_runtime
-from tako_runtime import clock, store
+from tako_runtime import clock, rotation, store
 from tako_runtime.rollover import LINES, NOT_TAKEN
 from tako_runtime.store import Home, version
 from tako_runtime.store.base import Enqueue, SendSignal
@@ -323,6 +323,50 @@ def test_the_first_release_of_all_proves_itself_too(two: Two) -> None:
         until(lambda: json.loads((two.home.app_dir / "trial.json").read_text())["stage"] == "taken")
         assert two.result(two.start("greet")) == "one"
         assert server.saw("server.took_over") == []
+
+
+def test_after_a_rotation_whoever_still_has_the_old_value_is_named_under_whichever_release(two: Two) -> None:
+    port = free_port()
+    config = f'[app]\ncommand = ["python", "app.py", "{port}"]\nport = {port}\n[workflows]\ngrace = "60s"\n'
+    stubborn = """
+        import os, signal, sys, time
+        from pathlib import Path
+        on_trial = os.environ["PORT"] != sys.argv[1]
+        def end(*_):
+            while not (on_trial or (Path.cwd().parent / "go").exists()):
+                time.sleep(0.02)
+            sys.exit()
+        signal.signal(signal.SIGTERM, end)
+        print("the app is there", flush=True)
+        while True:
+            signal.pause()
+    """
+    keep_secrets(two.home, {"KEY": "before-1"})
+    with two.serving(app_of(two.release("one", config), stubborn)) as old:
+        old.printed("the app is there")
+        two.start("hold")
+        until((two.folder / "held").exists)
+        two.try_out("two")
+        with two.serving(app_of(two.release("two", config), stubborn)) as new:
+            new.wait_for("server.took_over")
+            new.printed("the app is there")
+            two.result(two.start("greet"))
+            assert rotation.standing(two.home.app_dir) == {"unread": False, "old": []}
+            keep_secrets(two.home, {"KEY": "after-12"})
+            assert rotation.standing(two.home.app_dir)["unread"]
+            new.process.send_signal(signal.SIGHUP)
+            new.wait_for("secret.changed")
+            two.result(two.start("greet"))  # by a worker that has the new one
+            wanted = {("a worker of default", "one"), ("the app", "one"), ("the app", "two")}
+            until(lambda: {(each["what"], each["release"]) for each in held(two)} == wanted)
+            assert all(is_alive(each["pid"]) for each in held(two))
+            (two.folder / "go").touch()
+            until(lambda: rotation.standing(two.home.app_dir) == {"unread": False, "old": []})
+            assert old.process.wait(60) == 0
+
+
+def held(two: Two) -> list[dict[str, Any]]:
+    return list(rotation.standing(two.home.app_dir)["old"])
 
 
 # --- not taken -------------------------------------------------------------------------------------------------------
