@@ -20,7 +20,7 @@ from tako_runtime.app import App, Noted
 from tako_runtime.child import Group
 from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.config import Config
-from tako_runtime.errors import TakoError
+from tako_runtime.errors import StoreError, TakoError
 from tako_runtime.feed import Feed
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, read
@@ -28,7 +28,7 @@ from tako_runtime.metrics import Metrics
 from tako_runtime.retention import Retention
 from tako_runtime.rollover import Predecessor, Trial
 from tako_runtime.secrets import SHORTEST, guarded, stored, too_short
-from tako_runtime.store import Home, Limits
+from tako_runtime.store import DATABASE_DIRECT_URL, DATABASE_URL, Home, Limits
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.supervisor import Supervisor
 from tako_runtime.ticker import Cron
@@ -160,6 +160,13 @@ class Server:
     def _group_names(self) -> set[str]:
         return {*self.config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
 
+    async def move_store(self, secrets: Mapping[str, str]) -> None:
+        """Go on with the store that these secrets name, if they name another one than those before. Raises `StoreError`
+        where it cannot be opened: then all goes on as before."""
+        before, names = self.supervisor.secrets, (DATABASE_URL, DATABASE_DIRECT_URL)
+        if self._store.shared and any(secrets.get(name) != before.get(name) for name in names):
+            await asyncio.to_thread(self._store.reopen)
+
     def look_at_secrets(self) -> None:
         """Warn of what is missing, and of what cannot be masked."""
         given = self.supervisor.secrets
@@ -272,11 +279,14 @@ async def _serve(
         try:
             fresh = stored(server.home.app_dir)
             if fresh != server.supervisor.secrets:
+                await server.move_store(fresh)
                 guards.enter_context(guarded(fresh))  # beside the old ones: workers that have those are still there
                 emit("secret.changed")
                 if server.app is not None:
                     server.app.restart(server.environment)
             server.supervisor.renew(fresh)
+        except StoreError as error:
+            emit("secret.refused", error=str(error))
         except TakoError as error:
             emit("secret.unread", error=str(error))
         server.look_at_secrets()

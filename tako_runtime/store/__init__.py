@@ -193,8 +193,7 @@ def open_store(home: Home) -> StoreThread:
     bell = Bell(home.app_dir)
     if home.url == EMBEDDED:
         return StoreThread(lambda: _open_file(home), bell)
-    database = _database(home)
-    return StoreThread(lambda: _open_schema(home, database), bell, lambda bell: _relay(home, database, bell))
+    return StoreThread(lambda: _open_schema(home), bell, lambda bell: _relay(home, bell))
 
 
 def _open_file(home: Home, *, breaking: bool = False) -> Store:
@@ -203,17 +202,21 @@ def _open_file(home: Home, *, breaking: bool = False) -> Store:
     return SqliteStore(home.app_dir / "runs.db", breaking=breaking)
 
 
-def _open_schema(home: Home, database: "Database", *, breaking: bool = False) -> Store:
+def _open_schema(home: Home, *, breaking: bool = False) -> Store:
+    database = _database(home)
     from tako_runtime.store.postgres import PostgresStore
 
     return PostgresStore(database, home.schema, home.server, breaking=breaking)
 
 
-def _relay(home: Home, database: "Database", bell: Bell) -> "Relay":
+def _relay(home: Home, bell: Bell) -> "Relay":
+    from tako_runtime.store.database import Database
     from tako_runtime.store.relay import Relay
 
-    direct = _secret(home, DATABASE_DIRECT_URL)
-    heard = type(database)(direct, f"the secret {DATABASE_DIRECT_URL}") if direct else database
+    def heard() -> Database:
+        direct = _secret(home, DATABASE_DIRECT_URL)
+        return Database(direct, f"the secret {DATABASE_DIRECT_URL}") if direct else _database(home)
+
     return Relay(heard, home.schema, home.server, bell)
 
 
@@ -258,7 +261,7 @@ def migrate(home: Home, *, breaking: bool = False) -> None:
     if home.url == EMBEDDED:
         _open_file(home, breaking=breaking).close()
     else:
-        _open_schema(home, _database(home), breaking=breaking).close()
+        _open_schema(home, breaking=breaking).close()
 
 
 def where(home: Home) -> str:
