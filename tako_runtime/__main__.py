@@ -24,9 +24,10 @@ from tako_runtime.child import NOTHING_TO_RUN
 from tako_runtime.errors import TakoError
 from tako_runtime.guard import ORPHAN_GRACE
 from tako_runtime.manifest import IMPORT_LIMIT, Manifest, declares, discover, imported
+from tako_runtime.masking import guarded, masked_json
 from tako_runtime.output import captured
 from tako_runtime.script import run_script
-from tako_runtime.secrets import guarded, masked_json, receive, reserve, stored
+from tako_runtime.secrets import receive, reserve, stored
 from tako_runtime.spare import stand_by
 from tako_runtime.store.base import DataVersion
 from tako_runtime.store.commit import StoreThread

@@ -22,9 +22,10 @@ from tako_runtime.clock import Clock, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.errors import ConfigError, Refused, TakoError
 from tako_runtime.log import INFO, emit, words
+from tako_runtime.masking import masked, masked_json
 from tako_runtime.process import Process, how, last
 from tako_runtime.rotation import Mark
-from tako_runtime.secrets import VARIABLE, masked, masked_json, offered
+from tako_runtime.secrets import VARIABLE, offered
 
 #: The pause after an end; doubled with each one, up to the longest. Who was well for so long begins anew.
 FIRST_PAUSE = clock.SECOND

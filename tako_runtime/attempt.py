@@ -23,8 +23,8 @@ from tako_runtime.errors import NotCarried, RunTimeout, StepMisuse, StoreBusy, U
 from tako_runtime.failure import Failure
 from tako_runtime.inflight import InFlight
 from tako_runtime.log import emit
+from tako_runtime.masking import NOT_IN_NAMES, named_in
 from tako_runtime.run import Claimed, Status, StepKey, StepRecord
-from tako_runtime.secrets import NOT_IN_NAMES, named_in
 from tako_runtime.state import (
     Bailed,
     Cancelled,

@@ -10,8 +10,8 @@ import msgspec
 from tako_runtime import clock
 from tako_runtime.clock import Clock
 from tako_runtime.log import WORDS
+from tako_runtime.masking import masked_json
 from tako_runtime.process import LINES, Process, how, last
-from tako_runtime.secrets import masked_json
 
 #: A worker ends with this where files could not be imported and no workflow of its group is left.
 NOTHING_TO_RUN = 3

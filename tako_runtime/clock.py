@@ -124,7 +124,7 @@ def iso(micros: int) -> str:
     >>> iso(0)
     '1970-01-01T00:00:00.000000Z'
     """
-    return moment(micros).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    return f"{moment(micros).replace(tzinfo=None).isoformat(timespec='microseconds')}Z"
 
 
 def spell(micros: int) -> str:

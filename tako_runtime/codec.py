@@ -20,7 +20,7 @@ import msgspec
 import msgspec.inspect
 
 from tako_runtime.errors import NotCarried, PayloadRefused, TooLarge, Unreadable
-from tako_runtime.secrets import masked_json
+from tako_runtime.masking import masked_json
 
 #: The largest value that is stored, in bytes of its JSON text: 1 MiB unless the app says otherwise.
 MAX_VALUE = 1 << 20

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from tako_runtime.errors import StepFailed
-from tako_runtime.secrets import masked, masked_json
+from tako_runtime.masking import masked, masked_json
 
 #: What is kept of a message or a traceback, in characters.
 LONGEST = 20_000

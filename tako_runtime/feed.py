@@ -18,7 +18,7 @@ import msgspec
 from tako_runtime import clock, log
 from tako_runtime.bell import socket_folder
 from tako_runtime.clock import REAL_TIME, Pace
-from tako_runtime.secrets import masked_json
+from tako_runtime.masking import masked_json
 
 Event = dict[str, Any]
 

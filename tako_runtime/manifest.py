@@ -23,8 +23,9 @@ import msgspec
 from tako_runtime import clock, codec
 from tako_runtime.errors import ConfigError, InvalidValue, TakoError
 from tako_runtime.example import example
+from tako_runtime.masking import Mask
 from tako_runtime.process import how
-from tako_runtime.secrets import VARIABLE, Mask, envelope
+from tako_runtime.secrets import VARIABLE, envelope
 from tako_runtime.workflow import Workflow, declaring_once, registry
 
 if TYPE_CHECKING:

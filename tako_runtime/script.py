@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import NoReturn
 
 from tako_runtime import config
-from tako_runtime.secrets import guard, receive
+from tako_runtime.masking import guard
+from tako_runtime.secrets import receive
 
 
 def run_script(script: str, words: Sequence[str]) -> NoReturn:

@@ -24,10 +24,11 @@ from tako_runtime.errors import StoreError, TakoError
 from tako_runtime.feed import Feed
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, read
+from tako_runtime.masking import SHORTEST, guarded, too_short
 from tako_runtime.metrics import Metrics
 from tako_runtime.retention import Retention
 from tako_runtime.rollover import Predecessor, Trial
-from tako_runtime.secrets import SHORTEST, guarded, stored, too_short
+from tako_runtime.secrets import stored
 from tako_runtime.store import DATABASE_DIRECT_URL, DATABASE_URL, Home, Limits
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.supervisor import Supervisor

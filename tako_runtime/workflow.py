@@ -20,8 +20,8 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 from tako_runtime import clock, codec, store
 from tako_runtime.clock import Duration, SystemClock
 from tako_runtime.errors import DuplicateWorkflow, GroupUnhealthy, InvalidValue, Unreadable
+from tako_runtime.masking import NOT_IN_NAMES, named_in
 from tako_runtime.run import NewRun, new_id
-from tako_runtime.secrets import NOT_IN_NAMES, named_in
 from tako_runtime.state import Backoff
 from tako_runtime.store.base import Enqueue, ListHealth, SendSignal, Unhealthy
 

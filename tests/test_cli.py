@@ -61,7 +61,15 @@ def commands() -> list[tuple[str, ...]]:
 
 def test_no_words_print_the_help(tmp_path: Path) -> None:
     assert done(cwd=tmp_path) == done("--help", cwd=tmp_path)
-    assert "List runs" in done("runs", cwd=tmp_path)
+    assert "List, show" in done("runs", cwd=tmp_path)
+
+
+def test_every_command_says_what_it_does_in_a_line_of_80_columns(tmp_path: Path) -> None:
+    for group in sorted({words[:-1] for words in commands()}):
+        listed = done(*group, "--help", cwd=tmp_path, COLUMNS="80").partition("Commands:")[2].splitlines()[1:]
+        assert len(listed) >= 1
+        assert [line for line in listed if not line.endswith(".")] == []
+        assert [line for line in listed if line.endswith("...")] == []
 
 
 def test_every_command_has_help_that_fits_80_columns_and_takes_json(tmp_path: Path) -> None:

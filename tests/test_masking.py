@@ -11,7 +11,7 @@ from tako_runtime import Step, log, signal_sync, workflow
 from tako_runtime.codec import carry, encode, payload_text
 from tako_runtime.errors import InvalidValue, NotCarried, TooLarge
 from tako_runtime.failure import LONGEST, describe, read
-from tako_runtime.secrets import guarded, masked, masked_json, named_in
+from tako_runtime.masking import guarded, masked, masked_json, named_in
 from tako_runtime.store import Home
 from tako_runtime.store.base import KeptSignals
 from tako_runtime.store.commit import StoreThread

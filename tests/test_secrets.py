@@ -30,16 +30,8 @@ from hypothesis import strategies as st
 
 from tako_runtime import codec
 from tako_runtime.errors import InvalidValue, NotCarried, TakoError
-from tako_runtime.secrets import (
-    VARIABLE,
-    Mask,
-    SecretMissing,
-    Secrets,
-    handing_over,
-    receive,
-    secrets,
-    too_short,
-)
+from tako_runtime.masking import Mask, too_short
+from tako_runtime.secrets import VARIABLE, SecretMissing, Secrets, handing_over, receive, secrets
 
 SCENARIOS = Path(__file__).with_name("scenarios_secrets")
 KEY = "sk_live_51Hx+/=vT9"

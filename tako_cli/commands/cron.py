@@ -18,7 +18,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The scheduled workflo
 
 @app.command("ls")
 def ls(env: AtEnv = None, server: AtServer = None, as_json: Json = False) -> None:
-    """List the schedules: when each fires next, and what came of the last time.
+    """List when each schedule fires next, and what it did last.
 
     Times are shown as in the schedule's own time zone, and in UTC. Ends with 1 if a file cannot be imported.
 

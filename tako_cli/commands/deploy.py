@@ -42,7 +42,7 @@ def deploy(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Put this project on your servers, and switch to it with nothing lost.
+    """Put this project on your servers, with no work lost.
 
     Every server is asked first, and nothing is changed if one of them cannot take it. Then the release is packed, sent
     and installed beside the one that runs, and proves itself there: its workflows load, a worker of each group boots,

@@ -32,7 +32,7 @@ def dev(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The log as one JSON object a line.")] = False,
 ) -> None:
-    """Run this project here, with one log: its workflows, its schedules, its app.
+    """Run workflows, schedules and app here, with one log.
 
     What you save is at work at once: runs go on with the new code from their next step on, and the app is started
     again. While a file cannot be imported, the code as it was before goes on. A breakpoint() in a step gets this

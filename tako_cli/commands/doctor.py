@@ -19,7 +19,7 @@ _NAMES, _INDENT = 9, 22
 
 
 def doctor(as_json: Json = False) -> None:
-    """Say what is wrong with this machine and this project, and how to mend it.
+    """Say what is wrong here, and how to mend it.
 
     Nothing is changed, and it may be asked while tako dev runs. Outside a project it looks at the machine only. Ends
     with 1 if something is broken; a warning is no failure.

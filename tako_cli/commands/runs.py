@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tako_runtime.run import Run
     from tako_runtime.site import Site
 
-app = typer.Typer(no_args_is_help=True, help="List, show, explain, follow, start, retry, cancel and prune runs.")
+app = typer.Typer(no_args_is_help=True, help="List, show, explain, start, retry, signal, cancel runs.")
 
 Id = Annotated[str, typer.Argument(metavar="ID", help="A run's id, or the beginning or the end of it.")]
 Payload = Annotated[

@@ -11,7 +11,7 @@ from tako_cli.commands import AtServer, Json
 if TYPE_CHECKING:
     from tako_cli.vault import Vault
 
-app = typer.Typer(no_args_is_help=True, help="Secrets: at rest in the project, encrypted to your team's keys.")
+app = typer.Typer(no_args_is_help=True, help="Secrets, encrypted to your team's keys.")
 
 Env = Annotated[str, typer.Option("--env", metavar="ENV", help="Whose secrets.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="In UPPER_SNAKE, like STRIPE_KEY.", show_default=False)]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tako_cli.deploy.facts import Facts
 
-app = typer.Typer(no_args_is_help=True, help="Your servers: which there are, and whether they can take a deploy.")
+app = typer.Typer(no_args_is_help=True, help="Your servers: which there are, and whether they are fit.")
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="What it is called in tako.toml.")]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tako_cli.remote import Remote
     from tako_runtime.config import Config
 
-app = typer.Typer(no_args_is_help=True, help="The app on your servers as a whole: stop, start, restart, remove.")
+app = typer.Typer(no_args_is_help=True, help="Stop, start, restart or remove the app on your servers.")
 
 Env = Annotated[str, typer.Option("--env", metavar="ENV", help="Of which environment.")]
 
@@ -63,7 +63,7 @@ def remove(
     yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Take the app down from its servers: units, releases, secrets, store.
+    """Take units, releases, secrets and store off the servers.
 
     It drains first. A copy of the store stays on the server unless told otherwise.
 

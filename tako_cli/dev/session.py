@@ -27,9 +27,10 @@ from tako_runtime.child import TERMINAL
 from tako_runtime.clock import REAL_TIME, Pace
 from tako_runtime.errors import TakoError
 from tako_runtime.feed import SCALED
+from tako_runtime.masking import guarded
 from tako_runtime.reclaim import reclaim
 from tako_runtime.run import Status
-from tako_runtime.secrets import guarded, reserve
+from tako_runtime.secrets import reserve
 from tako_runtime.server import Server, alone
 from tako_runtime.store.base import CountRuns
 from tako_runtime.store.commit import StoreThread
