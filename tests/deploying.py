@@ -133,6 +133,7 @@ class Shop:
     def __init__(self, folder: Path, servers: dict[str, Machine], user: str = "root", more: str = "") -> None:
         self.folder, self.servers, self.user = folder, servers, user
         self.first = next(iter(servers.values()))
+        self.tako_from: Path | None = None  # where the runtime is imported from, if not from here
         (folder / "workflows").mkdir(parents=True)
         kept = CACHE / "packed"
         kept.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,8 @@ class Shop:
 
     @property
     def _env(self) -> dict[str, str]:
-        return environment(TAKO_SSH=self.first.program, XDG_CONFIG_HOME=str(self.folder.parent / "config"))
+        own = {"TAKO_SSH": self.first.program, "XDG_CONFIG_HOME": str(self.folder.parent / "config")}
+        return environment(**own, **({"PYTHONPATH": str(self.tako_from)} if self.tako_from else {}))
 
     def tako(self, *words: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
         return subprocess.run(

@@ -9,6 +9,9 @@ import pytest
 from conftest import until
 from deploying import APP, FLOWS, PORT, WITH_APP, Hammering, Shop, index, stage
 from machines import Machine, machines
+from serving import newer_tako
+
+from tako_runtime.store import version
 
 # --- taken -----------------------------------------------------------------------------------------------------------
 
@@ -101,6 +104,49 @@ def test_the_way_back_needs_no_build_and_the_one_after_that_leads_forward_again(
     missing = shop.tako("rollback", "nosuch")
     assert missing.returncode == 4
     assert "it has no release nosuch" in missing.stderr
+
+
+@pytest.mark.lasting
+def test_a_newer_tako_is_deployed_and_left_again_unless_its_store_is_none_for_older_ones(
+    shop: Shop, tmp_path: Path
+) -> None:
+    first = shop.release()
+    run_id = shop.start("ask")
+    until(lambda: shop.run(run_id)["reason"] == "waiting")
+    shop.tako_from = newer_tako(tmp_path / "newer")
+    second = shop.release()
+    shop.runs_on(second)
+    shop.tako_from = None
+    done = shop.tako("rollback", "--yes")
+    assert done.returncode == 0, done.stderr
+    shop.runs_on(first)
+
+    knows = version.newest("sqlite") + 1
+    rename = f"-- serves: {knows}\nALTER TABLE runs RENAME COLUMN losses TO losses_of_old;\n"
+    rename += "ALTER TABLE runs ADD COLUMN losses INTEGER NOT NULL DEFAULT 0;\n"
+    shop.tako_from = newer_tako(tmp_path / "breaking", "SELECT 1;\n")
+    number = knows + 1
+    path = shop.tako_from / "tako_runtime/store/migrations/sqlite" / f"{number:04}_losses.sql"
+    path.write_text(rename.replace(f"serves: {knows}", f"serves: {number}"))
+    shop.change()
+    refused = shop.tako("deploy", "--yes")
+    assert refused.returncode == 1
+    assert f"could not work with version {number}" in refused.stderr
+    assert "tako store migrate --breaking" in refused.stderr
+    shop.runs_on(first)
+    runs = shop.tako("store", "migrate", "--breaking", "--env", "production")
+    assert runs.returncode == 1
+    assert "shop runs on web" in runs.stderr
+    assert shop.tako("app", "stop").returncode == 0
+    moved = shop.tako("store", "migrate", "--breaking", "--env", "production")
+    assert moved.returncode == 0, moved.stderr
+    third = shop.deploy()[0]["release"]
+    shop.runs_on(third)
+    shop.signal("go")
+    assert shop.ended(run_id) == [first, third]
+    back = shop.tako("rollback", first, "--yes")
+    assert back.returncode == 1
+    assert "it is for a newer tako" in back.stderr
 
 
 @pytest.mark.lasting

@@ -1,7 +1,6 @@
 """The roll-over between two `serve` processes: what a release has to prove, and what the old one notices of it."""
 
 import json
-import shutil
 import signal
 import socket
 import textwrap
@@ -14,12 +13,11 @@ from urllib.request import urlopen
 
 import pytest
 from cli import is_alive, make_project
-from conftest import BOTH, until
-from serving import Serving, keep_secrets, serving
+from conftest import until
+from serving import Serving, keep_secrets, newer_tako, serving
 from test_app import APP, asked, end_apps, free_port
 from workers import now, shown, status, workers
 
-import tako_runtime
 from tako_runtime import clock, rotation, store
 from tako_runtime.rollover import LINES, NOT_TAKEN
 from tako_runtime.store import Home, version
@@ -414,23 +412,12 @@ def test_a_release_whose_worker_crashes_after_three_seconds_is_not_taken(two: Tw
     assert "out of memory" in lines
 
 
-def newer_tako(folder: Path) -> Path:
-    """Where to import a tako from that has one more migration."""
-    copied = folder / "newer" / "tako_runtime"
-    shutil.copytree(Path(tako_runtime.__file__).parent, copied)
-    for dialect in BOTH:
-        number = version.newest(dialect) + 1
-        script = "ALTER TABLE runs ADD COLUMN shade TEXT;\n"
-        (copied / "store" / "migrations" / dialect / f"{number:04}_shade.sql").write_text(script)
-    return copied.parent
-
-
 def test_a_release_with_a_newer_tako_that_is_not_taken_leaves_a_store_that_the_one_before_works_on_with(
     two: Two, opened: StoreThread, dialect: str
 ) -> None:
     bad = "import os, sys, threading\nif 'worker' in sys.argv:\n    threading.Timer(3, lambda: os._exit(9)).start()\n"
     with undisturbed(two, opened):
-        error, _ = two.refused(two.release("two", more=bad), PYTHONPATH=str(newer_tako(two.folder)))
+        error, _ = two.refused(two.release("two", more=bad), PYTHONPATH=str(newer_tako(two.folder / "newer")))
     assert error == "a worker of group default ended (exit code 9)"
     seen = store.examine(two.home)
     assert seen is not None
