@@ -1,9 +1,12 @@
 """The shared store: what happens when the connection to it goes, and what its schema is."""
 
+import shlex
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import msgspec
 import psycopg
 import pytest
 from conftest import Caller, until
-from postgres import Server
+from postgres import Server, programs
 from scenarios.flows import orders
 from scenarios.lasting import ticking
 from wire import Cut, Wire, wire
@@ -278,6 +281,29 @@ def test_each_environment_has_a_schema_of_its_own(opened: StoreThread, home: Hom
         assert other.do_sync(base.ListRuns()) == []
     assert home._replace(env="production").schema == "tako_shop_production"
     assert len(home._replace(app="a" * 63, env="production").schema) <= 63
+
+
+def test_a_backup_is_the_databases_own_and_the_commands_for_it_are_told_without_a_password(
+    home: Home, server: Server, tmp_path: Path
+) -> None:
+    with closing(open_store(home)) as opened:
+        run_id = Caller(opened).enqueue()
+    secret = home._replace(url=home.url.replace("tako@", "tako:s3cret-pass@"))
+
+    def told(refused: "pytest.ExceptionInfo[Refused]") -> list[str]:
+        assert "s3cret" not in f"{refused.value} {refused.value.hint}"
+        program, *words = shlex.split(refused.value.hint.partition(": ")[2])
+        return [str(programs() / program), *words]
+
+    with pytest.raises(Refused, match="no file of tako's own") as caught:
+        store.backup(secret, tmp_path / "copy")
+    subprocess.run(told(caught), cwd=tmp_path, check=True)
+    server.ask(f'DELETE FROM "{home.schema}".runs', home.url)
+    with pytest.raises(Refused, match="no file of tako's own") as caught:
+        store.restore(secret, BytesIO())
+    subprocess.run(told(caught), cwd=tmp_path, check=True)
+    with closing(open_store(home)) as opened:
+        assert [run.id for run in opened.do_sync(base.ListRuns())] == [run_id]
 
 
 # --- claims among many -----------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ Which kind it is, only this module and those beside it know: a file of this mach
 import hashlib
 import os
 import re
+import shlex
 import socket
 import threading
 from pathlib import Path
@@ -298,7 +299,7 @@ def set_aside(home: Home) -> "Aside | None":
 
 def backup(home: Home, to: Path) -> None:
     """Copy the store into a file that is not there yet, while others work. Raises `Refused` for one in a database."""
-    _embedded(home, "Back it up with the database's own tools: pg_dump --schema.")
+    _embedded(home, "pg_dump --format=custom --file={file} --schema={schema} --dbname={database}")
     from tako_runtime.store.copying import copy
 
     copy(home.app_dir / "runs.db", to)
@@ -307,7 +308,7 @@ def backup(home: Home, to: Path) -> None:
 def restore(home: Home, data: "IO[bytes]") -> "tuple[Examined, Aside | None]":
     """Make a copy the store, and put the one that is there aside. Raises `Refused` while another process has it open,
     and for one in a database."""
-    _embedded(home, "Restore it with the database's own tools: pg_restore.")
+    _embedded(home, "pg_restore --clean --if-exists --dbname={database} {file}")
     from tako_runtime import disk
     from tako_runtime.store.copying import put_back
 
@@ -315,9 +316,12 @@ def restore(home: Home, data: "IO[bytes]") -> "tuple[Examined, Aside | None]":
     return put_back(home.app_dir / "runs.db", data)
 
 
-def _embedded(home: Home, hint: str) -> None:
+def _embedded(home: Home, command: str) -> None:
+    """Raises `Refused` for one in a database, with the database's own command for it: that asks for the password."""
     if home.url != EMBEDDED:
-        raise Refused(f"{where(home)} is no file of tako's own", hint=hint)
+        told = {"file": f"{home.app}-{home.env}.dump", "schema": f'"{home.schema}"', "database": _database(home).plain}
+        words = command.format(**{name: shlex.quote(value) for name, value in told.items()})
+        raise Refused(f"{where(home)} is no file of tako's own", hint=f"The database's own tools do it: {words}")
 
 
 class _Current:
