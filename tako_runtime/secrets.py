@@ -223,7 +223,7 @@ def offered(values: Mapping[str, str]) -> Iterator[tuple[int, str]]:
 def envelope(values: Mapping[str, str]) -> bytes:
     """What is handed over. Raises `InvalidValue` for what is not NAME: text."""
     try:
-        data = msgspec.json.encode({"secrets": dict(sorted(values.items()))})
+        data = msgspec.json.encode({"secrets": dict(values)})
     except (TypeError, ValueError):  # kept out of the next error: a UnicodeEncodeError holds the text
         data = b""
     if _decoded(data) is None:
