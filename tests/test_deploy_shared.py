@@ -109,6 +109,11 @@ def test_servers_that_share_a_database_roll_over_one_after_the_other_with_both_r
     assert shop.run(parked)["attempt"] == 1
     assert shop.tako("rollback", "--yes", "--parallel").returncode == 0
     assert places(shop) == {"web": {first}, "api": {first}}
+    for verb, state in (("stop", "inactive"), ("start", "active")):
+        done = shop.tako("app", verb, "--parallel", "--json")
+        assert done.returncode == 0, done.stderr
+        assert [row["state"] for row in json.loads(done.stdout)["servers"]] == [state, state]
+    assert places(shop) == {"web": {first}, "api": {first}}
 
 
 def test_what_a_deploy_asks_it_asks_the_shared_store_and_a_server_that_was_down_is_made_up_for(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tako_cli import output
-from tako_cli.commands import Json, Yes
+from tako_cli.commands import Json, Parallel, Yes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _NAMED = 10
 
 Env = Annotated[str, typer.Option("--env", metavar="ENV", help="Where to: an environment of tako.toml.")]
-Parallel = Annotated[bool, typer.Option("--parallel", help="All servers at once, instead of one after the other.")]
 KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="Go on with the other servers when one fails, instead of stopping.")
 ]

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tako_cli import output
-from tako_cli.commands import Json, Yes
+from tako_cli.commands import Json, Parallel, Yes
 from tako_cli.commands.deploy import (
     Env,
     KeepGoing,
-    Parallel,
     carried_out,
     connected,
     finish,
