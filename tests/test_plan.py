@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,6 +156,30 @@ def test_the_units_are_valid_to_the_letter(shop: Config, answer: dict[str, Any],
     )  # fmt: skip
     ours = [line for line in done.stderr.splitlines() if "tako-shop" in line]
     assert (done.returncode, ours) == (0, []), done.stderr
+
+
+#: Every directive that may be in a unit, and the systemd that had it first (systemd.directives(7)); 0: any has it.
+SINCE = {
+    "Description": 0, "After": 0, "StartLimitIntervalSec": 230, "WantedBy": 0, "Type": 0, "NotifyAccess": 0,
+    "ExecCondition": 243, "ExecStart": 0, "WorkingDirectory": 0, "Environment": 0, "Sockets": 0, "NonBlocking": 0,
+    "Restart": 0, "RestartSec": 0, "RestartPreventExitStatus": 189, "WatchdogSec": 0, "TimeoutStartSec": 188,
+    "TimeoutStopSec": 188, "KillMode": 0, "OOMPolicy": 243, "LimitNOFILE": 0, "UMask": 0, "NoNewPrivileges": 187,
+    "LockPersonality": 235, "RestrictSUIDSGID": 242, "SystemCallArchitectures": 209, "User": 0, "Group": 0,
+    "CapabilityBoundingSet": 0, "ProtectSystem": 214, "ProtectHome": 214, "ProtectKernelTunables": 232,
+    "ProtectKernelModules": 232, "ProtectKernelLogs": 244, "ProtectControlGroups": 232, "ProtectHostname": 242,
+    "RestrictAddressFamilies": 211, "RestrictNamespaces": 233, "RestrictRealtime": 231, "ReadWritePaths": 231,
+    "ListenStream": 0, "Service": 0, "Backlog": 0, "NoDelay": 216, "RemainAfterExit": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [told(), of_user()], ids=["root", "user"])
+def test_the_units_have_nothing_that_the_oldest_systemd_does_not_know(shop: Config, answer: dict[str, Any]) -> None:
+    place = asked(shop, answer).place
+    assert place is not None
+    text = "".join(units(shop, "web-1", place, "abc").values())
+    used = {line.partition("=")[0] for line in text.splitlines() if "=" in line}
+    assert {name: SINCE.get(name, 999) for name in used if SINCE.get(name, 999) > facts.SYSTEMD} == {}
+    assert re.findall(r"^Type=(.*)$", text, re.MULTILINE) == ["notify", "oneshot"]  # notify-reload came with 253
 
 
 def test_a_release_starts_only_if_it_is_current_or_on_trial(shop: Config, tmp_path: Path) -> None:
