@@ -78,7 +78,8 @@ APP = """
     asyncio.run(main())
 """
 
-#: So many requests a second, each on a connection of its own, until its input ends; then how they went, as JSON.
+#: So many requests a second, each on a connection of its own, until its input ends; then how they went, as JSON. For the
+#: server's own python3, which may be 3.10.
 HAMMER = """
     import asyncio, collections, json, resource, sys
 
@@ -86,15 +87,17 @@ HAMMER = """
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     answers, failures = collections.Counter(), []
 
+    async def answered(port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+        said = await reader.read()
+        writer.close()
+        assert said.startswith(b"HTTP/1.1 200"), said
+        return said.rpartition(b"\\r\\n")[2].decode()
+
     async def ask(port):
         try:
-            async with asyncio.timeout(20):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.write(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
-                said = await reader.read()
-                writer.close()
-            assert said.startswith(b"HTTP/1.1 200"), said
-            answers[said.rpartition(b"\\r\\n")[2].decode()] += 1
+            answers[await asyncio.wait_for(answered(port), 20)] += 1
         except BaseException as error:
             failures.append(repr(error))
 
