@@ -78,8 +78,8 @@ APP = """
     asyncio.run(main())
 """
 
-#: So many requests a second, each on a connection of its own, until its input ends; then how they went, as JSON. For the
-#: server's own python3, which may be 3.10.
+#: So many requests a second, each on a connection of its own, until its input ends; then how they went, as JSON. The
+#: server's own python3 runs it, which may be 3.10.
 HAMMER = """
     import asyncio, collections, json, resource, sys
 

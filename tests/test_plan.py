@@ -93,7 +93,7 @@ def test_a_server_that_is_fit_has_no_problems(shop: Config) -> None:
 @pytest.mark.parametrize(
     ("answer", "problem", "hint"),
     [
-        (told(machine=""), "Python is too old: 3.11.2", "apt install python3"),
+        (told(machine=""), "Python is too old: 3.11.2", "apt install python3.11"),
         (told(systemd="247"), "systemd is 247: 249 it has to be", ""),
         (told(systemd=""), "systemd is not there", ""),
         (told(manager=""), "systemctl does not answer", ""),
