@@ -280,6 +280,21 @@ def test_secrets_are_in_no_command_and_no_unit(shop: Config, release: Release) -
     assert b"sk_live_4711" not in made.switch.given
 
 
+def test_secrets_that_are_the_same_as_before_keep_their_time_and_others_do_not(tmp_path: Path) -> None:
+    """By which it is known who has old ones."""
+    path = tmp_path / "secrets.json"
+
+    def put(text: bytes) -> int:
+        subprocess.run(["sh", "-c", plan._SECRETS, "secrets", str(path), ""], input=text, check=True, timeout=60)
+        assert path.read_bytes() == text
+        assert path.stat().st_mode & 0o777 == 0o600
+        return path.stat().st_mtime_ns
+
+    first = put(b"one")
+    assert put(b"one") == first
+    assert put(b"two") > first
+
+
 def test_what_the_app_is_asked_is_asked_as_the_user_who_runs_it(shop: Config, release: Release) -> None:
     assert planned(shop, release, told()).fit.words[:4] == ["runuser", "-u", "tako", "--"]  # type: ignore[union-attr]
     assert planned(shop, release, of_user()).fit.words[0] == "sh"  # type: ignore[union-attr]

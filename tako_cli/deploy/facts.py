@@ -150,7 +150,9 @@ def read(config: Config, env: str, remote: Remote, answer: Mapping[str, Any], he
     if not answer.get("machine"):
         found = str(answer["python"][1]) or "none"
         why = f"its Python is too old: {found}; 3.11 it has to be"
-        return Facts(remote.name, remote.host, answer, problems=(why,), hints=("Install one beside it: apt install python3.11",))
+        return Facts(
+            remote.name, remote.host, answer, problems=(why,), hints=("Install one beside it: apt install python3.11",)
+        )
     problems: list[tuple[str, str]] = []
     user, name = not answer["root"], slug(config, env)
     if not answer["systemd"].isdigit() or int(answer["systemd"]) < SYSTEMD:

@@ -18,6 +18,7 @@ from typing import Any
 import psycopg
 
 from tako_runtime.bell import Bell
+from tako_runtime.errors import TakoError
 from tako_runtime.log import emit
 from tako_runtime.store.database import Database
 
@@ -58,8 +59,8 @@ class Relay(AbstractContextManager[None]):
         while not self._ended.is_set():
             try:
                 if self._anew:
-                    self._anew = False
                     self._database = self._find()
+                    self._anew = False
                 with self._database.connect() as db:
                     if self._database.pooled:
                         emit("relay.polling", database=self._database.where)
@@ -69,7 +70,7 @@ class Relay(AbstractContextManager[None]):
                     pause = _FIRST_PAUSE
                     self._bell.ring(_EVERYTHING)
                     self._pass_on(db)
-            except psycopg.Error as error:
+            except (psycopg.Error, TakoError) as error:
                 if self._ended.wait(pause):
                     return
                 emit("relay.lost", database=self._database.where, error=self._database.words(error))
