@@ -159,6 +159,18 @@ def test_what_a_deploy_asks_it_asks_the_shared_store_and_a_server_that_was_down_
     rest = shop.deploy("--resume")
     assert [(one["server"], one["state"]) for one in rest] == [("api", "taken")]
     assert places(shop) == {"web": {second}, "api": {second}}
+
+    shop.change()
+    api.cut()
+    assert shop.tako("deploy", "--yes", "--keep-going").returncode == 1
+    api.mend()
+    asked = shop.tako("rollback", "--yes")
+    assert asked.returncode == 1
+    assert f"the one that runs: web: {second}, api: {first}" in asked.stderr
+    back = shop.tako("rollback", second, "--yes")
+    assert back.returncode == 0, back.stderr
+    assert places(shop) == {"web": {second}, "api": {second}}
+
     for server in (web, api):
         hidden = (
             f"! grep -rl {PASSWORD[:-1]}[{PASSWORD[-1]}] /etc /opt /run /var/log /proc/[0-9]*/environ "
