@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     worker.add_argument("--idle-timeout", help="leave after this long without work; without it, never")
     worker.add_argument("--lease", default="15s", help="how long the worker is believed alive after its last word")
     worker.add_argument("--log-level", choices=LEVELS, default="info")
+    worker.add_argument("--local", action="store_true", help="those in this machine's own store beside a shared one")
     worker.add_argument("--trial", action="store_true", help="claim nothing: say that all is there, and stay")
     serve = commands.add_parser("serve", help="one app on this server: its own process, workers, cron")
     serve.add_argument("--server", help="the name under [servers] whose settings hold here")
@@ -164,9 +165,12 @@ def _fit(_: argparse.Namespace) -> int:
 
     declared = msgspec.json.decode(Path(".release/manifest.json").read_bytes(), type=Manifest)
     home = store.locate()
-    opened = store.open_store(home)  # it may migrate it: what runs goes on with that (`store/version.py`)
-    found = unfit(Control(opened, app_dir=home.app_dir), declared, Path.cwd())
+    opened, local = store.open_store(home), store.local_of(home)
+    # Opening them may migrate them: what runs goes on with that (`store/version.py`).
+    found = unfit(Control(opened, app_dir=home.app_dir, local=local), declared, Path.cwd())
     opened.close()
+    if local is not None:
+        local.close()
     sys.stdout.write(json.dumps(found) + "\n")
     return 0
 
@@ -210,11 +214,13 @@ def _operate(args: argparse.Namespace) -> int:
 
     config, home = _config(), store.locate()
     opened = store.open_store(home)
+    site = Site(opened, home, declared, config, args.server)
     try:
-        answer(Site(opened, home, declared, config, args.server), iter(sys.stdin.buffer.readline, b""), say)
+        answer(site, iter(sys.stdin.buffer.readline, b""), say)
     except BrokenPipeError:  # it has gone
         return 1
     finally:
+        site.close()
         opened.close()
     return 0
 
@@ -306,7 +312,7 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
         )
         for group in sorted(groups)
     ]
-    opened, app_dir = store.current(), store.locate().app_dir
+    opened, app_dir = store.current(local=args.local), store.locate().app_dir
     if args.trial:
         return _stay(opened, lifeline, groups)
     gc.collect()

@@ -111,6 +111,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "app.ended": (ERROR, "the app's process {pid} is gone ({how}), it is started again in {pause}"),
     "app.failed": (ERROR, "the app cannot be started, tried again in {pause}: {error}"),
     "app.stopped": (INFO, "the app has stopped: {how}"),
+    "signal.brought": (INFO, "signal {signal}, which the shared store kept, woke local runs here: {runs}"),
     "cron.fired": (INFO, "fired for {scheduled_at}{scaled}"),
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.trial": (INFO, "release {release} proves itself beside the one that runs: {what}"),

@@ -86,7 +86,9 @@ class Supervisor:
     for when a file has changed while something cannot work.
 
     With `together` one process is up at all times and takes the runs of all groups, and the next one stands by, so that
-    `reload()` has new code at work within a blink; `declare(manifest)` is told what it has found in the files."""
+    `reload()` has new code at work within a blink; `declare(manifest)` is told what it has found in the files.
+
+    `local`: its workers are for this machine's own store beside a shared one, and `store` is that."""
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class Supervisor:
         *,
         other: Callable[[str], Group] = Group,
         together: bool = False,
+        local: bool = False,
         declare: Callable[[Manifest], Awaitable[object]] | None = None,
         reread: Callable[[], Awaitable[object]] | None = None,
         lease: int = 15 * clock.SECOND,
@@ -121,6 +124,7 @@ class Supervisor:
         self._pace = pace  # of the pauses of runs whose worker died
         words = [
             "--dir", folder, "--lease", f"{lease}us", "--import-limit", f"{start_limit / 2}s", "--log-level", log_level,
+            *(["--local"] if local else []),
         ]  # fmt: skip
         self._crew = Crew(
             root, words, self._with_own(environment or os.environ), secrets or {}, self.mark, self._said, self._ended,

@@ -22,7 +22,7 @@ from tako_cli.deploy.units import units
 from tako_cli.remote import Remote
 from tako_runtime import clock, config
 from tako_runtime.config import Config
-from tako_runtime.manifest import Manifest
+from tako_runtime.manifest import Declared, Manifest
 from tako_runtime.switch import Spec
 
 CONFIG = """
@@ -337,3 +337,27 @@ def test_the_lock_goes_with_the_process_that_holds_it_and_names_who_does(tmp_pat
     first.stdout.close()
     third = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
     assert (third.returncode, third.stdout) == (0, "held\n")
+
+
+# --- servers that share nothing --------------------------------------------------------------------------------------
+
+
+def declared(name: str, *, local: bool) -> Declared:
+    return Declared(name, "default", 2, 1, 1, None, "flows.py", 1, local=local)
+
+
+@pytest.mark.parametrize(
+    ("servers", "url", "named"),
+    [
+        (["a", "b"], "sqlite", ["order", "refund"]),
+        (["a"], "sqlite", []),
+        (["a", "b"], "postgres", []),
+    ],
+)
+def test_several_servers_need_a_store_that_they_share_for_all_that_is_not_local(
+    shop: Config, servers: list[str], url: str, named: list[str]
+) -> None:
+    found = replace(shop, storage=replace(shop.storage, url=url))
+    flows = (declared("order", local=False), declared("warm", local=True), declared("refund", local=False))
+    assert plan.to_be_shared(found, servers, Manifest(flows)) == named
+    assert plan.to_be_shared(found, servers, Manifest(flows[1:2])) == []

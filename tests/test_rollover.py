@@ -20,7 +20,7 @@ from workers import now, shown, status, workers
 
 from tako_runtime import clock, rotation, store
 from tako_runtime.rollover import LINES, NOT_TAKEN
-from tako_runtime.store import Home, version
+from tako_runtime.store import Home, Local, version
 from tako_runtime.store.base import Enqueue, SendSignal
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import new_run
@@ -198,6 +198,45 @@ def test_a_step_that_outlasts_the_grace_is_cut_off_and_its_run_goes_on_there_wit
             until(lambda: (two.folder / "held").read_text() == "one\ntwo\n")
             (two.folder / "go").touch()
             assert two.result(run_id) == ["one", "two", "two"]
+
+
+@pytest.mark.parametrize("dialect", ["postgres"])
+def test_local_runs_go_on_under_a_release_where_their_workflow_is_local_no_longer(
+    two: Two, opened: StoreThread, home: Home
+) -> None:
+    """One that is parked and one that is running. They end in the store in which they were begun."""
+    config, local = f'[storage]\nurl = "{home.url}"\n', Local(home)
+
+    def release(name: str, local: str) -> Path:
+        project = two.release(name, config)
+        flows = project / "workflows" / "flows.py"
+        text = flows.read_text().replace('@workflow("ask"', f'@workflow("ask"{local}')
+        flows.write_text(text.replace('@workflow("hold"', f'@workflow("hold"{local}'))
+        return project
+
+    with two.serving(release("one", ", local=True")) as old:
+        own = local.made()
+        here = Two(two.folder, home, own)
+        parked, running = here.start("ask"), here.start("hold", retries=0)
+        until(lambda: status(own, parked) == ("pending", "waiting") and (two.folder / "held").exists())
+        two.try_out("two")
+        with two.serving(release("two", "")) as new:
+            new.wait_for("server.took_over")
+            (two.folder / "go").touch()
+            own.do_sync(SendSignal(name="go", payload="1", now=now(), expires_at=now() + clock.DAY))
+            assert here.result(running) == ["one", "one", "two"]
+            assert here.result(parked) == ["one", "two"]
+            took_over(new, old)
+    assert (shown(own, parked)["attempt"], shown(own, running)["attempt"]) == (1, 1)
+    local.close()
+
+
+@pytest.mark.parametrize("dialect", ["postgres"])
+def test_a_release_whose_own_store_cannot_be_opened_is_not_taken(two: Two, home: Home) -> None:
+    home.app_dir.mkdir(parents=True, exist_ok=True)
+    home.file.write_bytes(b"no database at all, and longer than the hundred bytes of a header" * 10)
+    error, _ = two.refused(two.release("two", f'[storage]\nurl = "{home.url}"\n'))
+    assert "runs.db" in error
 
 
 def test_the_new_release_claims_while_the_old_one_still_drains(two: Two, opened: StoreThread) -> None:

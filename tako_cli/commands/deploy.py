@@ -86,14 +86,14 @@ def refuse_to_share(config: "Config", names: "Sequence[str]") -> None:
     if len(names) < 2 or config.storage.url != "sqlite":
         return
     from tako_cli import context
+    from tako_cli.deploy.plan import to_be_shared
 
-    found = context.manifest(config)
-    shared = [flow.name for flow in found.workflows if not getattr(flow, "local", False)]
-    if shared:
+    if shared := to_be_shared(config, names, context.manifest(config)):
+        those = f"{', '.join(shared[:_NAMED])}{' and others' * (len(shared) > _NAMED)}"
         raise Refused(
-            f"{len(names)} servers cannot share one SQLite file: a run of {shared[0]!r} would be on one of them only",
+            f"{len(names)} servers cannot share one SQLite file, and not every workflow is local: {those}",
             hint='Keep the runs in Postgres ([storage] url = "postgres"), or say of every workflow that its runs stay '
-            "on the server that started them (local = true).",
+            "on the server that started them: @workflow(NAME, local=True).",
         )
 
 
@@ -220,6 +220,12 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
                 named = ", ".join(f"{flow}: {count}" for flow, count in found["orphaned"].items())
                 count = sum(found["orphaned"].values())
                 note(f"{server}: orphaned: {count} ({named}). They are kept until a release has their workflow again.")
+            for flow, count in found["elsewhere"].items():
+                note(
+                    f"{server}: {count} live run{'s' * (count != 1)} of {flow} {'are' if count != 1 else 'is'} in the "
+                    "store that this release has others in (local was changed). They end where they are; new ones go "
+                    "into the other store, and a unique_key holds in each."
+                )
             if found["unread"]:
                 note(f"{server}: {found['unread']} runs may have finished steps that are not in this release: their "
                      "workflows' code computes the names of steps, so only running it would tell")  # fmt: skip

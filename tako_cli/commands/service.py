@@ -81,7 +81,8 @@ def remove(
     config, names = context.servers(env, server)
     rest = "a copy of its store stays" if copy else "its runs are lost for good"
     if config.storage.url != "sqlite":
-        rest = "its runs stay in their database"
+        own = "a copy of each server's own store stays" if copy else "local runs are lost for good"
+        rest = f"what is in its database stays, and {own}"
     what = f"{config.name} ({env}) from {', '.join(names)}; {rest}"
     if not yes and not output.can_ask():
         raise InvalidValue(f"this would remove {what}, and nobody is here to confirm it", hint="Say --yes.")

@@ -31,6 +31,9 @@ def copy(
     Stop the app first: runs that are in hand are not copied. Each table is read back, and its rows are counted and
     summed up, before anything is kept. The database is that of [storage] url, or of the secret DATABASE_URL.
 
+    Runs and schedules of local workflows stay in this machine's own store; all else leaves it, and a copy of it as it
+    was is kept beside it.
+
     \b
     Examples:
       tako store copy --from sqlite --to postgres --dry-run
@@ -38,21 +41,34 @@ def copy(
     """
     import msgspec
 
+    from tako_cli import context
     from tako_runtime import store
+    from tako_runtime.errors import ConfigError
     from tako_runtime.server import alone
 
-    home = store.locate()
+    home, config = store.locate(), context.known()
+    found = context.manifest(config) if config is not None else None
+    if found is not None and found.mistakes:
+        context.tell(found.mistakes)
+        raise ConfigError("which workflows are local is not known while a file cannot be imported")
+    local = [flow.name for flow in found.workflows if flow.local] if found is not None else []
     with alone(home.app_dir, "tako store copy"):
-        moved = store.copy(home, dry_run=dry_run)
+        copied = store.copy(home, local=local, dry_run=dry_run)
     if as_json:
-        output.document({"copied": msgspec.to_builtins(moved), "dry_run": dry_run})
+        told = {"copied": copied.tables, "stayed": copied.stayed, "before": str(copied.before or "") or None}
+        output.document({**msgspec.to_builtins(told), "dry_run": dry_run})
         return
-    cells = [[output.styled(text) for text in (one.table, f"{one.rows:,}", one.checksum)] for one in moved]
+    cells = [[output.styled(text) for text in (one.table, f"{one.rows:,}", one.checksum)] for one in copied.tables]
     output.show(*output.table(["table", "rows", "checksum"], cells, right={1}))
+    if found is None:
+        output.note("no project here says which workflows are local: none is taken for one")
+    for name, count in copied.stayed.items():
+        output.note(f"{count:,} run{'s' * (count != 1)} of {name}, which is local, stay in {home.file}")
     output.note(
         "checked, and taken back: nothing was kept"
         if dry_run
-        else 'copied and checked. Write url = "postgres" under [storage], and start the app'
+        else f"copied and checked; {copied.before} is the store as it was. "
+        'Write url = "postgres" under [storage], and start the app'
     )
 
 

@@ -16,6 +16,7 @@ from tako_cli.deploy.lock import Target
 from tako_cli.deploy.release import Release
 from tako_cli.deploy.units import units
 from tako_runtime.config import Config
+from tako_runtime.manifest import Manifest
 from tako_runtime.secrets import envelope
 
 #: What a deploy that was cut off has left is removed too: nobody else is at it, since we have the lock.
@@ -126,6 +127,13 @@ class Plan:
     @property
     def steps(self) -> list[Step]:
         return [*self.prepare, *([self.fit] if self.fit else []), self.switch]
+
+
+def to_be_shared(config: Config, servers: Sequence[str], manifest: Manifest) -> list[str]:
+    """The workflows for which these servers would need a store that they share, and have none."""
+    if len(servers) < 2 or config.storage.url != "sqlite":
+        return []
+    return [flow.name for flow in manifest.workflows if not flow.local]
 
 
 def plan(

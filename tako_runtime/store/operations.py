@@ -58,6 +58,7 @@ def _event(wait: str) -> str:
 
 _CONTENDED: dict[type[Operation[Any]], Callable[[Any], list[str]]] = {
     base.SendSignal: lambda op: [_event(op.name)],
+    base.DropKept: lambda op: [_event(op.name)],
     base.OpenWait: lambda op: [_event(op.signal)],
     base.ExpireWait: lambda op: [_event(op.name)],
     base.Apply: lambda op: [_event(name) for name in op.change.open_waits],
@@ -230,13 +231,16 @@ class SqlStore(Store):
             self._end_wait(seq, name, "done", op.payload, op.now)
             woken = self._value("wake", {"seq": seq, "now": op.now})
             topics.add(f"due:{woken}" if woken else "signal")
-        if not waiting:
+        if not waiting and op.expires_at is not None:
             self._change("expire_signals", {"now": op.now, "limit": _EXPIRED})
             self._change(
                 "keep_signal",
                 {"name": op.name, "payload": op.payload, "now": op.now, "expires_at": op.expires_at},
             )
         return len(waiting)
+
+    def _drop_kept(self, op: base.DropKept, topics: Topics) -> bool:
+        return self._changed("drop_kept", {"name": op.name, "sent_at": op.sent_at}) > 0
 
     # --- workers ---
 
@@ -404,7 +408,7 @@ class SqlStore(Store):
         return [base.Wait(*row) for row in self._all("all_waits", {"limit": op.limit})]
 
     def _kept_signals(self, op: base.KeptSignals, topics: Topics) -> list[base.KeptSignal]:
-        kept = self._all("kept_signals", {"now": op.now, "limit": op.limit})
+        kept = self._all("kept_signals", {"now": op.now, "name": op.name, "limit": op.limit})
         return [base.KeptSignal(*row) for row in kept]
 
     def _count_ended(self, op: base.CountEnded, topics: Topics) -> int:
@@ -490,6 +494,7 @@ class SqlStore(Store):
         base.OpenWait: _open_wait,
         base.ExpireWait: _expire_wait,
         base.SendSignal: _send_signal,
+        base.DropKept: _drop_kept,
         base.AddWorker: _add_worker,
         base.RenewLease: _renew_lease,
         base.GiveUpWorker: _give_up_worker,

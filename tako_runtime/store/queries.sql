@@ -145,6 +145,10 @@ RETURNING "group";
 -- name: keep_signal
 INSERT INTO signals (name, payload, sent_at, expires_at) VALUES (:name, :payload, :now, :expires_at);
 
+-- name: drop_kept
+DELETE FROM signals
+ WHERE seq = (SELECT seq FROM signals WHERE name = :name AND sent_at = :sent_at ORDER BY seq LIMIT 1);
+
 -- ===== workers =======================================================================================================
 
 -- name: insert_worker
@@ -309,7 +313,8 @@ SELECT w.signal, r.id, w.step, w.since, w.deadline, r.workflow FROM waits AS w J
  ORDER BY w.signal, w.run, w.step LIMIT :limit;
 
 -- name: kept_signals
-SELECT name, {payload}, sent_at, expires_at FROM signals WHERE expires_at > :now ORDER BY seq LIMIT :limit;
+SELECT name, {payload}, sent_at, expires_at FROM signals
+ WHERE expires_at > :now AND (name = :name OR :name IS NULL) ORDER BY seq LIMIT :limit;
 
 -- name: expire_signals
 DELETE FROM signals
