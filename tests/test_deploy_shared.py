@@ -150,6 +150,8 @@ def test_what_a_deploy_asks_it_asks_the_shared_store_and_a_server_that_was_down_
     assert "api: root@api cannot be reached" in done.stderr
     assert shop.current(web) == first
     partly = shop.tako("deploy", "--yes", "--keep-going")
+    assert partly.returncode == 1, "one of them has not got it"
+    assert "tako deploy --resume" in partly.stderr
     second = shop.current(web)
     assert second != first, partly.stderr
     assert partly.stderr.count("orphaned: 1 (ask: 1)") == 1

@@ -54,6 +54,7 @@ def deploy(
       tako deploy --env staging --dry-run
     """
     from tako_cli import context
+    from tako_cli.deploy.carry_out import Result
     from tako_cli.deploy.plan import plan
     from tako_cli.deploy.release import pack
 
@@ -62,6 +63,7 @@ def deploy(
     secrets = _secrets(config, env)
     remotes = connected(config, names)
     facts = [one for one in preflight(config, env, remotes, as_json=as_json, keep_going=keep_going) if one.target]
+    left_out = [name for name in names if name not in [one.server for one in facts]]
     output.passing("packs the release")
     release = pack(config, env, [one.target for one in facts if one.target], secrets=secrets)
     for remark in release.notes:
@@ -73,7 +75,9 @@ def deploy(
         _show_plans(release, plans, as_json=as_json)
         return
     note(f"release {release.id}: {release.files} files, {_size(release.size)}")
-    finish(carried_out(plans, remotes, yes=yes, parallel=parallel, keep_going=keep_going), as_json=as_json)
+    results = carried_out(plans, remotes, yes=yes, parallel=parallel, keep_going=keep_going)
+    results += [Result(name, release.id, error="it could not be asked, or was not fit") for name in left_out]
+    finish(results, as_json=as_json)
 
 
 # --- before anything is changed --------------------------------------------------------------------------------------
