@@ -32,6 +32,9 @@ from tako_runtime.workflow import check_signal_name, new_run, refuse_unhealthy, 
 
 Json = dict[str, Any]
 
+#: The net under the bell, for who waits for a run's end: in seconds.
+LOOK = 1.0
+
 
 class Control:
     """The operations on the store of an app, and on this machine's own beside it, `local`. Blocking, as a command is.
@@ -303,9 +306,12 @@ class Control:
         listener = self._store.bell.listen("c-" + new_id(self._clock.now()))
         try:
             listener.start(lambda topics: rung.set() if "ended" in topics else None)
+            store = self._store_of(run)
+            if store.shared:
+                await store.do(base.AwaitEnd(seq=run.seq))
             while not Status((found := await self._get(run)).status).ended:
                 try:
-                    async with asyncio.timeout(1):
+                    async with asyncio.timeout(LOOK):
                         await rung.wait()
                 except TimeoutError:
                     pass

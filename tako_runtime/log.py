@@ -53,6 +53,12 @@ WORDS: dict[str, tuple[int, str]] = {
     "step.left": (WARNING, "step {step} is not waited for any longer; its thread cannot be stopped and is left behind"),
     "wait.done": (DEBUG, "got signal {signal}"),
     "wait.timed_out": (INFO, "no signal {signal} by its deadline{scaled}"),
+    "clock.off": (
+        WARNING,
+        "this machine's clock is {off} {direction} that of {database}, which it goes by from now on. Have it set by "
+        "NTP: timedatectl set-ntp true",
+    ),
+    "clock.right": (INFO, "this machine's clock agrees with that of {database} again"),
     "relay.listening": (INFO, "hears of what other servers do through {database}"),
     "relay.polling": (
         WARNING,

@@ -41,9 +41,15 @@ def programs() -> Path:
 
 class Server:
     """A server with a socket in a folder of its own, and, if a port is given, on that, at loopback or at `addresses` of
-    this machine's own."""
+    this machine's own; or the standby of another one, which it follows until it is promoted."""
 
-    def __init__(self, port: int | None = None, *settings: str, addresses: Sequence[str] = ("127.0.0.1",)) -> None:
+    def __init__(
+        self,
+        port: int | None = None,
+        *settings: str,
+        addresses: Sequence[str] = ("127.0.0.1",),
+        standby_of: "Server | None" = None,
+    ) -> None:
         self._programs, self._user = programs(), _user()
         self.folder = Path(tempfile.mkdtemp(prefix="tako-pg-", dir="/tmp"))
         self._settings = [
@@ -55,7 +61,11 @@ class Server:
         try:
             if self._user is not None:
                 os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
-            self._run("initdb", "-D", "data", "-U", "tako", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+            if standby_of is None:
+                self._run("initdb", "-D", "data", "-U", "tako", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+            else:
+                where = ["-h", str(standby_of.folder), "-p", str(standby_of.port), "-U", "tako"]
+                self._run("pg_basebackup", "-D", "data", "-R", "--checkpoint=fast", "--no-sync", *where)
             self.start()
         except (OSError, subprocess.SubprocessError) as error:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -73,6 +83,10 @@ class Server:
     def restart(self, how: str = "immediate") -> None:
         self.stop(how)
         self.start()
+
+    def promote(self) -> None:
+        """Let a standby take writes."""
+        self._run("pg_ctl", "-D", "data", "-w", "-t", "60", "promote")
 
     def database(self) -> str:
         """The url of a new one, without a password."""

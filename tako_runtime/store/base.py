@@ -324,6 +324,14 @@ class GetRun(Operation[Run | None], frozen=True):
     seq: int
 
 
+class AwaitEnd(Operation[None], frozen=True):
+    """Have the bells of all machines ring "ended" when this run ends; where the store is not shared, each end rings
+    anyway. Ask after it how the run stands, as it may have ended before."""
+
+    acknowledged = False
+    seq: int
+
+
 class FindRuns(Operation[list[Run]], frozen=True):
     """The runs whose id begins with `prefix`, or, where none does, ends with it: at most `limit`. Those of one
     millisecond differ in their ends only."""

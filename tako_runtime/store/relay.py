@@ -29,7 +29,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _LOOK = 1.0
 
 #: What may have been missed while nobody listened.
-_EVERYTHING = {"later", "signal", "cancel"}
+_EVERYTHING = {"later", "signal", "cancel", "ended"}
 
 
 class Relay(AbstractContextManager[None]):

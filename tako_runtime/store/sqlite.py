@@ -204,10 +204,10 @@ class SqliteStore(SqlStore):
         for text, bound in _chunks(query, written):
             self._db.execute(text, bound)
 
-    def _written(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
+    def _all_written(self, query: str, written: Sequence[tuple[Any, ...]]) -> bool:
         before = self._db.total_changes()
         self._write(query, written)
-        return self._db.total_changes() - before
+        return self._db.total_changes() - before == len(written)
 
     def _found(self, query: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
         return [row for text, bound in _chunks(query, asked) for row in self._db.execute(text, bound)]
