@@ -67,6 +67,7 @@ class Server:
         self.home, self.config = home, config
         self._store, self._server, self._pace = store, server, pace
         self.environment = self._with_limits(environment or os.environ)
+        self._given_clock = clock
         self._clock: Clock = clock or SystemClock()
         self.manifest = Manifest(())
         self._together = together
@@ -104,8 +105,9 @@ class Server:
             lease=config.workflows.lease, log_level=self._log_level, environment=self.environment, secrets=secrets,
             pace=self._pace,
         )  # fmt: skip
-        cron = Cron(store, self._clock, home.server, pace=self._pace)
-        retention = Retention(store, config, self._server, self._clock)
+        ticking = self._given_clock or store.clock
+        cron = Cron(store, ticking, home.server, pace=self._pace)
+        retention = Retention(store, config, self._server, ticking)
         courier = Courier(store, self._store, home.server, self._clock) if local else None
         return Side(store, supervisor, cron, retention, courier)
 

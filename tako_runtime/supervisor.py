@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tako_runtime import clock, rotation
 from tako_runtime.child import TOGETHER, Child, Event, Group, Up
-from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace
 from tako_runtime.crew import Crew
 from tako_runtime.errors import StoreBusy, StoreLocked, TakoError
 from tako_runtime.health import Health
@@ -120,7 +120,7 @@ class Supervisor:
         self._declare = declare
         self._all = self._of_all() if together else None
         self._start_limit, self._stall_limit = start_limit, stall_limit
-        self._clock: Clock = clock or SystemClock()
+        self._clock: Clock = clock or store.clock
         self._pace = pace  # of the pauses of runs whose worker died
         words = [
             "--dir", folder, "--lease", f"{lease}us", "--import-limit", f"{start_limit / 2}s", "--log-level", log_level,

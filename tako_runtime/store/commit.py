@@ -17,6 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 from tako_runtime.bell import Bell
+from tako_runtime.clock import Clock, MachineClock, SystemClock
 from tako_runtime.errors import StoreBusy, StoreError, StoreUnreachable, TakoError
 from tako_runtime.store.base import Operation, Store, Topics
 
@@ -71,6 +72,12 @@ class StoreThread:
         _forks.alive.add(self)
         self._thread.start()
         opened.result()
+
+    @property
+    def clock(self) -> Clock:
+        """The one that its times are of. Who works for a store that no other machine has goes by this one's own, though
+        the process may know of a shared one too, and by how much that one's is ahead."""
+        return SystemClock() if self.shared else MachineClock()
 
     def do(self, op: Operation[R]) -> "asyncio.Future[R]":
         """Run `op`; the answer comes after the commit that carries it. Raises `StoreBusy` for what may work later."""
