@@ -71,7 +71,10 @@ class Control:
 
     def _now(self, run: Found) -> int:
         """The time where that run is."""
-        return (self._given_clock or self._store_of(run).clock).now()
+        return self._at(self._store_of(run))
+
+    def _at(self, store: StoreThread) -> int:
+        return (self._given_clock or store.clock).now()
 
     # --- looking ---
 
@@ -155,8 +158,7 @@ class Control:
         from tako_runtime.rotation import standing as held
 
         wanted = {name: config.group(name, server) for name in config.group_names(server)} if config else {}
-        now = self._clock.now()
-        seen = together([look(store, self._app_dir, now, local=local) for store, local in self._stores()])
+        seen = together([look(one, self._app_dir, self._at(one), local=local) for one, local in self._stores()])
         return status(seen, wanted, supervising(self._app_dir), standing(self._app_dir), held(self._app_dir))
 
     def signals(self, limit: int = 50) -> Json:
@@ -198,7 +200,7 @@ class Control:
             ) from None
         payload = codec.encode(value, f"the payload of {flow.name!r}", limit=limits().max_value)
         store = self._store_for(local=flow.local)
-        now = (self._given_clock or store.clock).now()
+        now = self._at(store)
         new = new_run(
             flow.name, flow.group, payload, now=now, due=now + pace().real(delay), retries=flow.retries,
             backoff_base=flow.backoff_base, backoff_max=flow.backoff_max, priority=priority, unique_key=unique_key,
