@@ -30,14 +30,14 @@ def status(found: Json, now: int, here: Path, at: str = "") -> "list[Text]":
 def _facts(found: Json, store: Path, here: Path, now: int, at: str) -> "list[Text]":
     who, dead, kept = found["supervisor"], found["runs"]["dead"], found["signals_kept"]
     own, secrets = found["process"], found["secrets"] or {"unread": False, "old": []}
-    old = [str(pid) for pid in secrets["old"]]
+    old = [f"process {one['pid']} ({one['what']}, {one['release']})" for one in secrets["old"]]
     facts = [
         ("app", found["app"]),
         ("store", str(store.relative_to(here) if store.is_relative_to(here) else store)),
         ("local", found.get("local_store") or ""),
         ("runs by", f"{who['what']}, process {who['pid']}" if who else "nobody"),
         ("process", f"{own['message']} ({wording.age(own['since'], now)} ago)" if own else ""),
-        ("secrets", f"old ones in process {', '.join(old)}, until the next step there" if old else ""),
+        ("secrets", f"old ones in {', '.join(old)}" if old else ""),
         ("secrets", f"changed, and not handed over yet: tako secrets push{at}" if secrets["unread"] else ""),
         ("paused", f"by {found['paused']}: nothing is claimed" if found["paused"] else ""),
         ("runs", ", ".join(f"{n} {word}" for word, n in found["runs"].items() if n and word != "dead") or "none alive"),

@@ -49,6 +49,13 @@ class SystemClock:
         return time.time_ns() // 1_000 + standard.ahead
 
 
+class MachineClock:
+    """The machine's wall clock as it is: for all that concerns no other machine."""
+
+    def now(self) -> int:
+        return machine()
+
+
 def machine() -> int:
     """The machine's wall clock as it is."""
     return time.time_ns() // 1_000

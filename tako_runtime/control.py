@@ -49,6 +49,7 @@ class Control:
         local: Local | None = None,
     ) -> None:
         self._store, self._local = store, local
+        self._given_clock = clock
         self._clock: Clock = clock or SystemClock()
         self._app_dir = app_dir or Path(os.devnull)
 
@@ -67,6 +68,13 @@ class Control:
 
     def _store_of(self, run: Found) -> StoreThread:
         return self._store_for(local=run.local)
+
+    def _now(self, run: Found) -> int:
+        """The time where that run is."""
+        return self._at(self._store_of(run))
+
+    def _at(self, store: StoreThread) -> int:
+        return (self._given_clock or store.clock).now()
 
     # --- looking ---
 
@@ -116,7 +124,7 @@ class Control:
     def show(self, prefix: str) -> Json:
         """One run with its `steps`, its `attempts` (the one under way included) and what it is `waiting_for`."""
         run = self.find(prefix)
-        now, store = self._clock.now(), self._store_of(run)
+        now, store = self._now(run), self._store_of(run)
         steps = store.do_sync(base.Steps(seq=run.seq))
         attempts = store.do_sync(base.Attempts(seq=run.seq))
         waits = store.do_sync(base.OpenWaits(seq=run.seq))
@@ -138,7 +146,8 @@ class Control:
     ) -> Json:
         """Why a run stands where it stands: a `cause` (`why.CAUSES`) and a `sentence`. The configuration says how many
         runs a worker can have; what the release declares is asked only where it matters."""
-        run, now = self.find(prefix), self._clock.now()
+        run = self.find(prefix)
+        now = self._now(run)
         found = why(seen(self._store_of(run), self._app_dir, run, now, config, declared))
         return {"run": run.id, "workflow": run.workflow, "status": run.status, **found._asdict()}
 
@@ -149,8 +158,7 @@ class Control:
         from tako_runtime.rotation import standing as held
 
         wanted = {name: config.group(name, server) for name in config.group_names(server)} if config else {}
-        now = self._clock.now()
-        seen = together([look(store, self._app_dir, now, local=local) for store, local in self._stores()])
+        seen = together([look(one, self._app_dir, self._at(one), local=local) for one, local in self._stores()])
         return status(seen, wanted, supervising(self._app_dir), standing(self._app_dir), held(self._app_dir))
 
     def signals(self, limit: int = 50) -> Json:
@@ -191,13 +199,14 @@ class Control:
                 f"the payload is not JSON: {error}", hint="""Text needs its quotes: --payload '"text"'."""
             ) from None
         payload = codec.encode(value, f"the payload of {flow.name!r}", limit=limits().max_value)
-        now = self._clock.now()
+        store = self._store_for(local=flow.local)
+        now = self._at(store)
         new = new_run(
             flow.name, flow.group, payload, now=now, due=now + pace().real(delay), retries=flow.retries,
             backoff_base=flow.backoff_base, backoff_max=flow.backoff_max, priority=priority, unique_key=unique_key,
             scheduled_at=scheduled_at,
         )  # fmt: skip
-        [run_id] = self._store_for(local=flow.local).do_sync(base.Enqueue(runs=[new], now=now))
+        [run_id] = store.do_sync(base.Enqueue(runs=[new], now=now))
         return self.find(run_id)
 
     def refuse_unhealthy(self, group: str) -> None:
@@ -215,14 +224,14 @@ class Control:
             if drop_from is None:
                 names = ", ".join(step.name for step in steps) or "it has none"
                 raise NotFound(f"run {run.id} has no step {from_step!r}", hint=f"Its steps: {names}.")
-        return self._change(run, lambda now_run: state.retry(now_run, self._clock.now(), drop_from))
+        return self._change(run, lambda now_run: state.retry(now_run, self._now(run), drop_from))
 
     def cancel(self, prefix: str, reason: str = "cancelled by an operator") -> Json:
         """Cancel a pending or parked run now, a running one at its next step boundary."""
         found, changes = self.find(prefix), list[state.Change]()
 
         def decide(run: Run) -> state.Change:
-            changes.append(state.cancel(run, failure.clean(reason), self._clock.now()))
+            changes.append(state.cancel(run, failure.clean(reason), self._now(found)))
             return changes[-1]
 
         shown = self._change(found, decide)
@@ -237,7 +246,7 @@ class Control:
         """Let a sleeping run go on now, as if its sleep were over; without an id the one that wakes first. `NotFound`
         where none sleeps."""
         run = self.find(prefix) if prefix is not None else self._next_to_wake()
-        return self._change(run, lambda run: state.wake(run, self._clock.now()))
+        return self._change(run, lambda now_run: state.wake(now_run, self._now(run)))
 
     def _next_to_wake(self) -> Found:
         op = base.NextDue(reason=Reason.SLEEPING)
@@ -255,7 +264,7 @@ class Control:
             raise InvalidValue(f"the payload is not JSON: {error}") from None
         op, woken = signal_op(name, value), 0
         for beside, _ in self._stores()[1:]:
-            woken += beside.do_sync(unkept(op))
+            woken += beside.do_sync(unkept(op, local=True))
         return woken + self._store.do_sync(unkept(op) if woken else op)
 
     def prunable(self, before: int, *, workflow: str | None = None, statuses: Sequence[str] = ()) -> int:

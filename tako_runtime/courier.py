@@ -92,7 +92,7 @@ class Courier:
         took = 0
         for one in await self._oldest(name):
             payload = one.payload.decode(errors="replace")
-            signal = SendSignal(name=name, payload=payload, now=self._clock.now(), expires_at=None)
+            signal = SendSignal(name=name, payload=payload, now=self._local.clock.now(), expires_at=None)
             took = await self._local.do(signal)
             if took:
                 await self._shared.do(DropKept(name=name, sent_at=one.sent_at))

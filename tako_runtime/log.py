@@ -133,6 +133,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "secret.short": (WARNING, "secrets too short to be masked (less than {least} characters): {names}"),
     "secret.changed": (INFO, "secrets have changed: those who have the old ones end at their next step"),
     "secret.unread": (ERROR, "the secrets cannot be read, those that were known go on: {error}"),
+    "secret.refused": (ERROR, "the changed secrets are of no use, those that were known go on: {error}"),
     "secret.missing": (WARNING, "required secrets that are not set: {names}"),
     "feed.missing": (WARNING, "nobody can look on, tako runs tail included: {path}: {error}"),
     "tail.live": (INFO, "live from {what}, process {pid}"),

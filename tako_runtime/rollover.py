@@ -204,7 +204,8 @@ async def _app(server: "Server", up: asyncio.Barrier) -> None:
     def heard(event: dict[str, Any]) -> None:
         lines.append(str(event["message"]))
 
-    app = App(elsewhere, server.environment, heard, secrets=lambda: server.secrets, look=_LOOK)
+    mark = server.main.supervisor.mark
+    app = App(elsewhere, server.environment, heard, secrets=lambda: server.secrets, mark=mark, look=_LOOK)
     running = asyncio.ensure_future(app.run())
     unwell = asyncio.ensure_future(asyncio.sleep(0, ""))
     try:

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tako_runtime import clock, disk, log, rotation
+from tako_runtime import clock, disk, log
 from tako_runtime.alone import Lock
 from tako_runtime.app import App, Noted
 from tako_runtime.child import Group
 from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.config import Config
 from tako_runtime.courier import Courier
-from tako_runtime.errors import TakoError
+from tako_runtime.errors import StoreError, TakoError
 from tako_runtime.feed import Feed
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, read
@@ -32,7 +32,7 @@ from tako_runtime.retention import Retention
 from tako_runtime.rollover import Predecessor, Trial
 from tako_runtime.secrets import stored
 from tako_runtime.side import Side, scheduled_on
-from tako_runtime.store import Home, Limits, local_of
+from tako_runtime.store import DATABASE_DIRECT_URL, DATABASE_URL, Home, Limits, local_of
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.supervisor import Supervisor
 from tako_runtime.ticker import Cron
@@ -67,6 +67,7 @@ class Server:
         self.home, self.config = home, config
         self._store, self._server, self._pace = store, server, pace
         self.environment = self._with_limits(environment or os.environ)
+        self._given_clock = clock
         self._clock: Clock = clock or SystemClock()
         self.manifest = Manifest(())
         self._together = together
@@ -81,7 +82,6 @@ class Server:
 
         self._heard = heard
         self._log_level = "debug" if config.metrics.listen else log_level
-        self._held = rotation.Note(home.app_dir)
         self.local = local_of(home)
         self._beside_is_there, self._ending = asyncio.Event(), False
         self.main = self._side(store, secrets)
@@ -90,7 +90,7 @@ class Server:
         if config.app is not None:
             self.app = App(
                 config, self.environment, lambda event: heard("app", event),
-                secrets=lambda: self.secrets, passed_on=passed_on, clock=self._clock,
+                secrets=lambda: self.secrets, mark=self.main.supervisor.mark, passed_on=passed_on, clock=self._clock,
             )  # fmt: skip
         self._successor: Lock | None = None  # the lock that another release waits for
         self._leaving = asyncio.Event()
@@ -100,13 +100,14 @@ class Server:
         together = self._together and not local  # the one process of all groups says what the files declare
         supervisor = Supervisor(
             store, home, config.root, config.workflows.dir, {} if local else self._groups(), self._heard,
-            other=partial(self.group, local=local), together=together, local=local, held=self._held,
+            other=partial(self.group, local=local), together=together, local=local,
             declare=self._declared if together else None, reread=None if self._together else self.declare,
             lease=config.workflows.lease, log_level=self._log_level, environment=self.environment, secrets=secrets,
             pace=self._pace,
         )  # fmt: skip
-        cron = Cron(store, self._clock, home.server, pace=self._pace)
-        retention = Retention(store, config, self._server, self._clock)
+        ticking = self._given_clock or store.clock
+        cron = Cron(store, ticking, home.server, pace=self._pace)
+        retention = Retention(store, config, self._server, ticking)
         courier = Courier(store, self._store, home.server, self._clock) if local else None
         return Side(store, supervisor, cron, retention, courier)
 
@@ -228,6 +229,13 @@ class Server:
 
     def _group_names(self) -> set[str]:
         return {*self.config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
+
+    async def move_store(self, secrets: Mapping[str, str]) -> None:
+        """Go on with the store that these secrets name, if they name another one than those before. Raises `StoreError`
+        where it cannot be opened: then all goes on as before."""
+        before, names = self.secrets, (DATABASE_URL, DATABASE_DIRECT_URL)
+        if self._store.shared and any(secrets.get(name) != before.get(name) for name in names):
+            await asyncio.to_thread(self._store.reopen)
 
     def look_at_secrets(self) -> None:
         """Warn of what is missing, and of what cannot be masked."""
@@ -353,11 +361,14 @@ async def _serve(
         try:
             fresh = stored(server.home.app_dir)
             if fresh != server.secrets:
+                await server.move_store(fresh)
                 guards.enter_context(guarded(fresh))  # beside the old ones: workers that have those are still there
                 emit("secret.changed")
                 if server.app is not None:
                     server.app.restart(server.environment)
             server.renew(fresh)
+        except StoreError as error:
+            emit("secret.refused", error=str(error))
         except TakoError as error:
             emit("secret.unread", error=str(error))
         server.look_at_secrets()

@@ -20,7 +20,7 @@ from typing import Any, Generic, Literal, ParamSpec, TypeVar
 from msgspec import structs
 
 from tako_runtime import clock, codec, store
-from tako_runtime.clock import Duration, SystemClock
+from tako_runtime.clock import Duration, MachineClock, SystemClock
 from tako_runtime.errors import DuplicateWorkflow, GroupUnhealthy, InvalidValue, Unreadable
 from tako_runtime.masking import NOT_IN_NAMES, named_in
 from tako_runtime.run import NewRun, new_id
@@ -33,7 +33,7 @@ R = TypeVar("R")
 #: Every workflow that this process has imported, by name.
 registry: dict[str, "Workflow[..., Any]"] = {}
 
-_clock = SystemClock()
+_clock, _machine = SystemClock(), MachineClock()
 
 
 def workflow(
@@ -208,7 +208,7 @@ class Workflow(Generic[P, R]):
         unique_key: Callable[[Any], str | None],
         priority: int,
     ) -> Enqueue:
-        now = _clock.now()
+        now = (_machine if self.local else _clock).now()  # that of the store in which it will be
         if run_at is not None and delay is not None:
             raise InvalidValue(f"enqueue of {self.name!r}: give run_at or delay, not both")
         ahead = 0
@@ -283,7 +283,7 @@ async def signal(name: str, payload: object = None) -> int:
     """
     op, beside, woken = signal_op(name, payload), store.beside(), 0
     if beside is not None:
-        woken = await beside.do(unkept(op))
+        woken = await beside.do(unkept(op, local=True))
     return woken + await store.current().do(unkept(op) if woken else op)
 
 
@@ -291,13 +291,13 @@ def signal_sync(name: str, payload: object = None) -> int:
     """`signal` for code without an event loop."""
     op, beside, woken = signal_op(name, payload), store.beside(), 0
     if beside is not None:
-        woken = beside.do_sync(unkept(op))
+        woken = beside.do_sync(unkept(op, local=True))
     return woken + store.current().do_sync(unkept(op) if woken else op)
 
 
-def unkept(op: SendSignal) -> SendSignal:
-    """The same signal for those alone who wait for it now."""
-    return structs.replace(op, expires_at=None)
+def unkept(op: SendSignal, *, local: bool = False) -> SendSignal:
+    """The same signal for those alone who wait for it now, in that store or in this machine's own."""
+    return structs.replace(op, expires_at=None, now=_machine.now() if local else op.now)
 
 
 def signal_op(name: str, payload: object) -> SendSignal:

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal as signals
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -15,7 +16,7 @@ from postgres import Server
 from serving import keep_secrets
 from workers import gone, serving
 
-from tako_runtime import Step, rotation, store
+from tako_runtime import Step, clock, rotation, store
 from tako_runtime.control import Control
 from tako_runtime.store import Home, Local, base, open_store
 from tako_runtime.store.commit import StoreThread
@@ -287,7 +288,8 @@ def test_new_secrets_replace_the_workers_of_both_stores_at_their_next_step(
         until(lambda: [run["status"] for runs in both[0].runs().values() for run in runs] == ["running"] * 2)
         keep_secrets(homes[0], {"KEY": "sk_live_after_two"})
         server.process.send_signal(signals.SIGHUP)
-        until(lambda: sorted(rotation.standing(app_dir)["old"]) == sorted(server.spawned[:2]))
+        until(lambda: not rotation.standing(app_dir)["unread"])
+        until(lambda: {each["pid"] for each in rotation.standing(app_dir)["old"]} == set(server.spawned[:2]))
         gate.touch()
         [run] = both[0].ended("here")
         [other] = until(lambda: both[0].control.list_runs(workflow="there", statuses=["succeeded"]))
@@ -312,6 +314,42 @@ def test_workers_of_both_stores_stop_with_their_supervisor_and_what_they_had_in_
     assert (run["attempt"], run["status"] in ("succeeded", "pending")) == (1, True)
     own = both[0].local.made()
     assert own.do_sync(base.ListWorkers()) == []
+
+
+@pytest.mark.parametrize("seconds", [-600, 600])
+def test_a_servers_own_runs_go_by_its_own_clock_though_the_databases_is_far_from_it(
+    homes: list[Home], tmp_path: Path, clean_registry: object, monkeypatch: pytest.MonkeyPatch, seconds: int
+) -> None:
+    """All processes of the server know that clock but the workers of its own store, which need no database."""
+
+    @workflow("naps", local=True)
+    async def naps(step: Step) -> None: ...
+
+    napping = '\n@workflow("naps", local=True)\nasync def naps(step: Step) -> None:\n    await step.sleep("5m")\n'
+    (tmp_path / "off").mkdir()
+    shift = f"import time\nright = time.time_ns\ntime.time_ns = lambda: right() + {seconds} * 10**9\n"
+    (tmp_path / "off" / "sitecustomize.py").write_text(shift)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "off"))
+    right, beside = time.time_ns, Local(homes[1])  # noqa: TID251
+    monkeypatch.setattr("tako_runtime.clock.time.time_ns", lambda: right() + seconds * 10**9)
+    with (
+        serving(homes[1], make(tmp_path / "shop", FLOWS + TICKS + napping)) as server,
+        closing(open_store(homes[1])) as app,
+    ):
+        assert abs(clock.standard.ahead) > 500 * clock.SECOND
+        store.use(app, beside)
+        own = Control(app, app_dir=homes[1].app_dir, local=beside)
+        nap = naps.enqueue_sync()
+        until(lambda: own.find(nap).reason == "sleeping")
+        until(lambda: len(own.list_runs(workflow="ticks", statuses=["succeeded"])) > 6)
+        assert own.find(nap).claim == 1, "it sleeps, and is not woken to find that it is too early"
+        own.wake()
+        assert own.wait(own.find(nap))["status"] == "succeeded"
+        assert server.events("worker.frozen") == []
+        assert len(server.events("worker.spawned")) == 1
+    store.use(None)
+    beside.close()
+    clock.standard.ahead = 0
 
 
 # --- signals ---------------------------------------------------------------------------------------------------------

@@ -1,9 +1,12 @@
 """The shared store: what happens when the connection to it goes, and what its schema is."""
 
+import shlex
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import msgspec
 import psycopg
 import pytest
 from conftest import Caller, until
-from postgres import NoPostgres, Server
+from postgres import NoPostgres, Server, programs
 from scenarios.flows import orders
 from scenarios.lasting import ticking
 from wire import Cut, Wire, wire
@@ -21,10 +24,10 @@ from workers import shown, status, worker_process, workers
 from tako_runtime import store
 from tako_runtime.clock import SECOND
 from tako_runtime.control import Control
-from tako_runtime.errors import ConfigError, Refused, StoreError, StoreTooNew, StoreUnreachable
+from tako_runtime.errors import ConfigError, Refused, StoreUnreachable
 from tako_runtime.run import StepRecord
 from tako_runtime.state import Returned
-from tako_runtime.store import Home, base, database, open_store, queries, schema
+from tako_runtime.store import Home, base, database, open_store, queries, version
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.pipeline import Query
 from tako_runtime.store.postgres import PostgresStore
@@ -323,45 +326,25 @@ def test_each_environment_has_a_schema_of_its_own(opened: StoreThread, home: Hom
     assert len(home._replace(app="a" * 63, env="production").schema) <= 63
 
 
-def later(monkeypatch: pytest.MonkeyPatch, *scripts: str) -> list[tuple[int, str]]:
-    """A tako whose migrations are those of now, and these."""
-    known = queries.migrations("postgres")
-    more = [(known[-1][0] + n, script) for n, script in enumerate(scripts, 1)]
-    monkeypatch.setattr(schema, "migrations", lambda _: [*known, *more])
-    return known
-
-
-def test_old_and_new_releases_share_a_schema_that_only_grew(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    with closing(open_store(home)) as old:
-        known = later(monkeypatch, "ALTER TABLE runs ADD COLUMN shade TEXT;")
-        with closing(open_store(home)) as new:
-            run_id = Caller(new).enqueue()
-            assert [run.id for run in old.do_sync(base.ListRuns())] == [run_id]
-        monkeypatch.setattr(schema, "migrations", lambda _: known)
-        open_store(home).close()  # an old one that starts now
-
-
-def test_a_migration_that_older_releases_cannot_live_with_is_refused_unless_asked_for(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+def test_a_backup_is_the_databases_own_and_the_commands_for_it_are_told_without_a_password(
+    home: Home, server: Server, tmp_path: Path
 ) -> None:
-    open_store(home).close()
-    known = later(monkeypatch, f"-- serves: {NEWEST + 1}\nALTER TABLE runs RENAME COLUMN losses TO lost;")
-    with pytest.raises(StoreError, match=f"could not work with version {NEWEST + 1}") as caught:
-        open_store(home)
-    assert "--breaking" in caught.value.hint
-    PostgresStore(database.Database(home.url, "x"), home.schema, breaking=True).close()
-    monkeypatch.setattr(schema, "migrations", lambda _: known)
-    with pytest.raises(StoreTooNew, match=f"knows versions up to {NEWEST}"):
-        open_store(home)
-
-
-def test_a_migration_that_fails_leaves_the_schema_as_it_was(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(open_store(home)) as opened:
         run_id = Caller(opened).enqueue()
-    known = later(monkeypatch, "ALTER TABLE runs ADD COLUMN shade TEXT; SELECT 1 / 0;")
-    with pytest.raises(StoreError, match="division by zero"):
-        open_store(home)
-    monkeypatch.setattr(schema, "migrations", lambda _: known)
+    secret = home._replace(url=home.url.replace("tako@", "tako:s3cret-pass@"))
+
+    def told(refused: "pytest.ExceptionInfo[Refused]") -> list[str]:
+        assert "s3cret" not in f"{refused.value} {refused.value.hint}"
+        program, *words = shlex.split(refused.value.hint.partition(": ")[2])
+        return [str(programs() / program), *words]
+
+    with pytest.raises(Refused, match="no file of tako's own") as caught:
+        store.backup(secret, tmp_path / "copy")
+    subprocess.run(told(caught), cwd=tmp_path, check=True)
+    server.ask(f'DELETE FROM "{home.schema}".runs', home.url)
+    with pytest.raises(Refused, match="no file of tako's own") as caught:
+        store.restore(secret, BytesIO())
+    subprocess.run(told(caught), cwd=tmp_path, check=True)
     with closing(open_store(home)) as opened:
         assert [run.id for run in opened.do_sync(base.ListRuns())] == [run_id]
 
@@ -448,10 +431,10 @@ def test_the_store_is_examined_without_being_made_or_brought_up_to_date(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert store.examine(home) is None
-    assert store.versions(home) == (NEWEST, NEWEST)
     with closing(open_store(home)) as opened:
         Caller(opened).enqueue()
-    later(monkeypatch, "ALTER TABLE runs ADD COLUMN shade TEXT;")
+    known = queries.migrations
+    monkeypatch.setattr(version, "migrations", lambda dialect: [*known(dialect), (NEWEST + 1, "SELECT 1")])
     seen = store.examine(home)
     assert seen is not None
     assert (seen.version, seen.newest, seen.runs, seen.damage) == (NEWEST, NEWEST + 1, 1, ())

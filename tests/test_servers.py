@@ -17,9 +17,12 @@ import psycopg
 import pytest
 from conftest import Caller, until
 from postgres import Server
+from serving import keep_secrets
+from serving import project as project_of
+from serving import serving as serve
 from workers import SupervisorProcess, serving, shown, status, worker_process
 
-from tako_runtime import Step, clock, log
+from tako_runtime import Step, clock, log, rotation, store
 from tako_runtime.clock import SECOND, SystemClock
 from tako_runtime.control import Control
 from tako_runtime.reclaim import reclaim
@@ -136,6 +139,56 @@ def test_another_server_takes_up_what_a_dead_one_had_in_hand(
         until(lambda: status(opened, run_id)[0] == "succeeded")
         place = homes[1 + servers.index(other)].data_dir
         assert shown(opened, run_id)["result"] == str(place)
+
+
+# --- another url -----------------------------------------------------------------------------------------------------
+
+
+def test_a_changed_database_url_reaches_every_connection_and_one_that_is_of_no_use_none(
+    home: Home, server: Server, tmp_path: Path, flows: dict[str, Workflow[..., object]]
+) -> None:
+    home = home._replace(env="production")
+    opened = open_store(home)
+    store.use(opened)
+    name = home.url.partition("?")[0].rpartition("/")[2]
+    old, new = f"old_{name}", f"new_{name}"
+    server.ask(f'CREATE ROLE "{old}" LOGIN; CREATE ROLE "{new}" LOGIN; GRANT "{old}" TO "{new}"')
+    server.ask(f'GRANT ALL ON SCHEMA "{home.schema}" TO "{old}"', home.url)
+    server.ask(f'GRANT ALL ON ALL TABLES IN SCHEMA "{home.schema}" TO "{old}"', home.url)
+    server.ask(f'GRANT ALL ON ALL SEQUENCES IN SCHEMA "{home.schema}" TO "{old}"', home.url)
+
+    def url(role: str) -> str:
+        return home.url.replace("tako@", f"{role}@")
+
+    def connections(role: str) -> int:
+        return [who for (who,) in server.ask("SELECT usename FROM pg_stat_activity")].count(role)
+
+    bare = home._replace(url="postgres", data_dir=tmp_path / "data")
+    keep_secrets(bare, {"DATABASE_URL": url(old)})
+    root = project_of(tmp_path / "shop", FLOWS, '[storage]\nurl = "postgres"\n')
+
+    def works() -> None:
+        run_id = flows["where"].enqueue_sync("")
+        until(lambda: status(opened, run_id)[0] == "succeeded")
+
+    with closing(opened), serve(bare, root) as running:
+        running.wait_for("relay.listening")
+        works()
+        assert connections(old) > 0
+        keep_secrets(bare, {"DATABASE_URL": url(new)})
+        running.process.send_signal(signal.SIGHUP)
+        until(lambda: connections(old) == 0)
+        server.ask(f'ALTER ROLE "{old}" NOLOGIN')
+        until(lambda: len(running.saw("relay.listening")) == 2)
+        works()
+
+        keep_secrets(bare, {"DATABASE_URL": url(old)})
+        running.process.send_signal(signal.SIGHUP)
+        assert "refuses the connection" in running.wait_for("secret.refused")["message"]
+        assert rotation.standing(bare.app_dir)["unread"]
+        works()
+        assert connections(new) > 0
+    store.use(None)
 
 
 # --- who waits for a run on another server ----------------------------------------------------------------------------

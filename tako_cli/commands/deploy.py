@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tako_cli import output
-from tako_cli.commands import Json, Yes
+from tako_cli.commands import Json, Parallel, Yes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _NAMED = 10
 
 Env = Annotated[str, typer.Option("--env", metavar="ENV", help="Where to: an environment of tako.toml.")]
-Parallel = Annotated[bool, typer.Option("--parallel", help="All servers at once, instead of one after the other.")]
 KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="Go on with the other servers when one fails, instead of stopping.")
 ]
@@ -55,6 +54,7 @@ def deploy(
       tako deploy --env staging --dry-run
     """
     from tako_cli import context
+    from tako_cli.deploy.carry_out import Result
     from tako_cli.deploy.plan import plan
     from tako_cli.deploy.release import pack
 
@@ -63,6 +63,7 @@ def deploy(
     secrets = _secrets(config, env)
     remotes = connected(config, names)
     facts = [one for one in preflight(config, env, remotes, as_json=as_json, keep_going=keep_going) if one.target]
+    left_out = [name for name in names if name not in [one.server for one in facts]]
     output.passing("packs the release")
     release = pack(config, env, [one.target for one in facts if one.target], secrets=secrets)
     for remark in release.notes:
@@ -74,7 +75,9 @@ def deploy(
         _show_plans(release, plans, as_json=as_json)
         return
     note(f"release {release.id}: {release.files} files, {_size(release.size)}")
-    finish(carried_out(plans, remotes, yes=yes, parallel=parallel, keep_going=keep_going), as_json=as_json)
+    results = carried_out(plans, remotes, yes=yes, parallel=parallel, keep_going=keep_going)
+    results += [Result(name, release.id, error="it could not be asked, or was not fit") for name in left_out]
+    finish(results, as_json=as_json)
 
 
 # --- before anything is changed --------------------------------------------------------------------------------------
@@ -216,12 +219,7 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
 
     def go_on(unfit: "Mapping[str, Mapping[str, Any]]") -> bool:
         strange = []
-        for server, found in unfit.items():
-            if "schema" in found:
-                note(
-                    f"{server}: the store becomes one of version {found['schema'][1]} (it is {found['schema'][0]}): no "
-                    "release with an older tako can open it then, and its runs cannot be looked at before"
-                )
+        for server, found in _together(unfit):
             if found["orphaned"]:
                 named = ", ".join(f"{flow}: {count}" for flow, count in found["orphaned"].items())
                 count = sum(found["orphaned"].values())
@@ -257,6 +255,15 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
     return go_on
 
 
+def _together(unfit: "Mapping[str, Mapping[str, Any]]") -> "list[tuple[str, Mapping[str, Any]]]":
+    """Servers that share a store have found the same: it is told once."""
+    told: list[tuple[str, Mapping[str, Any]]] = []
+    for found in unfit.values():
+        if all(found != other for _, other in told):
+            told.append((", ".join(server for server, other in unfit.items() if other == found), found))
+    return told
+
+
 def finish(results: "Sequence[Result]", *, as_json: bool) -> None:
     """Say how it went; exit code 1 where a server has not got it."""
     from dataclasses import asdict
@@ -278,10 +285,10 @@ def finish(results: "Sequence[Result]", *, as_json: bool) -> None:
         if one.state == "failed" and not as_json:
             output.error(f"{one.server}: {one.error.removeprefix(f'{one.server}: ')}", one.hint)
     if any(one.state != "taken" for one in results):
-        if not as_json and all(one.state == "not tried" for one in results):
-            note("nothing was switched: what ran before runs on")
-        elif not as_json and any(one.state == "not tried" for one in results):
-            note("for the rest, once it is mended: tako deploy --resume")
+        states = {one.state for one in results}
+        if not as_json and "not tried" in states:
+            resume = "for the rest, once it is mended: tako deploy --resume"
+            note(resume if "taken" in states else "nothing was switched: what ran before runs on")
         raise typer.Exit(1)
 
 

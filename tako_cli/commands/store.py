@@ -77,21 +77,53 @@ def migrate(
     breaking: Annotated[
         bool, typer.Option("--breaking", help="Also to what older releases of tako cannot work with.")
     ] = False,
+    env: Annotated[str, typer.Option("--env", metavar="ENV", help="Whose store; development is here.")] = "development",
     as_json: Json = False,
 ) -> None:
-    """Bring the store to this tako's version.
+    """Bring the store to the version of a newer tako.
 
-    The app does so itself when it starts, but for what is breaking.
+    The app does so itself when it starts, but for what older releases could not work with: for that, stop the app on
+    all its servers first. On a server it is done by the release that was sent there last.
 
     \b
-    Example:
+    Examples:
       tako store migrate --breaking
+      tako app stop && tako store migrate --breaking --env production && tako deploy
     """
+    from tako_cli import context
     from tako_runtime import store
 
-    home = store.locate()
-    store.migrate(home, breaking=breaking)
-    if as_json:
-        output.document({"store": store.where(home)})
+    if env == context.DEV:
+        home = store.locate()
+        store.migrate(home, breaking=breaking)
+        places = [store.where(home)]
     else:
-        output.note(f"{store.where(home)} is up to date")
+        places = _migrated_there(env, breaking=breaking)
+    if as_json:
+        output.document({"stores": places})
+        return
+    for place in places:
+        output.note(f"{place} is up to date")
+
+
+def _migrated_there(env: str, *, breaking: bool) -> list[str]:
+    """On each server, for each may have a store of its own."""
+    from tako_cli import context
+    from tako_cli.commands.deploy import connected, preflight
+    from tako_cli.deploy.plan import migrate
+    from tako_runtime.errors import NotFound, Refused
+
+    config, names = context.servers(env)
+    remotes = connected(config, names)
+    places = []
+    facts = preflight(config, env, remotes, as_json=True)
+    if running := [one.server for one in facts if one.runs]:
+        raise Refused(f"{config.name} runs on {', '.join(running)}", hint=f"Stop it first: tako app stop --env {env}")
+    for one in facts:
+        ready = [release for release in one.releases if release["ready"]]
+        if not ready or one.place is None:
+            raise NotFound(f"{one.server}: it has no release", hint=f"Send one: tako deploy --env {env}")
+        newest = max(ready, key=lambda release: float(release["at"]))
+        said = remotes[one.server].done(migrate(one.place, str(newest["id"]), breaking=breaking).words)
+        places.append(f"{one.server}: {said.strip()}")
+    return places

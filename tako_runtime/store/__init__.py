@@ -11,6 +11,7 @@ Which kind it is, only this module and those beside it know: a file of this mach
 import hashlib
 import os
 import re
+import shlex
 import socket
 import threading
 from pathlib import Path
@@ -206,8 +207,7 @@ def open_store(home: Home) -> StoreThread:
     bell = Bell(home.app_dir)
     if not home.is_shared:
         return StoreThread(lambda: _open_file(home), bell)
-    database = _database(home)
-    return StoreThread(lambda: _open_schema(home, database), bell, lambda bell: _relay(home, database, bell))
+    return StoreThread(lambda: _open_schema(home), bell, lambda bell: _relay(home, bell))
 
 
 class Local:
@@ -240,23 +240,27 @@ def local_of(home: Home) -> Local | None:
     return Local(home) if home.is_shared else None
 
 
-def _open_file(home: Home) -> Store:
+def _open_file(home: Home, *, breaking: bool = False) -> Store:
     from tako_runtime.store.sqlite import SqliteStore
 
-    return SqliteStore(home.file)
+    return SqliteStore(home.file, breaking=breaking)
 
 
-def _open_schema(home: Home, database: "Database", *, breaking: bool = False) -> Store:
+def _open_schema(home: Home, *, breaking: bool = False) -> Store:
+    database = _database(home)
     from tako_runtime.store.postgres import PostgresStore
 
     return PostgresStore(database, home.schema, home.server, breaking=breaking)
 
 
-def _relay(home: Home, database: "Database", bell: Bell) -> "Relay":
+def _relay(home: Home, bell: Bell) -> "Relay":
+    from tako_runtime.store.database import Database
     from tako_runtime.store.relay import Relay
 
-    direct = _secret(home, DATABASE_DIRECT_URL)
-    heard = type(database)(direct, f"the secret {DATABASE_DIRECT_URL}") if direct else database
+    def heard() -> Database:
+        direct = _secret(home, DATABASE_DIRECT_URL)
+        return Database(direct, f"the secret {DATABASE_DIRECT_URL}") if direct else _database(home)
+
     return Relay(heard, home.schema, home.server, bell)
 
 
@@ -297,9 +301,12 @@ def copy(home: Home, *, local: "Collection[str]" = (), dry_run: bool = False) ->
 
 
 def migrate(home: Home, *, breaking: bool = False) -> None:
-    """Bring the store to this tako's version; `breaking`: also to what older ones cannot work with."""
-    opened = _open_file(home) if not home.is_shared else _open_schema(home, _database(home), breaking=breaking)
-    opened.close()
+    """Bring the store, and this machine's own beside it, to this tako's version; `breaking`: also to what older ones
+    cannot work with."""
+    if home.is_shared:
+        _open_schema(home, breaking=breaking).close()
+    if not home.is_shared or home.file.exists():
+        _open_file(home, breaking=breaking).close()
 
 
 def where(home: Home) -> str:
@@ -321,19 +328,6 @@ def examine(home: Home) -> "Examined | None":
     return examine(home.file)
 
 
-def versions(home: Home) -> tuple[int, int]:
-    """The version of the store, and the one that this tako writes: opening it would make it that. Raises `StoreError`
-    where it cannot be read."""
-    if home.is_shared:
-        from tako_runtime.store.queries import migrations
-
-        seen, newest = examine(home), migrations(POSTGRES)[-1][0]
-        return seen.version if seen is not None else newest, newest
-    from tako_runtime.store.file import versions
-
-    return versions(home.file)
-
-
 def set_aside(home: Home) -> "Aside | None":
     """Put the store aside, so that the next one begins empty; None where there is none. Raises `Refused` while another
     process has it open, and for one that others share."""
@@ -349,7 +343,7 @@ def set_aside(home: Home) -> "Aside | None":
 
 def backup(home: Home, to: Path) -> None:
     """Copy the store into a file that is not there yet, while others work. Raises `Refused` for one in a database."""
-    _embedded(home, "Back it up with the database's own tools: pg_dump --schema.")
+    _embedded(home, "pg_dump --format=custom --file={file} --schema={schema} --dbname={database}")
     from tako_runtime.store.copying import copy
 
     copy(home.file, to)
@@ -358,7 +352,7 @@ def backup(home: Home, to: Path) -> None:
 def restore(home: Home, data: "IO[bytes]") -> "tuple[Examined, Aside | None]":
     """Make a copy the store, and put the one that is there aside. Raises `Refused` while another process has it open,
     and for one in a database."""
-    _embedded(home, "Restore it with the database's own tools: pg_restore.")
+    _embedded(home, "pg_restore --clean --if-exists --dbname={database} {file}")
     from tako_runtime import disk
     from tako_runtime.store.copying import put_back
 
@@ -366,9 +360,12 @@ def restore(home: Home, data: "IO[bytes]") -> "tuple[Examined, Aside | None]":
     return put_back(home.file, data)
 
 
-def _embedded(home: Home, hint: str) -> None:
+def _embedded(home: Home, command: str) -> None:
+    """Raises `Refused` for one in a database, with the database's own command for it: that asks for the password."""
     if home.is_shared:
-        raise Refused(f"{where(home)} is no file of tako's own", hint=hint)
+        told = {"file": f"{home.app}-{home.env}.dump", "schema": f'"{home.schema}"', "database": _database(home).plain}
+        words = command.format(**{name: shlex.quote(value) for name, value in told.items()})
+        raise Refused(f"{where(home)} is no file of tako's own", hint=f"The database's own tools do it: {words}")
 
 
 class _Current:

@@ -83,6 +83,7 @@ class Database:
                 hint="It is not shown, for it may hold a password. Characters such as @ / # in one are written as %40.",
             ) from None
         self.pooled = False
+        self._given = given
         self._parameters: dict[str, Any] = {**_DEFAULTS, **given}
 
     @property
@@ -94,6 +95,13 @@ class Database:
         }
         told |= {name: str(value) for name, value in self._parameters.items()}
         return f"{told['host'] or 'this machine'}:{told['port']}/{told['dbname'] or told['user']}"
+
+    @property
+    def plain(self) -> str:
+        """What the database's own tools are told to connect, without the password."""
+        return conninfo.make_conninfo(
+            "", **{name: value for name, value in self._given.items() if "password" not in name}
+        )
 
     def __repr__(self) -> str:
         return f"<database {self.where}>"
