@@ -31,9 +31,9 @@ test: lint types  ## everything that CI runs
 	    echo "Again, one at a time, what has failed beside others:"; \
 	    $(BIN)/python -m pytest -m "not lasting" --last-failed --last-failed-no-failures none; }
 
-servers: setup  ## all deploys to real servers: Debian with systemd, which lose their power, cable and disk
+servers: setup  ## all deploys to real servers: Debian and Ubuntu with systemd, which lose their power, cable and disk
 	$(BIN)/python -m pytest -n 3 --dist loadfile tests/test_deploy.py tests/test_deploy_cut.py tests/test_deploy_refused.py \
-	    tests/test_operate.py
+	    tests/test_deploy_shared.py tests/test_operate.py
 
 quick: setup  ## the fast tests
 	$(BIN)/python -m pytest $(TOGETHER) -m "not slow and not lasting"

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -52,9 +52,10 @@ def opened() -> "Iterator[tuple[StoreThread, Home]]":
 @contextmanager
 def site(env: str | None = None, server: str | None = None) -> "Iterator[Site]":
     """The app that a command is about: that of this folder, or, of an environment with servers, the one there. Where
-    its servers share a store, the first that can be reached answers for all."""
+    its servers share a store, the first that can be reached answers for all, but for what is local to the others."""
     from tako_cli import afar
     from tako_cli.remote import Unreachable
+    from tako_cli.several import Several
 
     if env in (None, DEV):
         if server is not None:
@@ -63,11 +64,11 @@ def site(env: str | None = None, server: str | None = None) -> "Iterator[Site]":
             yield found
         return
     config, names = servers(str(env), server)
-    if len(names) > 1 and config.storage.url == "sqlite":
-        from tako_runtime.errors import Refused
-
-        raise Refused(f"each server of {env} has a store of its own", hint=f"Say which: --server {names[0]}")
     remotes = remotes_of(config, names)
+    if len(remotes) > 1 and config.storage.url == "sqlite":
+        with _each(config, str(env), remotes) as sites:
+            yield cast("Site", Several(sites, shared=False))
+        return
     for remote in remotes:
         try:
             remote.connect()
@@ -77,7 +78,32 @@ def site(env: str | None = None, server: str | None = None) -> "Iterator[Site]":
                 raise
             output.note(f"{error}; asks the next one")
     with afar.site(config, str(env), remote) as found:
-        yield found
+        others = remotes[remotes.index(remote) + 1 :]
+        if others and any(flow.local for flow in found.manifest().workflows):
+            with _each(config, str(env), others, least=0) as sites:
+                yield cast("Site", Several({remote.name: found, **sites}))
+        else:
+            yield found
+
+
+@contextmanager
+def _each(config: "Config", env: str, remotes: "Sequence[Remote]", least: int = 1) -> "Iterator[dict[str, Site]]":
+    """The app on each of these servers that answers, which are so many at least."""
+    from tako_cli import afar
+    from tako_runtime.errors import TakoError
+
+    sites: dict[str, Site] = {}
+    with ExitStack() as stack:
+        for at, remote in enumerate(remotes, 1):
+            try:
+                found = stack.enter_context(afar.site(config, env, remote))
+                found.now()  # it answers
+                sites[remote.name] = found
+            except TakoError as error:
+                if at == len(remotes) and len(sites) < least:
+                    raise
+                output.note(f"{error}; what only {remote.name} has is not looked at")
+        yield sites
 
 
 @contextmanager
@@ -85,8 +111,8 @@ def here() -> "Iterator[Site]":
     """The app of this folder's project, or the one that the environment names."""
     from tako_runtime.site import Site
 
-    with opened() as (thread, home):
-        yield Site(thread, home, lambda: manifest(project()), known())
+    with opened() as (thread, home), closing(Site(thread, home, lambda: manifest(project()), known())) as site:
+        yield site
 
 
 def servers(env: str, server: str | None = None) -> "tuple[Config, Sequence[str]]":

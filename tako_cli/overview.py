@@ -30,13 +30,14 @@ def status(found: Json, now: int, here: Path, at: str = "") -> "list[Text]":
 def _facts(found: Json, store: Path, here: Path, now: int, at: str) -> "list[Text]":
     who, dead, kept = found["supervisor"], found["runs"]["dead"], found["signals_kept"]
     own, secrets = found["process"], found["secrets"] or {"unread": False, "old": []}
-    old = [str(pid) for pid in secrets["old"]]
+    old = [f"process {one['pid']} ({one['what']}, {one['release']})" for one in secrets["old"]]
     facts = [
         ("app", found["app"]),
         ("store", str(store.relative_to(here) if store.is_relative_to(here) else store)),
+        ("local", found.get("local_store") or ""),
         ("runs by", f"{who['what']}, process {who['pid']}" if who else "nobody"),
         ("process", f"{own['message']} ({wording.age(own['since'], now)} ago)" if own else ""),
-        ("secrets", f"old ones in process {', '.join(old)}, until the next step there" if old else ""),
+        ("secrets", f"old ones in {', '.join(old)}" if old else ""),
         ("secrets", f"changed, and not handed over yet: tako secrets push{at}" if secrets["unread"] else ""),
         ("paused", f"by {found['paused']}: nothing is claimed" if found["paused"] else ""),
         ("runs", ", ".join(f"{n} {word}" for word, n in found["runs"].items() if n and word != "dead") or "none alive"),
@@ -90,7 +91,7 @@ def _workers(workers: list[Json], now: int) -> "list[Text]":
         rows.append(
             [
                 f"w-{short_id(output.one_line(worker['id']))}",
-                output.one_line(worker["group"]),
+                wording.named(output.one_line(worker["group"]), worker.get("local", False)),
                 str(worker["pid"]),
                 str(worker["running"]),
                 output.styled(lease, "" if worker["up"] else "red"),
@@ -109,7 +110,7 @@ def _schedules(schedules: list[Json], now: int) -> "list[Text]":
         zone = "" if one["timezone"] == "UTC" else f" {one['timezone']}"
         rows.append(
             [
-                output.one_line(one["workflow"]),
+                wording.named(output.one_line(one["workflow"]), one.get("local", False)),
                 output.one_line(one["schedule"] + zone),
                 next_at if one["next_at"] else "once a supervisor runs",
             ]
@@ -140,7 +141,8 @@ def _waiting(waits: list[Json], now: int) -> "list[Text]":
     rows: list[list[str | Text]] = []
     for wait in waits:
         until = wording.distance(wait["until"], now) if wait["until"] else "never"
-        name, workflow = output.one_line(wait["signal"]), output.one_line(wait["workflow"])
+        name = output.one_line(wait["signal"])
+        workflow = wording.named(output.one_line(wait["workflow"]), wait.get("local", False), wait.get("server"))
         rows.append([name, short_id(wait["run"]), workflow, wording.age(wait["since"], now), until])
     return output.table(["WAITED FOR", "RUN", "WORKFLOW", "SINCE", "TIMES OUT"], rows, flexible=[2, 0], right=[3])
 

@@ -14,6 +14,7 @@ import re
 import shlex
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
@@ -30,6 +31,13 @@ CONNECT, ASK, MISSES = 10, 2, 3
 STAYS = "60s"
 
 _CHUNK = 1 << 17
+
+#: ssh asks at the terminal, for several servers one after the other.
+_asking = threading.Lock()
+
+_NOT_ASKED = (
+    "A key with a passphrase, a PIN or a touch is asked for at a terminal only, or by an agent that has it (ssh-add)."
+)
 
 #: No host that ssh could understand has one of these; a shell between might understand them too well.
 _NO_HOST = re.compile(r"^-|@-|[\x00-\x20\x7f-\xa0'\"`$\\;&<>|(){}*?!]|^$")
@@ -81,7 +89,7 @@ class Remote:
             raise InvalidValue(
                 f"servers.{name}.host: {host!r} is no host", hint="Write it as for ssh: web-1, deploy@web-1.example.com"
             )
-        self.name, self.host = name, host
+        self.name, self.host, self._asking = name, host, asking
         self._ssh = _Ssh(host, asking)
 
     # --- commands ---
@@ -167,7 +175,8 @@ class Remote:
 
     def connect(self) -> None:
         """Log in, unless the connection is there already. Raises `Unreachable`, saying why and what to do."""
-        code, said = self._ssh.connect()
+        with _asking if self._asking else contextlib.nullcontext():
+            code, said = self._ssh.connect()
         if code != 0:
             raise self._ssh.explained(self.name, said, begun=False)
 
@@ -268,7 +277,10 @@ class _Ssh:
                 f"in once by hand to accept it: {shlex.join([*self._program, self._host])}",
             )
         if "Permission denied" in said:
-            return Unreachable(f"{server}: {self._host} lets nobody in: {last}", hint=by_hand)
+            unsigned = next((line for line in lines if "signing failed" in line), "")
+            if unsigned or not self._asking:
+                by_hand = f"{_NOT_ASKED} {by_hand}"
+            return Unreachable(f"{server}: {self._host} lets nobody in: {unsigned or last}", hint=by_hand)
         if begun and (not lines or re.search(r"not responding|Broken pipe|reset by|closed by|Connection closed", said)):
             return LinkLost(  # those who share the connection end without a word when it does
                 f"{server}: the connection to {self._host} broke{last and ': '}{last}",

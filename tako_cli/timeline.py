@@ -26,7 +26,7 @@ def runs_table(runs: list[Json], now: int) -> "list[Text]":
         rows.append(
             [
                 short_id(run["id"]),
-                output.clean(run["workflow"]),
+                wording.named(output.clean(run["workflow"]), run.get("local", False), run.get("server")),
                 wording.status(wording.state(run)),
                 f"{run['attempt']}/{run['max_attempts']}",
                 wording.age(run["created_at"], now),
@@ -76,6 +76,8 @@ def _facts(run: Json, now: int, place: str) -> "list[Text]":
         ("reason", "" if run["waiting_for"] else wording.why(run, now)),
         *(("waits for", _awaited(wait, now)) for wait in run["waiting_for"]),
         ("now", place),
+        ("server", run.get("server") or ""),
+        ("store", "the server's own, for the workflow is local" if run.get("local", False) else ""),
         ("attempt", f"{run['attempt']} of {run['max_attempts']}"),
         ("group", run["group"] if run["group"] != "default" else ""),
         ("key", run["unique_key"] or ""),

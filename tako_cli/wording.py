@@ -35,6 +35,12 @@ def status(word: str) -> "Text":
     return output.styled(word.replace("_", " "), STYLES.get(word, ""))
 
 
+def named(name: str, local: bool, server: str | None = None) -> str:
+    """The name of a workflow or a group, and whether that is local, and where: "warm-cache (local, web-1)"."""
+    said = [word for word in ("local" if local else "", server) if word]
+    return f"{name} ({', '.join(said)})" if said else name
+
+
 def state(run: Json) -> str:
     """One word for where a run stands: its status, or why it is pending."""
     return str(run["reason"] if run["status"] == "pending" else run["status"])

@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     worker.add_argument("--idle-timeout", help="leave after this long without work; without it, never")
     worker.add_argument("--lease", default="15s", help="how long the worker is believed alive after its last word")
     worker.add_argument("--log-level", choices=LEVELS, default="info")
+    worker.add_argument("--local", action="store_true", help="those in this machine's own store beside a shared one")
     worker.add_argument("--trial", action="store_true", help="claim nothing: say that all is there, and stay")
     serve = commands.add_parser("serve", help="one app on this server: its own process, workers, cron")
     serve.add_argument("--server", help="the name under [servers] whose settings hold here")
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     manifest.add_argument("--telling", action="store_true", help="first, a line for each file that is to be imported")
     manifest.add_argument("--without", action="append", default=[], metavar="FILE", help="leave it out")
     commands.add_parser("fit", help="which live runs would not fit the release in the working folder, as JSON")
+    migrate = commands.add_parser("migrate", help="bring the store to this tako's version")
+    migrate.add_argument("--breaking", action="store_true", help="also to what older ones cannot work with")
     commands.add_parser("switch", help="switch a server to a release, as the JSON on stdin says")
     commands.add_parser("backup", help="print a copy of the store, made while others work with it")
     commands.add_parser("restore", help="make what is on stdin the store; nobody may have that open")
@@ -163,14 +166,20 @@ def _fit(_: argparse.Namespace) -> int:
 
     declared = msgspec.json.decode(Path(".release/manifest.json").read_bytes(), type=Manifest)
     home = store.locate()
-    there, ours = store.versions(home)
-    if there != ours:  # opening it would change it, under the release that runs
-        found = {"orphaned": {}, "strange": [], "unread": 0, "looked_at": 0, "schema": [there, ours]}
-    else:
-        opened = store.open_store(home)
-        found = unfit(Control(opened, app_dir=home.app_dir), declared, Path.cwd())
-        opened.close()
+    opened, local = store.open_store(home), store.local_of(home)
+    # Opening them may migrate them: what runs goes on with that (`store/version.py`).
+    found = unfit(Control(opened, app_dir=home.app_dir, local=local), declared, Path.cwd())
+    opened.close()
+    if local is not None:
+        local.close()
     sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+def _migrate(args: argparse.Namespace) -> int:
+    home = store.locate()
+    store.migrate(home, breaking=args.breaking)
+    sys.stdout.write(f"{store.where(home)}\n")
     return 0
 
 
@@ -206,11 +215,13 @@ def _operate(args: argparse.Namespace) -> int:
 
     config, home = _config(), store.locate()
     opened = store.open_store(home)
+    site = Site(opened, home, declared, config, args.server)
     try:
-        answer(Site(opened, home, declared, config, args.server), iter(sys.stdin.buffer.readline, b""), say)
+        answer(site, iter(sys.stdin.buffer.readline, b""), say)
     except BrokenPipeError:  # it has gone
         return 1
     finally:
+        site.close()
         opened.close()
     return 0
 
@@ -302,7 +313,7 @@ def _work(args: argparse.Namespace, own: set[str]) -> int:
         )
         for group in sorted(groups)
     ]
-    opened, app_dir = store.current(), store.locate().app_dir
+    opened, app_dir = store.current(local=args.local), store.locate().app_dir
     if args.trial:
         return _stay(opened, lifeline, groups)
     gc.collect()
@@ -414,8 +425,8 @@ def _end_now() -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "worker": _worker, "serve": _serve, "manifest": _manifest, "fit": _fit, "switch": _switch,
-    "operate": _operate, "backup": _backup, "restore": _restore,
+    "worker": _worker, "serve": _serve, "manifest": _manifest, "fit": _fit, "migrate": _migrate,
+    "switch": _switch, "operate": _operate, "backup": _backup, "restore": _restore,
 }  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from tako_runtime.errors import ConfigError, Refused, TakoError
 from tako_runtime.log import INFO, emit, words
 from tako_runtime.masking import masked, masked_json
 from tako_runtime.process import Process, how, last
+from tako_runtime.rotation import Mark
 from tako_runtime.secrets import VARIABLE, offered
 
 #: The pause after an end; doubled with each one, up to the longest. Who was well for so long begins anew.
@@ -89,7 +90,8 @@ def _private(path: str, flags: int) -> int:
 
 class App:
     """The app of one project on this machine, until stopped. `show(event)` gets each line that it prints; `secrets()`
-    are those that it gets when it is started. `passed_on` is a socket that listens for it already."""
+    are those that it gets when it is started, and `mark(what)` makes the mark of who gets them. `passed_on` is a socket
+    that listens for it already."""
 
     def __init__(
         self,
@@ -98,6 +100,7 @@ class App:
         show: Callable[[Event], None],
         *,
         secrets: Callable[[], Mapping[str, str]],
+        mark: Callable[[str], Mark],
         passed_on: socket.socket | None = None,
         look: float = LOOK,
         late: float = LATE,
@@ -105,7 +108,7 @@ class App:
     ) -> None:
         assert config.app is not None
         self._config, self._root, self._grace = config.app, config.root, config.workflows.grace
-        self._show, self._secrets = show, secrets
+        self._show, self._secrets, self._mark = show, secrets, mark
         self._look_every, self._late = look, late
         self._clock: Clock = clock or SystemClock()
         self._socket = passed_on
@@ -243,9 +246,15 @@ class App:
         self.bind()
         given = [self._socket.fileno()] if self._socket is not None else []
         words = [sys.executable, "-I", "-S", guard.__file__, *self._words()]
-        with offered(self._secrets()) as (envelope, said):
-            environment = {**self._environment, VARIABLE: said}
-            return Process(words, self._root, environment, [envelope, *given])
+        mark = self._mark("the app")
+        try:
+            with offered(self._secrets()) as (envelope, said):
+                environment = {**self._environment, VARIABLE: said}
+                process = Process(words, self._root, environment, [envelope, *mark.given, *given])
+            mark.of(process.pid)
+        finally:
+            mark.drop()
+        return process
 
     def _words(self) -> list[str]:
         """Its command, filled in. Braces that mean something else stay."""

@@ -50,14 +50,13 @@ class Up:
 
 
 class Child(Process):
-    """One worker process, which inherits the descriptor `secrets`. Raises `OSError` where it cannot be started."""
+    """One worker process, which inherits the descriptors `given`. Raises `OSError` where it cannot be started."""
 
     def __init__(
-        self, group: Group, words: list[str], cwd: Path, environment: Mapping[str, str], clock: Clock, secrets: int
+        self, group: Group, words: list[str], cwd: Path, environment: Mapping[str, str], clock: Clock, given: list[int]
     ) -> None:
-        super().__init__(words, cwd, environment, [secrets])
+        super().__init__(words, cwd, environment, given)
         self.group = group
-        self.secrets: Mapping[str, str] = {}  # those that it was given
         self.workers: dict[str, Up] = {}  # by group, once it has said that it is up
         self.claimed = False
         self.replaces = False  # an older one, as soon as it has imported all files

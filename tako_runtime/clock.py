@@ -42,10 +42,55 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The machine's wall clock. Leases and deadlines outlive processes and boots, so it is not a monotonic one."""
+    """The machine's wall clock, set right where it is far off what the machines of a shared store go by (`standard`).
+    Leases and deadlines outlive processes and boots, so it is not a monotonic one."""
 
     def now(self) -> int:
-        return time.time_ns() // 1_000
+        return time.time_ns() // 1_000 + standard.ahead
+
+
+class MachineClock:
+    """The machine's wall clock as it is: for all that concerns no other machine."""
+
+    def now(self) -> int:
+        return machine()
+
+
+def machine() -> int:
+    """The machine's wall clock as it is."""
+    return time.time_ns() // 1_000
+
+
+#: Clocks that differ by less count as agreeing: leases and due times bear that.
+AGREE = SECOND
+
+
+class Standard:
+    """What several machines' clocks are held against: the one of the database that they share.
+
+    `ahead` is by how much that is ahead of this machine's, as far as this process knows and goes by it: 0 while the two
+    agree to within a second. So a machine whose clock is off by minutes neither takes its neighbours' runs from them,
+    nor is taken for dead, nor wakes a sleeper early.
+
+    >>> standard = Standard()
+    >>> standard.heed(10 * MINUTE, asked=0, answered=2_000), standard.ahead == 10 * MINUTE - 1_000
+    (True, True)
+    """
+
+    def __init__(self) -> None:
+        self.ahead = 0
+
+    def heed(self, shown: int, *, asked: int, answered: int) -> bool:
+        """It has shown the time `shown` at some moment between two readings of `machine`. Whether what this process
+        goes by is another time now."""
+        ahead = shown - (asked + answered) // 2
+        if abs(ahead - self.ahead) <= AGREE + (answered - asked) // 2:
+            return False
+        self.ahead = ahead if abs(ahead) > AGREE else 0
+        return True
+
+
+standard = Standard()
 
 
 def duration(value: Duration, what: str = "duration", *, least: int | None = 0) -> int:

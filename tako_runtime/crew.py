@@ -14,13 +14,15 @@ from tako_runtime.child import TOGETHER, Child, Event, Group
 from tako_runtime.clock import Clock
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest
+from tako_runtime.rotation import Mark
 from tako_runtime.secrets import VARIABLE, handing_over
 from tako_runtime.spare import Spare
 
 
 class Crew:
     """The processes, each with the task that follows it. `said(child, event)` gets each event and each line of theirs,
-    `ended(child, code)` is awaited when one is gone. `words` are those of `worker` that hold for all."""
+    `ended(child, code)` is awaited when one is gone. `words` are those of `worker` that hold for all; `mark(what)` is
+    for who gets `secrets`."""
 
     def __init__(
         self,
@@ -28,6 +30,7 @@ class Crew:
         words: list[str],
         environment: Mapping[str, str],
         secrets: Mapping[str, str],
+        mark: Callable[[str], Mark],
         said: Callable[[Child, Event], None],
         ended: Callable[[Child, int], Awaitable[None]],
         clock: Clock,
@@ -37,6 +40,7 @@ class Crew:
         self.children: dict[Child, asyncio.Task[None]] = {}
         self.environment, self.secrets = environment, secrets  # what those get that start from now on
         self._root, self._words, self._said, self._ended, self._clock = root, words, said, ended, clock
+        self._mark = mark
         self._spare = Spare() if together else None
         self._broken: frozenset[str] = frozenset()
         self._modules: list[str] = []
@@ -73,8 +77,12 @@ class Crew:
         async with handing_over(self.secrets) as pipe:
             environment = {**self.environment, VARIABLE: str(pipe)}
             words = [sys.executable, "-m", "tako_runtime", *words]
-            child = Child(group, words, self._root, environment, self._clock, pipe)
-            child.secrets = self.secrets
+            mark = self._mark(f"a worker of {group.name}")
+            try:
+                child = Child(group, words, self._root, environment, self._clock, [pipe, *mark.given])
+                mark.of(child.pid)
+            finally:
+                mark.drop()
             return child
 
     async def _follow(self, child: Child) -> None:

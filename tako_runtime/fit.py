@@ -7,6 +7,9 @@ their place runs.
 The names in the code are read off its source: the text in `step.run("charge", …)`, and the fixed parts of an f-string.
 A name that is computed cannot be read, so a file with one may name anything, and nothing is said of its workflows'
 steps; `unread` counts the runs of which this holds.
+
+A run is *elsewhere* where its workflow has become local, or is so no longer: it ends in the store in which it was
+begun, and new ones go into the other.
 """
 
 import ast
@@ -43,7 +46,9 @@ class Names:
 def unfit(control: Control, manifest: Manifest, root: Path) -> dict[str, Any]:
     """The live runs that this code does not fit, for programs."""
     named = step_names(root, manifest.workflows)
+    local = {flow.name: flow.local for flow in manifest.workflows}
     orphaned: dict[str, int] = {}
+    elsewhere: dict[str, int] = {}
     strange: list[dict[str, Any]] = []
     unread = 0
     runs = control.list_runs(statuses=("pending", "running"), limit=MOST)
@@ -52,6 +57,8 @@ def unfit(control: Control, manifest: Manifest, root: Path) -> dict[str, Any]:
         if flow not in named:
             orphaned[flow] = orphaned.get(flow, 0) + 1
             continue
+        if control.splits and local[flow] != run["local"]:
+            elsewhere[flow] = elsewhere.get(flow, 0) + 1
         finished = [step for step in control.show(run["id"])["steps"] if step["status"] == "done"]
         mine = [re.sub(r"#\d+$", "", step["name"]) for step in finished if step["kind"] in ("run", "wait")]
         unknown = list(dict.fromkeys(name for name in mine if not named[flow].has(name)))
@@ -59,7 +66,9 @@ def unfit(control: Control, manifest: Manifest, root: Path) -> dict[str, Any]:
             unread += 1
         elif unknown:
             strange.append({"id": run["id"], "workflow": flow, "steps": unknown})
-    return {"orphaned": orphaned, "strange": strange, "unread": unread, "looked_at": len(runs)}
+    return {
+        "orphaned": orphaned, "elsewhere": elsewhere, "strange": strange, "unread": unread, "looked_at": len(runs),
+    }  # fmt: skip
 
 
 def step_names(root: Path, workflows: Sequence[Declared]) -> Mapping[str, Names]:

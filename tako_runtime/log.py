@@ -53,6 +53,12 @@ WORDS: dict[str, tuple[int, str]] = {
     "step.left": (WARNING, "step {step} is not waited for any longer; its thread cannot be stopped and is left behind"),
     "wait.done": (DEBUG, "got signal {signal}"),
     "wait.timed_out": (INFO, "no signal {signal} by its deadline{scaled}"),
+    "clock.off": (
+        WARNING,
+        "this machine's clock is {off} {direction} that of {database}, which it goes by from now on. Have it set by "
+        "NTP: timedatectl set-ntp true",
+    ),
+    "clock.right": (INFO, "this machine's clock agrees with that of {database} again"),
     "relay.listening": (INFO, "hears of what other servers do through {database}"),
     "relay.polling": (
         WARNING,
@@ -111,6 +117,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "app.ended": (ERROR, "the app's process {pid} is gone ({how}), it is started again in {pause}"),
     "app.failed": (ERROR, "the app cannot be started, tried again in {pause}: {error}"),
     "app.stopped": (INFO, "the app has stopped: {how}"),
+    "signal.brought": (INFO, "signal {signal}, which the shared store kept, woke local runs here: {runs}"),
     "cron.fired": (INFO, "fired for {scheduled_at}{scaled}"),
     "cron.passed_over": (WARNING, "not fired ({note}) {error}"),
     "server.trial": (INFO, "release {release} proves itself beside the one that runs: {what}"),
@@ -126,6 +133,7 @@ WORDS: dict[str, tuple[int, str]] = {
     "secret.short": (WARNING, "secrets too short to be masked (less than {least} characters): {names}"),
     "secret.changed": (INFO, "secrets have changed: those who have the old ones end at their next step"),
     "secret.unread": (ERROR, "the secrets cannot be read, those that were known go on: {error}"),
+    "secret.refused": (ERROR, "the changed secrets are of no use, those that were known go on: {error}"),
     "secret.missing": (WARNING, "required secrets that are not set: {names}"),
     "feed.missing": (WARNING, "nobody can look on, tako runs tail included: {path}: {error}"),
     "tail.live": (INFO, "live from {what}, process {pid}"),

@@ -59,6 +59,7 @@ class Declared(msgspec.Struct, frozen=True):
     timeout: int | None = None
     blocking: bool = False
     example: str = ""
+    local: bool = False
 
 
 class Mistake(msgspec.Struct, frozen=True):
@@ -297,6 +298,7 @@ def _declared(flow: Workflow[..., Any]) -> Declared:
         timeout=flow.timeout,
         blocking=flow.blocking,
         example=example(annotation) if flow.takes_payload else "null",
+        local=flow.local,
     )
 
 

@@ -170,12 +170,34 @@ def _measure(histogram: Histogram, label: str, ms: object) -> None:
 _LIVE = [(str(Status.PENDING), str(reason)) for reason in Reason] + [(str(Status.RUNNING), "claimed")]
 
 
-async def gauges(store: StoreThread, groups: Iterable[str], now: int) -> str:
-    """How things stand at `now`. The three reads travel together: one turn of the store, one transaction."""
+Samples = list[tuple[str, Labels, float]]
+
+#: What is told of each store: the metric's name, and what it says.
+_GAUGES = {
+    "tako_queue_depth": "Runs that are due and that nobody has claimed yet.",
+    "tako_queue_oldest_due_seconds": "For how long the oldest of them has been due.",
+    "tako_runs": "Runs that have not ended, by state.",
+    "tako_group_unhealthy": "Hosts on which a group's workers cannot work.",
+}
+
+
+async def gauges(stores: Sequence[StoreThread], groups: Iterable[str], now: int) -> str:
+    """How things stand at `now`, in the environment's store and in that beside it, whose samples say `local="true"`."""
+    names = sorted(groups)
+    marks: list[Labels] = [{"local": "true"} if n else {} for n in range(len(stores))]
+    found = await asyncio.gather(*[_gauges(store, names, now, mark) for store, mark in zip(stores, marks, strict=True)])
+    return "".join(
+        family(name, "gauge", about, [sample for each in found for sample in each[name]])
+        for name, about in _GAUGES.items()
+    )
+
+
+async def _gauges(store: StoreThread, groups: Iterable[str], now: int, mark: Labels) -> dict[str, Samples]:
+    """Of one store. The three reads travel together: one turn of the store, one transaction."""
     queues, unhealthy, live = await asyncio.gather(
         store.do(Queues(now=now)), store.do(ListHealth()), store.do(CountRuns())
     )
-    depth: dict[str, float] = dict.fromkeys(sorted(groups), 0)
+    depth: dict[str, float] = dict.fromkeys(groups, 0)
     age, sick = dict(depth), dict(depth)
     for queue in queues:
         depth[queue.group] = queue.depth
@@ -183,21 +205,13 @@ async def gauges(store: StoreThread, groups: Iterable[str], now: int) -> str:
     for report in unhealthy:
         sick[report.group] = sick.get(report.group, 0) + 1
     states = {**dict.fromkeys(_LIVE, 0), **live}
-    return (
-        family("tako_queue_depth", "gauge", "Runs that are due and that nobody has claimed yet.", _by_group(depth))
-        + family(
-            "tako_queue_oldest_due_seconds", "gauge", "For how long the oldest of them has been due.", _by_group(age)
-        )
-        + family(
-            "tako_runs", "gauge", "Runs that have not ended, by state.",
-            [("", {"status": status, "reason": reason}, n) for (status, reason), n in states.items()],
-        )
-        + family("tako_group_unhealthy", "gauge", "Hosts on which a group's workers cannot work.", _by_group(sick))
-    )  # fmt: skip
 
+    def by_group(values: Mapping[str, float]) -> Samples:
+        return [("", {"group": group, **mark}, value) for group, value in values.items()]
 
-def _by_group(values: Mapping[str, float]) -> list[tuple[str, Labels, float]]:
-    return [("", {"group": group}, value) for group, value in values.items()]
+    runs: Samples = [("", {"status": status, "reason": reason, **mark}, n) for (status, reason), n in states.items()]
+    samples: list[Samples] = [by_group(depth), by_group(age), runs, by_group(sick)]
+    return dict(zip(_GAUGES, samples, strict=True))
 
 
 # --- the endpoint ----------------------------------------------------------------------------------------------------
@@ -205,12 +219,17 @@ def _by_group(values: Mapping[str, float]) -> list[tuple[str, Labels, float]]:
 
 class Metrics:
     """The endpoint of one server: listens within `async with`. `listen` is "host:port", the path of a socket, or None
-    for no endpoint at all; `groups()` are those that are shown though nothing waits in them."""
+    for no endpoint at all; `stores()` are those that are looked at, the environment's first; `groups()` are shown
+    though nothing waits in them."""
 
     def __init__(
-        self, listen: str | None, store: StoreThread, groups: Callable[[], Iterable[str]], clock: Clock
+        self,
+        listen: str | None,
+        stores: Callable[[], Sequence[StoreThread]],
+        groups: Callable[[], Iterable[str]],
+        clock: Clock,
     ) -> None:
-        self._listen, self._store, self._groups, self._clock = listen, store, groups, clock
+        self._listen, self._stores, self._groups, self._clock = listen, stores, groups, clock
         self._counts = Counts()
         self._server: asyncio.Server | None = None
 
@@ -256,7 +275,7 @@ class Metrics:
             return _http("404 Not Found", "text/plain", "There is GET /metrics.\n")
         try:
             async with asyncio.timeout(PATIENCE / 2):
-                stands = await gauges(self._store, self._groups(), self._clock.now())
+                stands = await gauges(self._stores(), self._groups(), self._clock.now())
         except (StoreError, TimeoutError) as error:
             return _http("503 Service Unavailable", "text/plain", f"the store does not answer: {error}\n")
         return _http("200 OK", CONTENT_TYPE, stands + self._counts.text())

@@ -79,11 +79,12 @@ class Trial:
         with self.told():
             self.stage("reads the manifest")
             found = await asyncio.to_thread(
-                read, server.config.root, server.config.workflows.dir, server.environment, server.supervisor.secrets
+                read, server.config.root, server.config.workflows.dir, server.environment, server.secrets
             )
             for mistake in found.mistakes:
                 where = f"{mistake.file}:{mistake.line}: {mistake.message}"
                 raise NotTaken(where.removeprefix(f"{server.config.root}/"), mistake.traceback.splitlines())
+            await server.look_beside(found)  # what is wrong with that store is a reason not to take over
             await self._boot(server, sorted(found.groups))
 
     async def succeed(self, server: "Server", lock: Lock) -> "Predecessor | None":
@@ -166,7 +167,7 @@ def trial(app_dir: Path, named_in: Path | None) -> Trial | None:
 async def _worker(server: "Server", group: str, up: asyncio.Barrier) -> None:
     """A worker of that group that claims nothing. Raises `NotTaken` if it does not get that far, or ends."""
     try:
-        child = await server.supervisor.on_trial(server.group(group))
+        child = await server.main.supervisor.on_trial(server.group(group))
     except OSError as error:
         raise NotTaken(f"a worker of group {group} cannot be started: {error.strerror}") from None
     fit = asyncio.Event()
@@ -203,7 +204,8 @@ async def _app(server: "Server", up: asyncio.Barrier) -> None:
     def heard(event: dict[str, Any]) -> None:
         lines.append(str(event["message"]))
 
-    app = App(elsewhere, server.environment, heard, secrets=lambda: server.supervisor.secrets, look=_LOOK)
+    mark = server.main.supervisor.mark
+    app = App(elsewhere, server.environment, heard, secrets=lambda: server.secrets, mark=mark, look=_LOOK)
     running = asyncio.ensure_future(app.run())
     unwell = asyncio.ensure_future(asyncio.sleep(0, ""))
     try:

@@ -1,11 +1,14 @@
-"""Who still has old secrets: what the supervisor notes whenever it reads them and whenever such a worker ends.
+"""Who still has old secrets. Each process that is handed secrets inherits a mark: a file in `{app_dir}/secrets.held/`
+that is named for which ones it got (`version`), and whose lock ends with the process, however that ends.
 
-The note is `{app_dir}/secrets.held`: process ids, and which file the supervisor has read. It holds no value.
+So nobody keeps a list: whoever runs with what, the app and workers of an older release that drain too, is known from
+who holds a lock. A mark has a process id and what that is, and no value.
 """
 
 import contextlib
+import fcntl
+import itertools
 import os
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,11 @@ import msgspec
 
 from tako_runtime.errors import TakoError
 from tako_runtime.secrets import envelope, stored
+from tako_runtime.workflow import release
 
+SUPERVISOR = "the supervisor"
 
-class Held(msgspec.Struct, frozen=True):
-    """`version` is that of the file that was read (`version`), `old` the processes that have what it had before."""
-
-    version: int
-    old: list[int] = []
+_numbers = itertools.count()
 
 
 def version(app_dir: Path) -> int:
@@ -30,18 +31,85 @@ def version(app_dir: Path) -> int:
         return 0
 
 
-def note(app_dir: Path, version: int, old: Collection[int]) -> None:
-    with contextlib.suppress(OSError):  # a full disk: only a look at it is wrong then
-        _write(app_dir / "secrets.held", msgspec.json.encode(Held(version, sorted(old))))
+class Holder(msgspec.Struct, frozen=True):
+    """Who has secrets: "a worker of default", "the app" or "the supervisor"."""
+
+    pid: int
+    what: str
+    release: str
+
+
+class Mark:
+    """A mark that is held. `fd` is for the process to inherit which it is `of`; what holds it by itself keeps it."""
+
+    def __init__(self, fd: int, what: str) -> None:
+        self.fd, self._what = fd, what
+
+    @property
+    def given(self) -> list[int]:
+        """The descriptor to inherit; none where the disk would not take a mark."""
+        return [self.fd] if self.fd >= 0 else []
+
+    def of(self, pid: int) -> None:
+        if self.fd >= 0:
+            with contextlib.suppress(OSError):
+                os.pwrite(self.fd, msgspec.json.encode(Holder(pid, self._what, release())), 0)
+
+    def drop(self) -> None:
+        """It is the other's alone, or nobody's."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def mark(app_dir: Path, version: int, what: str) -> Mark:
+    """A new one, for whoever gets the secrets of that version."""
+    folder = app_dir / "secrets.held"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for path in _marks(folder):
+            if _holder(path) is None:
+                path.unlink(missing_ok=True)
+        name = f"{version}.{os.getpid()}.{next(_numbers)}"
+        fresh = folder / f".{name}"
+        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        fresh.rename(folder / name)
+    except OSError:  # a full disk: only a look at it is wrong then
+        return Mark(-1, what)
+    return Mark(fd, what)
 
 
 def standing(app_dir: Path) -> dict[str, Any]:
     """For programs: whether the supervisor has yet to read them (`unread`), and the processes that have `old` ones."""
+    now, folder = version(app_dir), app_dir / "secrets.held"
+    found = [_holder(path) for path in _marks(folder) if path.name.split(".")[0] != str(now)]
+    old = [each for each in found if each is not None and each.pid]
+    return {
+        "unread": any(each.what == SUPERVISOR for each in old),
+        "old": [msgspec.to_builtins(each) for each in old if each.what != SUPERVISOR],
+    }
+
+
+def _marks(folder: Path) -> list[Path]:
     try:
-        held = msgspec.json.decode((app_dir / "secrets.held").read_bytes(), type=Held)
-    except (OSError, msgspec.MsgspecError):
-        return {"unread": False, "old": []}
-    return {"unread": held.version != version(app_dir), "old": held.old}
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError:
+        return []
+
+
+def _holder(path: Path) -> Holder | None:
+    """Whose mark that is; None where nobody has it any more."""
+    try:
+        with path.open("rb") as file:
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return None
+            return msgspec.json.decode(file.read(), type=Holder)
+    except OSError:
+        return None
+    except msgspec.MsgspecError:  # it is about to be started
+        return Holder(0, "", "")
 
 
 def put(app_dir: Path, values: dict[str, str]) -> list[str]:

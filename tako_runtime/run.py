@@ -137,6 +137,12 @@ class Run(msgspec.Struct, frozen=True):
 RUN_COLUMNS = Run.__struct_fields__
 
 
+class Found(Run, frozen=True):
+    """A run and where an operator finds it: in the store of the environment or, `local`, in a machine's own beside."""
+
+    local: bool = False
+
+
 class Claimed(NamedTuple):
     """A run that this worker may write now, and the steps it has done so far."""
 

@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tako_runtime.app import App, Noted
 from tako_runtime.child import Group
 from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
 from tako_runtime.config import Config
-from tako_runtime.errors import TakoError
+from tako_runtime.courier import Courier
+from tako_runtime.errors import StoreError, TakoError
 from tako_runtime.feed import Feed
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, read
@@ -29,7 +31,8 @@ from tako_runtime.metrics import Metrics
 from tako_runtime.retention import Retention
 from tako_runtime.rollover import Predecessor, Trial
 from tako_runtime.secrets import stored
-from tako_runtime.store import Home, Limits
+from tako_runtime.side import Side, scheduled_on
+from tako_runtime.store import DATABASE_DIRECT_URL, DATABASE_URL, Home, Limits, local_of
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.supervisor import Supervisor
 from tako_runtime.ticker import Cron
@@ -39,8 +42,11 @@ PARTING = 60.0
 
 
 class Server:
-    """Everything that one app needs on one machine. `show(source, event)` gets what its workers say: of every level
-    where there are metrics, which are counted from it, so it is for `show` to leave out what is below `log_level`."""
+    """Everything that one app needs on one machine: a `main` side for the store of its environment and, where that is
+    shared and workflows are local, one `beside` it for the machine's own store.
+
+    `show(source, event)` gets what its workers say: of every level where there are metrics, which are counted from it,
+    so it is for `show` to leave out what is below `log_level`."""
 
     def __init__(
         self,
@@ -61,12 +67,12 @@ class Server:
         self.home, self.config = home, config
         self._store, self._server, self._pace = store, server, pace
         self.environment = self._with_limits(environment or os.environ)
-        groups = {name: self.group(name) for name in config.group_names(server)}
-        ticking: Clock = clock or SystemClock()
+        self._given_clock = clock
+        self._clock: Clock = clock or SystemClock()
         self.manifest = Manifest(())
         self._together = together
         self._reloading: asyncio.Future[None] | None = None
-        self.metrics = Metrics(config.metrics.listen, store, self._group_names, ticking)
+        self.metrics = Metrics(config.metrics.listen, self.stores, self._group_names, self._clock)
         self.feed = Feed(home.app_dir, lambda event: heard("tako", event))
 
         def heard(source: str, event: dict[str, Any]) -> None:
@@ -74,23 +80,44 @@ class Server:
             self.feed.publish(source, event)
             show(source, event)
 
-        self.supervisor = Supervisor(
-            store, home, config.root, config.workflows.dir, groups, heard,
-            other=self.group, together=together, declare=self.take,
-            reread=None if together else self.declare, lease=config.workflows.lease,
-            log_level="debug" if config.metrics.listen else log_level, environment=self.environment, secrets=secrets,
-            pace=pace,
-        )  # fmt: skip
+        self._heard = heard
+        self._log_level = "debug" if config.metrics.listen else log_level
+        self.local = local_of(home)
+        self._beside_is_there, self._ending = asyncio.Event(), False
+        self.main = self._side(store, secrets)
+        self.beside: Side | None = None
         self.app: App | None = None
         if config.app is not None:
             self.app = App(
                 config, self.environment, lambda event: heard("app", event),
-                secrets=lambda: self.supervisor.secrets, passed_on=passed_on, clock=ticking,
+                secrets=lambda: self.secrets, mark=self.main.supervisor.mark, passed_on=passed_on, clock=self._clock,
             )  # fmt: skip
         self._successor: Lock | None = None  # the lock that another release waits for
         self._leaving = asyncio.Event()
-        self.cron = Cron(store, ticking, home.server, pace=pace)
-        self.retention = Retention(store, config, server, ticking)
+
+    def _side(self, store: StoreThread, secrets: Mapping[str, str] | None, *, local: bool = False) -> Side:
+        config, home = self.config, self.home
+        together = self._together and not local  # the one process of all groups says what the files declare
+        supervisor = Supervisor(
+            store, home, config.root, config.workflows.dir, {} if local else self._groups(), self._heard,
+            other=partial(self.group, local=local), together=together, local=local,
+            declare=self._declared if together else None, reread=None if self._together else self.declare,
+            lease=config.workflows.lease, log_level=self._log_level, environment=self.environment, secrets=secrets,
+            pace=self._pace,
+        )  # fmt: skip
+        ticking = self._given_clock or store.clock
+        cron = Cron(store, ticking, home.server, pace=self._pace)
+        retention = Retention(store, config, self._server, ticking)
+        courier = Courier(store, self._store, home.server, self._clock) if local else None
+        return Side(store, supervisor, cron, retention, courier)
+
+    @property
+    def _sides(self) -> list[Side]:
+        return [self.main] if self.beside is None else [self.main, self.beside]
+
+    def stores(self) -> list[StoreThread]:
+        """Those that it serves, the environment's first."""
+        return [side.store for side in self._sides]
 
     async def declare(self) -> Manifest:
         """Read what the workflows declare, and make the schedules those. Raises `ConfigError` where they cannot be read
@@ -101,7 +128,7 @@ class Server:
 
     async def _read(self) -> Manifest:
         folder = self.config.workflows.dir
-        found = await asyncio.to_thread(read, self.config.root, folder, self.environment, self.supervisor.secrets)
+        found = await asyncio.to_thread(read, self.config.root, folder, self.environment, self.secrets)
         for mistake in found.mistakes:
             emit(
                 "file.broken", file=mistake.file, line=mistake.line, error=mistake.message, traceback=mistake.traceback
@@ -111,22 +138,62 @@ class Server:
     async def take(self, manifest: Manifest) -> None:
         """Go by what this manifest declares from now on."""
         self.manifest = manifest
-        self.supervisor.declare(manifest)
+        self.main.supervisor.configure(self._groups(), self.environment)
+        await self.main.take(manifest, scheduled_on(manifest, local=False) if self.local else manifest)
         if self.app is not None:
             self.app.try_now()
-        await self.cron.declare(manifest)
+        await self.look_beside(manifest)
+        if self.beside is not None:
+            await self.beside.take(manifest, scheduled_on(manifest, local=True))
         emit("code.declared", workflows=len(manifest.workflows), files=len(manifest.files))
 
-    def group(self, name: str) -> Group:
-        """What holds for the workers of a group here."""
+    async def _declared(self, manifest: Manifest) -> None:
+        """A worker of all groups has imported the files as they are now."""
+        await self.take(manifest)
+        if self.beside is not None:
+            self.beside.supervisor.reload()
+
+    async def look_beside(self, manifest: Manifest) -> None:
+        """Serve this machine's own store too, if a workflow is local, or a run ever was."""
+        if self.local is None or self.beside is not None or self._ending:
+            return
+        wanted = any(flow.local for flow in manifest.workflows)
+        opened = await asyncio.to_thread(self.local.made if wanted else self.local.there)
+        if opened is not None and self.beside is None and not self._ending:
+            self.beside = self._side(opened, self.secrets, local=True)
+            self._beside_is_there.set()
+
+    def group(self, name: str, *, local: bool = False) -> Group:
+        """What holds for the workers of a group here, on that side. Those that are to be there at all times are on the
+        side to which new runs of the group come; what is left on the other is worked off by one when it is due."""
         found = self.config.group(name, self._server)
-        return Group(name, found.workers, found.concurrency, found.idle_timeout, found.grace)
+        sides = {flow.local for flow in self.manifest.workflows if flow.group == name} or {False}
+        workers = found.workers if self.local is None or local in sides else 0
+        return Group(name, workers, found.concurrency, found.idle_timeout, found.grace)
+
+    def _groups(self) -> dict[str, Group]:
+        return {name: self.group(name) for name in self.config.group_names(self._server)}
+
+    @property
+    def secrets(self) -> Mapping[str, str]:
+        """What processes get that start from now on."""
+        return self.main.supervisor.secrets
+
+    def renew(self, values: Mapping[str, str]) -> None:
+        """Go on with these secrets (`Supervisor.renew`)."""
+        for side in self._sides:
+            side.supervisor.renew(values)
+
+    def cleared(self, pid: int) -> None:
+        """The terminal is there for the debugger in that worker process."""
+        for side in self._sides:
+            side.supervisor.cleared(pid)
 
     def reload(self) -> None:
         """The project's files have changed: what runs of it goes on with them as they are now. A file that cannot be
         imported and could be before leaves it as it is."""
         if self._together:
-            self.supervisor.reload()
+            self.main.supervisor.reload()
         else:
             self._reloading = asyncio.ensure_future(self._reload())
         if self.app is not None:
@@ -143,14 +210,16 @@ class Server:
             emit("code.kept", reason=f"{news[0].file}:{news[0].line}: {news[0].message}")
             return
         await self.take(found)
-        self.supervisor.reload()
+        for side in self._sides:
+            side.supervisor.reload()
 
     def configure(self, config: Config, environment: Mapping[str, str]) -> None:
         """Go by this tako.toml from now on, but for where the app, the metrics and the store are."""
         self.config = config
         self.environment = self._with_limits(environment)
-        groups = {name: self.group(name) for name in config.group_names(self._server)}
-        self.supervisor.configure(groups, self.environment)
+        self.main.supervisor.configure(self._groups(), self.environment)
+        if self.beside is not None:
+            self.beside.supervisor.configure({}, self.environment)
         self.reload()
 
     def _with_limits(self, environment: Mapping[str, str]) -> dict[str, str]:
@@ -161,9 +230,16 @@ class Server:
     def _group_names(self) -> set[str]:
         return {*self.config.group_names(self._server), *(flow.group for flow in self.manifest.workflows)}
 
+    async def move_store(self, secrets: Mapping[str, str]) -> None:
+        """Go on with the store that these secrets name, if they name another one than those before. Raises `StoreError`
+        where it cannot be opened: then all goes on as before."""
+        before, names = self.secrets, (DATABASE_URL, DATABASE_DIRECT_URL)
+        if self._store.shared and any(secrets.get(name) != before.get(name) for name in names):
+            await asyncio.to_thread(self._store.reopen)
+
     def look_at_secrets(self) -> None:
         """Warn of what is missing, and of what cannot be masked."""
-        given = self.supervisor.secrets
+        given = self.secrets
         if missing := [name for name in self.config.secrets.required if name not in given]:
             emit("secret.missing", names=", ".join(missing))
         if short := too_short(given):
@@ -176,9 +252,8 @@ class Server:
         If one of the parts cannot go on, all end, and what it failed of is raised: an app whose cron has silently died
         would be worse than one that is down."""
         loop = asyncio.get_running_loop()
-        ending = [loop.create_task(part.run()) for part in (self.supervisor, self.app) if part is not None]
-        others = [loop.create_task(part.run()) for part in (self.cron, self.retention) if firing]
-        parts = ending + others
+        sides = [loop.create_task(part) for part in (self.main.run(firing=firing), self._run_beside(firing))]
+        ending = sides + ([loop.create_task(self.app.run())] if self.app is not None else [])
         leaving: asyncio.Task[Any] = loop.create_task(self._leaving.wait())
         try:
             with contextlib.ExitStack() as sinks:
@@ -188,31 +263,32 @@ class Server:
                     emit("store.on_network", folder=str(self.home.app_dir), kind=kind)
                 sinks.enter_context(self._store.relay())
                 async with self.feed, self.metrics:
-                    await asyncio.wait([*parts, leaving], return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait([*ending, leaving], return_when=asyncio.FIRST_COMPLETED)
                     if self._successor is None:
                         self.stop()
                         await asyncio.wait(ending)
             if self._successor is not None:  # the feed, the metrics and the notes are its own now
-                for part in others[1:]:
-                    part.cancel()
                 self._successor.let_go()
-                await asyncio.wait(ending[:1])
+                await asyncio.wait(sides)
                 loop.call_later(PARTING, self.stop)
                 await asyncio.wait(ending)
         finally:
             self.stop()
             leaving.cancel()
-            for part in others[1:]:
-                part.cancel()
-            await asyncio.gather(*parts, return_exceptions=True)
-        for part in parts:
-            if not part.cancelled():
-                part.result()
+            await asyncio.gather(*ending, return_exceptions=True)
+        for part in ending:
+            part.result()
+
+    async def _run_beside(self, firing: bool) -> None:
+        """Once it is there, until `stop()`."""
+        await self.look_beside(self.manifest)
+        await self._beside_is_there.wait()
+        if self.beside is not None:
+            await self.beside.run(firing=firing)
 
     def stop(self) -> None:
         """Fire nothing more, claim nothing more, drain. Call it in the event loop."""
-        self.cron.stop()
-        self.supervisor.stop()
+        self._stop()
         if self.app is not None:
             self.app.stop()
 
@@ -220,13 +296,24 @@ class Server:
         """Another release takes over: fire and claim nothing more, let the lock go, drain. The app stays until
         `stop()`, or for a while once all is drained. Call it in the event loop."""
         self._successor = lock
-        self.cron.stop()
-        self.supervisor.stop(succeeded=True)
+        self._stop(succeeded=True)
         self._leaving.set()
+
+    def _stop(self, *, succeeded: bool = False) -> None:
+        self._ending = True
+        self._beside_is_there.set()
+        for side in self._sides:
+            side.stop(succeeded=succeeded)
+
+    def close(self) -> None:
+        """Close what it has opened beside the store that it was given."""
+        if self.local is not None:
+            self.local.close()
 
     def kill(self) -> None:
         """End every process at once, with what it has started."""
-        self.supervisor.kill()
+        for side in self._sides:
+            side.supervisor.kill()
         if self.app is not None:
             self.app.kill()
 
@@ -247,7 +334,8 @@ async def serve(server: Server, lock: Lock, trial: Trial | None = None) -> None:
     release; tells systemd how it stands (sd_notify(3)). With other secrets, workers and the app are replaced. With a
     `trial` it has to prove itself, and gets the lock only then."""
     with contextlib.ExitStack() as guards:
-        guards.enter_context(guarded(server.supervisor.secrets))
+        guards.callback(server.close)
+        guards.enter_context(guarded(server.secrets))
         old = None
         if trial is not None:
             await trial.prove(server)
@@ -272,12 +360,15 @@ async def _serve(
     async def declare() -> None:
         try:
             fresh = stored(server.home.app_dir)
-            if fresh != server.supervisor.secrets:
+            if fresh != server.secrets:
+                await server.move_store(fresh)
                 guards.enter_context(guarded(fresh))  # beside the old ones: workers that have those are still there
                 emit("secret.changed")
                 if server.app is not None:
                     server.app.restart(server.environment)
-            server.supervisor.renew(fresh)
+            server.renew(fresh)
+        except StoreError as error:
+            emit("secret.refused", error=str(error))
         except TakoError as error:
             emit("secret.unread", error=str(error))
         server.look_at_secrets()
@@ -304,7 +395,7 @@ async def _serve(
     loop.add_signal_handler(signal.SIGUSR1, hand_over)
     await declare()
     running = loop.create_task(server.run())
-    watching = loop.create_task(_watchdog(server.supervisor))
+    watching = loop.create_task(_watchdog(server.main.supervisor))
     try:
         if trial is not None:
             await trial.settle(server, old)

@@ -39,9 +39,10 @@ def near_misses(kept: Iterable[str], awaited: Iterable[str]) -> Mapping[str, str
     return found
 
 
-def signals(waits: Sequence[Wait], kept: Sequence[KeptSignal], limit: int) -> dict[str, Any]:
-    """For programs: at most `limit` of each; a kept one has as `near` the wait that it was likely meant for."""
-    near = near_misses({one.name for one in kept}, {wait.signal for wait in waits})
+def signals(waits: Sequence[tuple[Wait, bool]], kept: Sequence[KeptSignal], limit: int) -> dict[str, Any]:
+    """For programs: at most `limit` of each; a wait says whether its run is local, and a kept signal has as `near` the
+    wait that it was likely meant for."""
+    near = near_misses({one.name for one in kept}, {wait.signal for wait, _ in waits})
     return {
         "waiting": [
             {
@@ -51,8 +52,9 @@ def signals(waits: Sequence[Wait], kept: Sequence[KeptSignal], limit: int) -> di
                 "step": wait.step,
                 "since": clock.iso(wait.since),
                 "until": None if wait.deadline is None else clock.iso(wait.deadline),
+                "local": local,
             }
-            for wait in waits[:limit]
+            for wait, local in waits[:limit]
         ],
         "kept": [
             {

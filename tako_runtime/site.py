@@ -32,11 +32,13 @@ from tako_runtime.store.commit import StoreThread
 
 
 class Schedules(msgspec.Struct, frozen=True):
-    """The schedules of an app, the runs of their last firings by id, and what could not be imported."""
+    """The schedules of an app, the runs of their last firings by id, what could not be imported, and which of them are
+    this machine's own."""
 
     records: list[ScheduleRecord]
     runs: dict[str, Run]
     mistakes: tuple[Mistake, ...] = ()
+    local: frozenset[str] = frozenset()
 
 
 class Site(Control):
@@ -55,7 +57,7 @@ class Site(Control):
         config: Config | None = None,
         server: str | None = None,
     ) -> None:
-        super().__init__(opened, app_dir=home.app_dir)
+        super().__init__(opened, app_dir=home.app_dir, local=store.local_of(home))
         self._opened, self._home, self._declared = opened, home, declared
         self._config, self._server = config, server
 
@@ -65,7 +67,9 @@ class Site(Control):
         return self._home.data_dir.name == ".tako"
 
     def status(self, config: Config | None = None, server: str | None = None) -> Json:
-        at = {"app": self._home.app, "store": store.where(self._home)}
+        beside = self._local is not None and self._local.there() is not None
+        own = str(self._home.file) if beside else None
+        at = {"app": self._home.app, "store": store.where(self._home), "local_store": own}
         return {**at, **super().status(config or self._config, server or self._server)}
 
     def why(self, prefix: str, config: Config | None = None, declared: Callable[[], Manifest] | None = None) -> Json:
@@ -103,12 +107,22 @@ class Site(Control):
 
     def schedules(self) -> Schedules:
         """Those of its supervisor; where none runs, those that the next one will have: what the code declares now."""
-        records = self._opened.do_sync(ListSchedules())
+        stored = [(one, local) for opened, local in self._stores() for one in opened.do_sync(ListSchedules())]
+        records, own = [one for one, _ in stored], {one.workflow for one, local in stored if local}
         mistakes: tuple[Mistake, ...] = ()
         if self.who() is None and (not records or self._config is not None):
             found = self._declared()
             records, mistakes = timetable.merged(found.workflows, records), found.mistakes
-        return Schedules(records, timetable.last_runs(self._opened, records), mistakes)
+            own = {flow.name for flow in found.workflows if flow.local and self._local is not None}
+        runs: dict[str, Run] = {}
+        for opened, _ in self._stores():
+            runs |= timetable.last_runs(opened, records)
+        return Schedules(records, runs, mistakes, frozenset(own))
+
+    def close(self) -> None:
+        """Close what was opened beside the store that it was given."""
+        if self._local is not None:
+            self._local.close()
 
     def put_secrets(self, values: dict[str, str], roll: bool) -> Json:
         """Make these its secrets, all of them: `changed` are the names of those that are others now. With `roll`, its
@@ -123,7 +137,7 @@ class Site(Control):
         """Events as they come: of the run with this id until it has ended, or of all runs for ever."""
         from tako_runtime.tail import tail  # no other operation needs it
 
-        async for event in tail(self._opened, self._home.app_dir, run):
+        async for event in tail(self, self._opened.bell, self._home.app_dir, run):
             yield event
 
 

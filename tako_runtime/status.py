@@ -1,7 +1,7 @@
 """What runs, what waits, what cannot: one look at an app, for `tako status`. Values in, values out."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,8 @@ LATELY = clock.DAY
 
 
 class Look(msgspec.Struct, frozen=True, kw_only=True):
-    """All that the store says of an app at the instant `now`. Of the workers on its list, `up` are those that live."""
+    """All that a store says of an app at the instant `now`. Of the workers on its list, `up` are those that live. What
+    is `local` of the workers and of the scheduled workflows is this machine's own, beside a shared store."""
 
     now: int
     counts: dict[tuple[str, str], int]
@@ -35,10 +36,11 @@ class Look(msgspec.Struct, frozen=True, kw_only=True):
     schedules: list[ScheduleRecord]
     kept: int
     paused: str | None
+    local: frozenset[str] = frozenset()
 
 
-def look(store: StoreThread, app_dir: Path, now: int) -> Look:
-    workers = store.do_sync(base.ListWorkers())
+def look(store: StoreThread, app_dir: Path, now: int, *, local: bool = False) -> Look:
+    workers, schedules = store.do_sync(base.ListWorkers()), store.do_sync(base.ListSchedules())
     return Look(
         now=now,
         counts=store.do_sync(base.CountRuns()),
@@ -48,9 +50,40 @@ def look(store: StoreThread, app_dir: Path, now: int) -> Look:
         up=frozenset(worker.id for worker in workers if inflight.is_up(worker, app_dir, now)),
         in_hand=store.do_sync(base.InHand()),
         unhealthy=believed(store.do_sync(base.ListHealth()), app_dir),
-        schedules=store.do_sync(base.ListSchedules()),
+        schedules=schedules,
         kept=store.do_sync(base.CountKept(now=now)),
         paused=store.do_sync(base.Paused(now=now)),
+        local=frozenset([*(w.id for w in workers), *(s.workflow for s in schedules)] if local else ()),
+    )
+
+
+def together(looks: Sequence[Look]) -> Look:
+    """What several stores say of one app, the environment's first."""
+    first = looks[0]
+    if len(looks) == 1:
+        return first
+    queues: dict[str, base.Queue] = {}
+    for queue in [queue for one in looks for queue in one.queues]:
+        other = queues.get(queue.group, base.Queue(queue.group, 0, queue.oldest_due_at))
+        oldest = min(queue.oldest_due_at, other.oldest_due_at)
+        queues[queue.group] = base.Queue(queue.group, queue.depth + other.depth, oldest)
+    counts: Counter[tuple[str, str]] = Counter()
+    for one in looks:
+        counts.update(one.counts)
+    sick = {(said.group, said.host, said.reason): said for one in reversed(looks) for said in one.unhealthy}
+    return Look(
+        now=first.now,
+        counts=dict(counts),
+        dead_lately=sum(one.dead_lately for one in looks),
+        queues=[queues[group] for group in sorted(queues)],
+        workers=[worker for one in looks for worker in one.workers],
+        up=frozenset().union(*(one.up for one in looks)),
+        in_hand={worker: count for one in looks for worker, count in one.in_hand.items()},
+        unhealthy=[sick[key] for key in sorted(sick)],
+        schedules=[schedule for one in looks for schedule in one.schedules],
+        kept=sum(one.kept for one in looks),
+        paused=first.paused,
+        local=frozenset().union(*(one.local for one in looks)),
     )
 
 
@@ -70,7 +103,7 @@ def status(
         "paused": seen.paused,
         "groups": [_group(name, seen, wanted.get(name)) for name in _groups(seen, wanted)],
         "workers": [_worker(worker, seen) for worker in seen.workers],
-        "schedules": [_schedule(record) for record in seen.schedules],
+        "schedules": [_schedule(record, seen) for record in seen.schedules],
         "runs": _runs(seen),
         "dead_since": clock.iso(seen.now - LATELY),
         "signals_kept": seen.kept,
@@ -112,10 +145,11 @@ def _worker(worker: WorkerRecord, seen: Look) -> Json:
         "lease_until": clock.iso(worker.lease_until) if worker.lease_until else None,
         "up": worker.id in seen.up,
         "running": seen.in_hand.get(worker.id, 0),
+        "local": worker.id in seen.local,
     }
 
 
-def _schedule(record: ScheduleRecord) -> Json:
+def _schedule(record: ScheduleRecord, seen: Look) -> Json:
     return {
         "workflow": record.workflow,
         "group": record.group,
@@ -124,6 +158,7 @@ def _schedule(record: ScheduleRecord) -> Json:
         "next_at": None if record.next_at is None else clock.iso(record.next_at),
         "last_at": None if record.last_at is None else clock.iso(record.last_at),
         "last_run": record.last_run,
+        "local": record.workflow in seen.local,
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tako_runtime import clock, rotation
 from tako_runtime.child import TOGETHER, Child, Event, Group, Up
-from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace
 from tako_runtime.crew import Crew
 from tako_runtime.errors import StoreBusy, StoreLocked, TakoError
 from tako_runtime.health import Health
@@ -86,7 +86,9 @@ class Supervisor:
     for when a file has changed while something cannot work.
 
     With `together` one process is up at all times and takes the runs of all groups, and the next one stands by, so that
-    `reload()` has new code at work within a blink; `declare(manifest)` is told what it has found in the files."""
+    `reload()` has new code at work within a blink; `declare(manifest)` is told what it has found in the files.
+
+    `local`: its workers are for this machine's own store beside a shared one, and `store` is that."""
 
     def __init__(
         self,
@@ -99,6 +101,7 @@ class Supervisor:
         *,
         other: Callable[[str], Group] = Group,
         together: bool = False,
+        local: bool = False,
         declare: Callable[[Manifest], Awaitable[object]] | None = None,
         reread: Callable[[], Awaitable[object]] | None = None,
         lease: int = 15 * clock.SECOND,
@@ -117,14 +120,15 @@ class Supervisor:
         self._declare = declare
         self._all = self._of_all() if together else None
         self._start_limit, self._stall_limit = start_limit, stall_limit
-        self._clock: Clock = clock or SystemClock()
+        self._clock: Clock = clock or store.clock
         self._pace = pace  # of the pauses of runs whose worker died
         words = [
             "--dir", folder, "--lease", f"{lease}us", "--import-limit", f"{start_limit / 2}s", "--log-level", log_level,
+            *(["--local"] if local else []),
         ]  # fmt: skip
         self._crew = Crew(
-            root, words, self._with_own(environment or os.environ), secrets or {}, self._said, self._ended, self._clock,
-            together=together,
+            root, words, self._with_own(environment or os.environ), secrets or {}, self.mark, self._said, self._ended,
+            self._clock, together=together,
         )  # fmt: skip
         self._tasks: set[asyncio.Future[object]] = set()
         self._health = Health(store, self._clock)
@@ -138,6 +142,7 @@ class Supervisor:
         self._lost = Lost(store, home, self._crew.children, self._clock, lease, pace)
         self._wake = asyncio.Event()
         self._secrets_version = rotation.version(home.app_dir)
+        self._own_mark: rotation.Mark | None = None
         self._dirty = True
         self.stopping = self._succeeded = False
 
@@ -153,11 +158,12 @@ class Supervisor:
         listener = self._store.bell.listen("s-" + new_id(self._clock.now()))
         listener.start(self._heard)
         await self._health.forget()
-        self._note_old()
+        self._mark_anew()
         try:
             await self._supervise()
         finally:
             listener.close()
+            self._unmark()
             await self._crew.end_all()
             if not self._succeeded:
                 await self._health.forget()
@@ -185,13 +191,22 @@ class Supervisor:
                 if not child.leaving:
                     self._crew.end(child, within=_ANY_TIME)
         self._secrets_version = rotation.version(self._home.app_dir)
-        self._note_old()
+        self._mark_anew()
         self._look_anew()
 
-    def _note_old(self) -> None:
-        """Say which processes have other secrets than those that are handed over now."""
-        old = [child.pid for child in self._crew.children if child.secrets is not self.secrets]
-        rotation.note(self._home.app_dir, self._secrets_version, old)
+    def mark(self, what: str) -> rotation.Mark:
+        """For a process that gets these secrets."""
+        return rotation.mark(self._home.app_dir, self._secrets_version, what)
+
+    def _mark_anew(self) -> None:
+        """Which ones the supervisor itself has read."""
+        self._unmark()
+        self._own_mark = self.mark(rotation.SUPERVISOR)
+        self._own_mark.of(os.getpid())
+
+    def _unmark(self) -> None:
+        if self._own_mark is not None:
+            self._own_mark.drop()
 
     @property
     def pids(self) -> list[int]:
@@ -421,8 +436,6 @@ class Supervisor:
                     self._health.unhealthy(name, *child.why(code))
             self._health.paused(group)
         await self._lost.ended(child)
-        if child.secrets is not self.secrets:
-            self._note_old()
         self._look_anew()
 
     def cleared(self, pid: int) -> None:

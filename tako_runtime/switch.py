@@ -1,7 +1,7 @@
 """The switch to another release, on a server, in one go: whoever asked for it may be gone by the next line.
 
     write the units -> start the release's own, which proves itself and takes over (`rollover.py`)
-    -> `current` names it -> it starts at boot -> old releases go
+    -> it may start at boot -> `current` names it -> the one before may not any more -> old releases go
 
 `current`, a link that is replaced in one rename, is the one truth: the unit of a release starts only if that names it,
 or while it is on trial. So whatever cuts this off, a power cut too, the next boot starts exactly one release.
@@ -68,13 +68,15 @@ def switch(spec: Spec, say: Say) -> dict[str, Any]:
                 say("runs already")
             else:
                 _try(spec, say)
+            _systemctl(spec, "enable", _unit(spec, spec.release))  # of those that are, `current` picks one at a boot
             _make_current(spec, before)
         except NotSwitched:
             _restore(spec, before, say)
             raise
         finally:
             spec.trial.unlink(missing_ok=True)
-        _at_boot(spec, before)
+        if before is not None and before != spec.release:
+            _systemctl(spec, "disable", _unit(spec, before), check=False)
         if f"{spec.unit}.socket" not in files:
             _without_socket(spec)
         gone = _prune(spec, say)
@@ -143,12 +145,6 @@ def _make_current(spec: Spec, before: str | None) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _at_boot(spec: Spec, before: str | None) -> None:
-    _systemctl(spec, "enable", _unit(spec, spec.release))
-    if before is not None and before != spec.release:
-        _systemctl(spec, "disable", _unit(spec, before), check=False)
 
 
 def _draining(spec: Spec) -> list[str]:

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from tako_runtime import clock, log
-from tako_runtime.bell import WAITING
+from tako_runtime.bell import WAITING, Bell
 from tako_runtime.control import Control
 from tako_runtime.errors import NotFound
 from tako_runtime.feed import Event, follow, supervising
 from tako_runtime.run import new_id
-from tako_runtime.store.commit import StoreThread
 from tako_runtime.story import ENDS, Key, key, story
 
 #: Between two looks at the store: at most, and at least, however often the bell is rung. In seconds.
@@ -28,11 +27,11 @@ NEWEST = 200
 FIRST = 20
 
 
-async def tail(store: StoreThread, app_dir: Path, run: str | None = None) -> AsyncIterator[Event]:
+async def tail(control: Control, bell: Bell, app_dir: Path, run: str | None = None) -> AsyncIterator[Event]:
     """Events as they come, each with its `source`: of the run with this id until it has ended, or of all runs for ever.
     Says where they come from (`tail.live`, `tail.alone`), and when that changes."""
-    follower = _Tail(Control(store, app_dir=app_dir), app_dir, run)
-    listener = store.bell.listen(f"{WAITING}t-{new_id(clock.SystemClock().now())}")
+    follower = _Tail(control, app_dir, run)
+    listener = bell.listen(f"{WAITING}t-{new_id(clock.SystemClock().now())}")
     listener.start(lambda _: follower.news.put_nowait(None))
     try:
         async for event in follower.events():

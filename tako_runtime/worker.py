@@ -17,7 +17,7 @@ from typing import Any
 
 from tako_runtime import clock, codec, failure
 from tako_runtime.attempt import Attempt, whose
-from tako_runtime.clock import REAL_TIME, Clock, Pace, SystemClock
+from tako_runtime.clock import REAL_TIME, Clock, Pace
 from tako_runtime.errors import StepFailed, StoreBusy, StoreError, StoreUnreachable
 from tako_runtime.inflight import InFlight
 from tako_runtime.log import emit
@@ -75,7 +75,7 @@ class Worker:
         clock: Clock | None = None,
     ) -> None:
         self.store = store
-        self.clock: Clock = clock or SystemClock()
+        self.clock: Clock = clock or store.clock
         self.settings = settings
         self.max_value, self.pace = settings.max_value, settings.pace
         self.id = "w-" + new_id(self.clock.now())

@@ -17,8 +17,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
+from msgspec import structs
+
 from tako_runtime import clock, codec, store
-from tako_runtime.clock import Duration, SystemClock
+from tako_runtime.clock import Duration, MachineClock, SystemClock
 from tako_runtime.errors import DuplicateWorkflow, GroupUnhealthy, InvalidValue, Unreadable
 from tako_runtime.masking import NOT_IN_NAMES, named_in
 from tako_runtime.run import NewRun, new_id
@@ -31,7 +33,7 @@ R = TypeVar("R")
 #: Every workflow that this process has imported, by name.
 registry: dict[str, "Workflow[..., Any]"] = {}
 
-_clock = SystemClock()
+_clock, _machine = SystemClock(), MachineClock()
 
 
 def workflow(
@@ -45,6 +47,7 @@ def workflow(
     overlap: Literal["allow", "skip"] = "allow",
     group: str = "default",
     timeout: Duration | None = None,
+    local: bool = False,
 ) -> "Callable[[Callable[P, R]], Workflow[P, R]]":
     """Make a handler a workflow.
 
@@ -56,13 +59,17 @@ def workflow(
     times that an outage swallowed the latest is made up for, or none with `catchup="skip"`. With `overlap="skip"` a
     time that comes while the last such run lives is passed over.
 
+    Where several servers share a store, the runs of a `local` workflow stay on the server that starts them, in a store
+    of its own: for what is done to that machine, such as warming its cache or cleaning its files. Its schedule fires
+    on each server. Where there is one store anyway, it makes no difference.
+
     Raises `InvalidValue` for what cannot be meant, `DuplicateWorkflow` where the name is taken.
     """
 
     def declare(handler: Callable[P, R]) -> "Workflow[P, R]":
         return Workflow(
             name, handler, retries=retries, backoff=backoff, schedule=schedule, timezone=timezone, catchup=catchup,
-            overlap=overlap, group=group, timeout=timeout,
+            overlap=overlap, group=group, timeout=timeout, local=local,
         )  # fmt: skip
 
     if callable(name):
@@ -86,6 +93,7 @@ class Workflow(Generic[P, R]):
         overlap: str,
         group: str,
         timeout: Duration | None,
+        local: bool,
     ) -> None:
         _check_name(name, "a workflow's name")
         _check_group(group, f"the group of {name!r}")
@@ -95,6 +103,9 @@ class Workflow(Generic[P, R]):
         self.retries, self.backoff = retries, backoff
         self.schedule, self.timezone, self.catchup, self.overlap = schedule, timezone, catchup, overlap
         self.timeout = None if timeout is None else clock.duration(timeout, f"timeout of {name!r}", least=1_000)
+        if not isinstance(local, bool):
+            raise InvalidValue(f"local of {name!r} is True or False, not {local!r}")
+        self.local = local
         _check_handler(handler, name)
         self.blocking = not inspect.iscoroutinefunction(handler)
         self.takes_payload, self.payload_type = _payload_of(handler, name)
@@ -177,13 +188,13 @@ class Workflow(Generic[P, R]):
         return self._stored_sync(self._enqueue(payloads, run_at, delay, retries, unique_key, priority))
 
     async def _stored(self, op: Enqueue) -> list[str]:
-        opened = store.current()
+        opened = store.current(local=self.local)
         if store.developing():
             refuse_unhealthy(self.group, await opened.do(ListHealth()), lambda: store.locate().app_dir)
         return await opened.do(op)
 
     def _stored_sync(self, op: Enqueue) -> list[str]:
-        opened = store.current()
+        opened = store.current(local=self.local)
         if store.developing():
             refuse_unhealthy(self.group, opened.do_sync(ListHealth()), lambda: store.locate().app_dir)
         return opened.do_sync(op)
@@ -197,7 +208,7 @@ class Workflow(Generic[P, R]):
         unique_key: Callable[[Any], str | None],
         priority: int,
     ) -> Enqueue:
-        now = _clock.now()
+        now = (_machine if self.local else _clock).now()  # that of the store in which it will be
         if run_at is not None and delay is not None:
             raise InvalidValue(f"enqueue of {self.name!r}: give run_at or delay, not both")
         ahead = 0
@@ -266,13 +277,27 @@ async def signal(name: str, payload: object = None) -> int:
 
     Where nobody waits, the signal is kept on disk for `signal_retention` (seven days unless tako.toml says otherwise)
     and given to the first wait on that name. Several kept signals are taken in the order in which they were sent.
+
+    Where several servers share a store, that is all runs in it, and those of `local` workflows on this server; and a
+    kept signal is kept for all servers.
     """
-    return await store.current().do(signal_op(name, payload))
+    op, beside, woken = signal_op(name, payload), store.beside(), 0
+    if beside is not None:
+        woken = await beside.do(unkept(op, local=True))
+    return woken + await store.current().do(unkept(op) if woken else op)
 
 
 def signal_sync(name: str, payload: object = None) -> int:
     """`signal` for code without an event loop."""
-    return store.current().do_sync(signal_op(name, payload))
+    op, beside, woken = signal_op(name, payload), store.beside(), 0
+    if beside is not None:
+        woken = beside.do_sync(unkept(op, local=True))
+    return woken + store.current().do_sync(unkept(op) if woken else op)
+
+
+def unkept(op: SendSignal, *, local: bool = False) -> SendSignal:
+    """The same signal for those alone who wait for it now, in that store or in this machine's own."""
+    return structs.replace(op, expires_at=None, now=_machine.now() if local else op.now)
 
 
 def signal_op(name: str, payload: object) -> SendSignal:

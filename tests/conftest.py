@@ -208,6 +208,10 @@ def _servers() -> Iterator[list[Server]]:
 
 @pytest.fixture
 def server(_servers: list[Server]) -> Server:
+    return the_server(_servers)
+
+
+def the_server(_servers: list[Server]) -> Server:
     """The session's database server. Skips the test, and says why, where none can be run."""
     if not _servers:
         try:

@@ -78,7 +78,8 @@ APP = """
     asyncio.run(main())
 """
 
-#: So many requests a second, each on a connection of its own, until its input ends; then how they went, as JSON.
+#: So many requests a second, each on a connection of its own, until its input ends; then how they went, as JSON. The
+#: server's own python3 runs it, which may be 3.10.
 HAMMER = """
     import asyncio, collections, json, resource, sys
 
@@ -86,15 +87,17 @@ HAMMER = """
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     answers, failures = collections.Counter(), []
 
+    async def answered(port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+        said = await reader.read()
+        writer.close()
+        assert said.startswith(b"HTTP/1.1 200"), said
+        return said.rpartition(b"\\r\\n")[2].decode()
+
     async def ask(port):
         try:
-            async with asyncio.timeout(20):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.write(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
-                said = await reader.read()
-                writer.close()
-            assert said.startswith(b"HTTP/1.1 200"), said
-            answers[said.rpartition(b"\\r\\n")[2].decode()] += 1
+            answers[await asyncio.wait_for(answered(port), 20)] += 1
         except BaseException as error:
             failures.append(repr(error))
 
@@ -133,6 +136,7 @@ class Shop:
     def __init__(self, folder: Path, servers: dict[str, Machine], user: str = "root", more: str = "") -> None:
         self.folder, self.servers, self.user = folder, servers, user
         self.first = next(iter(servers.values()))
+        self.tako_from: Path | None = None  # where the runtime is imported from, if not from here
         (folder / "workflows").mkdir(parents=True)
         kept = CACHE / "packed"
         kept.mkdir(parents=True, exist_ok=True)
@@ -163,7 +167,8 @@ class Shop:
 
     @property
     def _env(self) -> dict[str, str]:
-        return environment(TAKO_SSH=self.first.program, XDG_CONFIG_HOME=str(self.folder.parent / "config"))
+        own = {"TAKO_SSH": self.first.program, "XDG_CONFIG_HOME": str(self.folder.parent / "config")}
+        return environment(**own, **({"PYTHONPATH": str(self.tako_from)} if self.tako_from else {}))
 
     def tako(self, *words: str, stdin: str = "") -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
@@ -202,28 +207,29 @@ class Shop:
     def current(self, server: Machine | None = None) -> str:
         return Path((server or self.first).run("readlink", f"{self.base}/current", user=self.user).strip()).name
 
-    def units(self) -> dict[str, str]:
+    def units(self, server: Machine | None = None) -> dict[str, str]:
         """The state of each release's unit."""
         words = ["systemctl", *["--user"] * (self.user != "root"), "list-units", "--all", "--plain", "--no-legend"]
-        said = self.first.run(*words, "tako-shop@*", user=self.user)
+        said = (server or self.first).run(*words, "tako-shop@*", user=self.user)
         rows = [line.split() for line in said.splitlines()]
         return {row[0].removeprefix("tako-shop@").removesuffix(".service"): row[2] for row in rows}
 
-    def python(self, code: str, *words: str, cwd: str = "/") -> str:
+    def python(self, code: str, *words: str, server: Machine | None = None) -> str:
         """What a piece of Python prints that runs there as the app does, with the current release's runtime."""
         as_app = [] if self.user != "root" else ["runuser", "-u", "tako", "--"]
         told = ["env", "TAKO_APP_NAME=shop", f"TAKO_DATA_DIR={self.data_dir}"]
         python = [f"{self.base}/current/.venv/bin/python", "-c", textwrap.dedent(code), *words]
         script = 'cd "$1" && shift && exec "$@"'
-        return self.first.run(*as_app, "sh", "-c", script, "sh", cwd, *told, *python, user=self.user)
+        where = server or self.first
+        return where.run(*as_app, "sh", "-c", script, "sh", f"{self.base}/current", *told, *python, user=self.user)
 
-    def start(self, workflow: str) -> str:
+    def start(self, workflow: str, server: Machine | None = None) -> str:
         """The id of a new run."""
         code = f"""
             from workflows.flows import {workflow}
             print({workflow}.enqueue_sync(None))
         """
-        return self.python(code, cwd=f"{self.base}/current").strip()
+        return self.python(code, server=server).strip()
 
     def run(self, run_id: str) -> dict[str, Any]:
         code = """
@@ -246,9 +252,13 @@ class Shop:
 
     def runs_on(self, release: str) -> None:
         """That release runs, alone, and takes work."""
-        assert self.current() == release
-        until(lambda: {name for name, state in self.units().items() if state == "active"} == {release}, 60)
+        self.is_up(release, self.first)
         assert self.ended(self.start("greet")) == release
+
+    def is_up(self, release: str, server: Machine) -> None:
+        """That release runs there, alone."""
+        assert self.current(server) == release
+        until(lambda: {name for name, state in self.units(server).items() if state == "active"} == {release}, 60)
 
 
 def stage(web: Machine, but: str) -> str:

@@ -10,7 +10,7 @@ import pwd
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import quote
@@ -40,13 +40,20 @@ def programs() -> Path:
 
 
 class Server:
-    """A server with a socket in a folder of its own, and on a loopback port if one is given."""
+    """A server with a socket in a folder of its own, and, if a port is given, on that, at loopback or at `addresses` of
+    this machine's own; or the standby of another one, which it follows until it is promoted."""
 
-    def __init__(self, port: int | None = None, *settings: str) -> None:
+    def __init__(
+        self,
+        port: int | None = None,
+        *settings: str,
+        addresses: Sequence[str] = ("127.0.0.1",),
+        standby_of: "Server | None" = None,
+    ) -> None:
         self._programs, self._user = programs(), _user()
         self.folder = Path(tempfile.mkdtemp(prefix="tako-pg-", dir="/tmp"))
         self._settings = [
-            f"unix_socket_directories={self.folder}", f"listen_addresses={'127.0.0.1' if port else ''}",
+            f"unix_socket_directories={self.folder}", f"listen_addresses={','.join(addresses) if port else ''}",
             *([f"port={port}"] if port else []), "fsync=off", "max_connections=200", *settings,
         ]  # fmt: skip
         self.port = port or 5432
@@ -54,7 +61,11 @@ class Server:
         try:
             if self._user is not None:
                 os.chown(self.folder, self._user.pw_uid, self._user.pw_gid)
-            self._run("initdb", "-D", "data", "-U", "tako", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+            if standby_of is None:
+                self._run("initdb", "-D", "data", "-U", "tako", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync")
+            else:
+                where = ["-h", str(standby_of.folder), "-p", str(standby_of.port), "-U", "tako"]
+                self._run("pg_basebackup", "-D", "data", "-R", "--checkpoint=fast", "--no-sync", *where)
             self.start()
         except (OSError, subprocess.SubprocessError) as error:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -72,6 +83,10 @@ class Server:
     def restart(self, how: str = "immediate") -> None:
         self.stop(how)
         self.start()
+
+    def promote(self) -> None:
+        """Let a standby take writes."""
+        self._run("pg_ctl", "-D", "data", "-w", "-t", "60", "promote")
 
     def database(self) -> str:
         """The url of a new one, without a password."""
@@ -91,6 +106,13 @@ class Server:
         with psycopg.connect(url or self.url(), autocommit=True) as db:
             cursor = db.execute(query)
             return cursor.fetchall() if cursor.description else []
+
+    def admit(self, role: str, password: str, network: str) -> None:
+        """Somebody who may do all with databases, from that network, with that password."""
+        self.ask(f"CREATE ROLE {role} LOGIN SUPERUSER PASSWORD '{password}'")
+        with (self.folder / "data" / "pg_hba.conf").open("a") as file:
+            file.write(f"host all {role} {network} scram-sha-256\n")
+        self.ask("SELECT pg_reload_conf()")
 
     def own(self, path: Path) -> None:
         """Give a file to whoever runs it."""

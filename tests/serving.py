@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from conftest import until
+from conftest import BOTH, until
 from workers import gone
 
-from tako_runtime.store import Home
+import tako_runtime
+from tako_runtime.store import Home, version
 
 Event = dict[str, Any]
 
@@ -34,6 +36,16 @@ def keep_secrets(home: Home, values: Mapping[str, str]) -> Path:
     path.touch(0o600)
     path.write_text(json.dumps({"secrets": values}))
     return path
+
+
+def newer_tako(folder: Path, script: str = "ALTER TABLE runs ADD COLUMN shade TEXT;\n") -> Path:
+    """Where to import a tako from that has one more migration."""
+    copied = folder / "tako_runtime"
+    shutil.copytree(Path(tako_runtime.__file__).parent, copied, ignore=shutil.ignore_patterns("__pycache__"))
+    for dialect in BOTH:
+        number = version.newest(dialect) + 1
+        (copied / "store" / "migrations" / dialect / f"{number:04}_shade.sql").write_text(script)
+    return folder
 
 
 class Serving:

@@ -219,6 +219,31 @@ def test_of_servers_that_share_a_database_the_first_that_can_be_reached_answers(
     assert "web-0: nowhere.invalid cannot be reached" in listed.stderr
 
 
+def test_servers_that_share_nothing_are_listed_with_their_names_and_changed_by_name_alone(
+    web: Web, waiting: str
+) -> None:
+    """Both names are of one machine here: so what it has is seen under both."""
+    config = web.project / "tako.toml"
+    text = config.read_text()
+    several = text.replace('servers = ["web-1"]', 'servers = ["web-1", "web-0", "web-2"]', 1)
+    config.write_text(f'{several}[servers.web-0]\nhost = "nowhere.invalid"\n[servers.web-2]\nhost = "web"\n')
+    try:
+        listed, shown = web.afar("runs", "ls", "--json"), web.document("runs", "show", waiting)["run"]
+        refused, named = web.afar("runs", "signal", "nobody"), web.afar("runs", "ls", "--server", "web-2")
+        table = web.afar("runs", "ls")
+    finally:
+        config.write_text(text)
+    assert listed.returncode == 0, listed.stderr
+    servers = {run["server"] for run in json.loads(listed.stdout)["runs"] if run["id"] == waiting}
+    assert servers == {"web-1", "web-2"}
+    assert "what only web-0 has is not looked at" in " ".join(listed.stderr.split())
+    assert shown["server"] == "web-1"
+    assert "ask (web-2)" in table.stdout
+    assert refused.returncode == 1
+    assert "--server web-1" in refused.stderr
+    assert named.returncode == 0, named.stderr
+
+
 def test_what_is_to_be_typed_next_names_the_environment_too(web: Web) -> None:
     assert "tako runs ls --env production" in web.afar("runs", "show", "ffffffff").stderr
 
@@ -282,7 +307,10 @@ def test_a_server_that_cannot_be_reached_is_an_error_and_status_shows_the_others
         shown = one.afar("status")
         assert "web-0: nowhere.invalid cannot be reached" in shown.stderr
         assert one.app in shown.stdout
-        which = one.afar("runs", "ls")
+        partly = one.afar("runs", "ls")
+        assert partly.returncode == 0, partly.stderr
+        assert "what only web-0 has is not looked at" in " ".join(partly.stderr.split())
+        which = one.afar("cron", "ls")
         assert which.returncode == 1
-        assert "Say which: --server web-0" in which.stderr
+        assert "Say which: --server web-1" in which.stderr
         assert one.afar("runs", "ls", "--server", "web-1").returncode == 0

@@ -50,6 +50,7 @@ def test_ls_has_what_the_workflows_declare_and_their_next_times_where_nothing_ru
     assert report == {
         "workflow": "daily-report", "expression": "0 9 * * mon-fri", "timezone": "Europe/Berlin", "group": "reports",
         "catchup": "latest", "overlap": "skip", "overdue": None, "last": None, "last_run": None, "error": None,
+        "local": False,
     }  # fmt: skip
     assert instant(ahead["local"]) == instant(ahead["at"]) > clock.moment(now())
     assert (instant(ahead["local"]).hour, ahead["at"][-1]) == (9, "Z")

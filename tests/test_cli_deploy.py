@@ -41,10 +41,22 @@ def test_several_servers_with_sqlite_are_refused_before_packing_with_the_way_out
     shop = project(tmp_path, "web-1", "web-2")
     ended = tako("deploy", cwd=shop)
     assert ended.returncode == 1
-    assert "2 servers cannot share one SQLite file: a run of 'ask' would be on one of them only" in ended.stderr
-    assert 'url = "postgres"' in ended.stderr
-    assert "local = true" in ended.stderr
+    said = " ".join(ended.stderr.split())
+    assert "2 servers cannot share one SQLite file, and not every workflow is local: ask, fail, greet, hold" in said
+    assert 'url = "postgres"' in said
+    assert "@workflow(NAME, local=True)" in said
     assert not (shop / ".tako" / "deploy").exists()
+
+
+def test_several_servers_with_sqlite_go_on_where_every_workflow_is_local(sshd: Sshd, tmp_path: Path) -> None:
+    sshd.stop()
+    shop = project(tmp_path, "web-1", "web-2")
+    (shop / "workflows" / "flows.py").write_text(
+        "from tako_runtime import workflow\n\n@workflow('warm', local=True)\nasync def warm(step): ...\n"
+    )
+    ended = tako("deploy", cwd=shop, TAKO_SSH=sshd.program)
+    assert "SQLite" not in ended.stderr
+    assert "web-1" in ended.stdout, "it has come to asking the servers"
 
 
 def test_a_required_secret_that_is_not_set_stops_it_before_packing(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_store_that_this_tako_cannot_open_is_put_aside_as_it_is(how: str, proj
         path.write_bytes(b"not a database, though it is long enough to be one" * 100)
     else:
         with closing(apsw.Connection(str(path))) as db:
-            db.execute("PRAGMA user_version = 9999")
+            db.execute("PRAGMA user_version = 9999; UPDATE store SET serves = 9999")
     before = path.read_bytes()
     assert tako("dev", "--once", cwd=project).returncode == 1
     said = done("dev", "--fresh", "--once", cwd=project)

@@ -142,3 +142,28 @@ def test_the_clock_of_the_tests_moves_only_when_told() -> None:
     still = FakeClock(5)
     assert (still.now(), still.now()) == (5, 5)
     assert still.advance(3) == still.now() == 8
+
+
+def test_clocks_that_differ_by_less_than_a_second_count_as_agreeing() -> None:
+    standard = clock.Standard()
+    for off in (0, 999_000, -999_000):
+        assert not standard.heed(off, asked=-500, answered=500)
+    assert standard.ahead == 0
+
+
+@pytest.mark.parametrize("off", [2 * clock.SECOND, -10 * clock.MINUTE, 40 * clock.DAY])
+def test_a_clock_that_is_off_is_set_right_until_it_agrees_again(off: int) -> None:
+    standard = clock.Standard()
+    assert standard.heed(1_000 + off, asked=0, answered=2_000)
+    assert standard.ahead == off
+    assert not standard.heed(1_000 + off + 900_000, asked=0, answered=2_000), "a little more is not told again"
+    assert standard.ahead == off
+    assert standard.heed(1_000, asked=0, answered=2_000)
+    assert standard.ahead == 0
+
+
+def test_an_answer_that_took_long_accuses_no_clock() -> None:
+    standard = clock.Standard()
+    assert not standard.heed(0, asked=0, answered=30 * clock.SECOND)
+    assert not standard.heed(30 * clock.SECOND, asked=0, answered=30 * clock.SECOND)
+    assert standard.heed(32 * clock.SECOND, asked=0, answered=30 * clock.SECOND)

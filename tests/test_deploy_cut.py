@@ -92,6 +92,29 @@ def test_a_disk_that_fills_up_stops_the_deploy_and_the_next_one_mends_it(shop: S
     assert shop.current() != good
 
 
+def test_a_reboot_in_the_switch_leaves_one_release_that_runs_and_the_next_deploy_mends_it(
+    shop: Shop, web: Machine
+) -> None:
+    good = shop.release()
+    parked, held = shop.start("ask"), shop.start("long")
+    until(lambda: shop.run(parked)["reason"] == "waiting")
+    until(lambda: [step["name"] for step in shop.run(held)["steps"]] == ["first"])  # and it is in the next one
+    shop.change()
+    deploying = shop.begin("deploy", "--yes")
+    until(lambda: stage(web, good).startswith("watches"), 60)
+    web.reboot()
+    said, _ = deploying.communicate(timeout=120)
+    assert deploying.returncode == 1, said
+    shop.runs_on(good)
+    assert shop.run(held)["status"] == "running"
+    assert shop.run(held)["attempt"] == 1, "what was in hand was handed back, in order"
+    release = shop.release()
+    shop.runs_on(release)
+    shop.signal("go")
+    assert shop.ended(parked) == [good, release]
+    assert shop.ended(held) == [good, release]
+
+
 def test_a_power_cut_in_the_switch_leaves_the_old_release_and_the_next_deploy_mends_it(
     shop: Shop, web: Machine
 ) -> None:

@@ -299,7 +299,7 @@ class Watched:
         monkeypatch.setattr(opened, "do", noted)
         monkeypatch.setattr(output, "width", lambda: self.width)
         self.width = 120
-        self.footer = Footer(opened, lambda rows: setattr(self, "rows", list(rows)))
+        self.footer = Footer(lambda: [opened], lambda rows: setattr(self, "rows", list(rows)))
 
     def look(self) -> list[str]:
         """What one look asks the store for."""

@@ -275,7 +275,7 @@ def test_a_damaged_store_is_broken_and_the_mend_begins_anew(how: str, file: Path
 
 def test_a_store_of_a_newer_tako_is_broken_and_one_of_an_older_is_not(file: Path, project: Path) -> None:
     with contextlib.closing(apsw.Connection(str(file))) as db:
-        db.execute("PRAGMA user_version = 9999")
+        db.execute("PRAGMA user_version = 9999; UPDATE store SET serves = 9999")
         found = findings(project)["store"]
         assert not found["ok"]
         assert "version 9999" in found["message"]

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 from conftest import Caller
+from msgspec import structs
 
 from tako_runtime.control import Control
 from tako_runtime.fit import step_names, unfit
 from tako_runtime.manifest import Declared, Manifest
+from tako_runtime.store import Home, Local
 from tako_runtime.store.commit import StoreThread
 
 CODE = """
@@ -111,3 +113,25 @@ def test_a_run_that_fits_is_not_spoken_of(caller: Caller, opened: StoreThread, p
     caller.save(caller.started(), "charge")
     found = unfit(Control(opened), Manifest(FLOWS), project)
     assert (found["orphaned"], found["strange"], found["unread"]) == ({}, [], 0)
+
+
+@pytest.mark.parametrize("dialect", ["postgres"])
+def test_runs_whose_workflow_has_become_local_or_is_so_no_longer_are_counted(
+    caller: Caller, opened: StoreThread, home: Home, project: Path
+) -> None:
+    caller.enqueue(workflow="order")
+    local = Local(home)
+    beside = Caller(local.made())
+    beside.enqueue(workflow="bulk")
+    beside.enqueue(workflow="order")
+    control = Control(opened, local=local)
+    assert unfit(control, Manifest(FLOWS), project)["elsewhere"] == {"bulk": 1, "order": 1}
+    anew = tuple(structs.replace(flow, local=True) for flow in FLOWS)
+    assert unfit(control, Manifest(anew), project)["elsewhere"] == {"order": 1}
+    local.close()
+
+
+def test_where_there_is_one_store_no_run_is_elsewhere(caller: Caller, opened: StoreThread, project: Path) -> None:
+    caller.enqueue()
+    anew = tuple(structs.replace(flow, local=True) for flow in FLOWS)
+    assert unfit(Control(opened), Manifest(anew), project)["elsewhere"] == {}

@@ -352,7 +352,7 @@ def test_what_ends_a_worker_before_it_begins_is_told_whole(opened: StoreThread, 
     (tmp_path / "early").mkdir()
     (tmp_path / "early" / "sitecustomize.py").write_text(
         "import sys\nif 'worker' in sys.orig_argv:\n    import tako_runtime.store as store\n"
-        "    def broken():\n        raise RuntimeError('the disk is on fire')\n    store.current = broken\n"
+        "    def broken(**_):\n        raise RuntimeError('the disk is on fire')\n    store.current = broken\n"
     )
     start(opened, "says")
     with serving(home, root, env={"PYTHONPATH": str(tmp_path / "early")}) as server:

@@ -179,7 +179,7 @@ def test_gauges_say_how_the_store_stands_and_every_known_group_is_there(caller: 
     caller.settle(parked, Waits(("approval",), None))
     caller.do(base.ReportHealth(group="media", host="web-1", now=caller.now, reason="no interpreter"))
     caller.do(base.ReportHealth(group="media", host="web-2", now=caller.now, reason="no interpreter"))
-    found = read(asyncio.run(gauges(opened, ["default", "media", "quiet"], caller.now)))
+    found = read(asyncio.run(gauges([opened], ["default", "media", "quiet"], caller.now)))
     assert found.value("tako_queue_depth", group="email") == 2, "what is due later does not wait"
     assert found.value("tako_queue_oldest_due_seconds", group="email") == 30
     assert found.value("tako_queue_depth", group="quiet") == found.value("tako_queue_depth", group="default") == 0
@@ -191,14 +191,14 @@ def test_gauges_say_how_the_store_stands_and_every_known_group_is_there(caller: 
     assert found.value("tako_group_unhealthy", group="media") == 2
     assert found.value("tako_group_unhealthy", group="default") == 0
     caller.do(base.ReportHealth(group="media", host="web-1", now=caller.now, reason=None))
-    found = read(asyncio.run(gauges(opened, ["media"], caller.now)))
+    found = read(asyncio.run(gauges([opened], ["media"], caller.now)))
     assert found.value("tako_group_unhealthy", group="media") == 1
 
 
 def test_what_has_come_due_since_somebody_looked_is_in_the_queue(caller: Caller, opened: StoreThread) -> None:
     caller.enqueue(due_at=caller.now + clock.SECOND)
     caller.clock.advance(3 * clock.SECOND)
-    found = read(asyncio.run(gauges(opened, [], caller.now)))
+    found = read(asyncio.run(gauges([opened], [], caller.now)))
     assert found.value("tako_queue_depth", group="default") == 1
     assert found.value("tako_queue_oldest_due_seconds", group="default") == 2
 
@@ -338,7 +338,7 @@ def test_only_get_metrics_is_answered_with_numbers(opened: StoreThread, home: Ho
             assert ask(listen, b"GET /metrics?x=1 HTTP/1.0\r\n\r\n")[0] == "HTTP/1.1 200 OK"
 
     async def scenario() -> None:
-        async with Metrics(listen, opened, list, clock.SystemClock()):
+        async with Metrics(listen, lambda: [opened], list, clock.SystemClock()):
             await asyncio.to_thread(look)
 
     asyncio.run(scenario())
@@ -349,7 +349,7 @@ def test_a_store_that_does_not_answer_is_said_so_and_holds_nobody_up(opened: Sto
     tamper(home, "DROP TABLE unhealthy")
 
     async def scenario() -> None:
-        async with Metrics(listen, opened, list, clock.SystemClock()):
+        async with Metrics(listen, lambda: [opened], list, clock.SystemClock()):
             status, _, body = await asyncio.to_thread(ask, listen, b"GET /metrics HTTP/1.1\r\n\r\n")
         assert status == "HTTP/1.1 503 Service Unavailable"
         assert "no such table" in body

@@ -10,12 +10,14 @@ from conftest import Caller
 from postgres import Server
 from serving import keep_secrets
 
+from tako_runtime.bell import Bell
 from tako_runtime.clock import HOUR
 from tako_runtime.errors import NotFound, Refused
 from tako_runtime.run import ScheduleRecord
 from tako_runtime.state import Returned, Sleeps, Waits
 from tako_runtime.store import Home, base, copy, open_store
 from tako_runtime.store.commit import StoreThread
+from tako_runtime.store.sqlite import SqliteStore
 
 
 @pytest.fixture
@@ -50,13 +52,15 @@ def picture(store: StoreThread, now: int) -> object:
     )
 
 
-def test_everything_arrives_as_it_was_and_parked_runs_go_on(opened: StoreThread, shared: Home) -> None:
+def test_everything_arrives_as_it_was_and_parked_runs_go_on(opened: StoreThread, shared: Home, home: Home) -> None:
     caller = Caller(opened)
     fill(caller)
-    moved = {one.table: one.rows for one in copy(shared)}
+    before = picture(opened, caller.now)
+    copied = copy(shared)
+    moved = {one.table: one.rows for one in copied.tables}
     assert moved == {"runs": 4, "steps": 2, "attempts": 1, "waits": 1, "signals": 1, "schedules": 1}
     with closing(open_store(shared)) as there:
-        assert picture(there, caller.now) == picture(opened, caller.now)
+        assert picture(there, caller.now) == before
         new = Caller(there)
         assert new.signal("go", "7") == 1
         [woken, *_] = sorted(new.claim(limit=5), key=lambda each: each.run.seq)
@@ -64,6 +68,33 @@ def test_everything_arrives_as_it_was_and_parked_runs_go_on(opened: StoreThread,
         assert new.settle(woken.run, Returned("7"))
         assert new.enqueue(unique_key="k") in {run.id for run in there.do_sync(base.ListRuns(statuses=["running"]))}
         assert new.enqueue() not in {run.id for run in opened.do_sync(base.ListRuns())}
+    assert picture(opened, caller.now) == ([], [], [], [], []), "nothing is in both"
+    assert copied.before == home.app_dir / "runs-before.db"
+    with closing(StoreThread(lambda: SqliteStore(copied.before), Bell(home.app_dir))) as kept:  # type: ignore[arg-type]
+        assert picture(kept, caller.now) == before
+
+
+def test_runs_and_schedules_of_local_workflows_stay_where_they_are(opened: StoreThread, shared: Home) -> None:
+    caller = Caller(opened)
+    fill(caller)
+    warm = caller.started(workflow="order")
+    caller.enqueue(workflow="warm")
+    schedules = [
+        ScheduleRecord(name, "default", "0 9 * * *", "UTC", "latest", "allow", caller.now)
+        for name in ("report", "warm")
+    ]
+    caller.do(base.SetSchedules(schedules=schedules))
+    caller.wait(warm, "mine")
+    caller.settle(warm, Waits(("mine",), None))
+    copied = copy(shared, local=["warm"])
+    assert copied.stayed == {"warm": 1}
+    assert {run.workflow for run in opened.do_sync(base.ListRuns())} == {"warm"}
+    assert [one.workflow for one in opened.do_sync(base.ListSchedules())] == ["warm"]
+    assert opened.do_sync(base.OpenWaits()) == []
+    with closing(open_store(shared)) as there:
+        assert {run.workflow for run in there.do_sync(base.ListRuns())} == {"order"}
+        assert [one.workflow for one in there.do_sync(base.ListSchedules())] == ["report"]
+        assert {wait.signal for wait in there.do_sync(base.OpenWaits())} == {"go", "mine"}
 
 
 def test_a_dry_run_counts_and_keeps_nothing(opened: StoreThread, shared: Home) -> None:
@@ -72,7 +103,8 @@ def test_a_dry_run_counts_and_keeps_nothing(opened: StoreThread, shared: Home) -
     with closing(open_store(shared)) as there:
         assert there.do_sync(base.ListRuns()) == []
         assert there.do_sync(base.ListSchedules()) == []
-    assert copy(shared) == told, "and no number was used up by it"
+    assert told.before is None
+    assert copy(shared).tables == told.tables, "and no number was used up by it"
 
 
 def test_a_store_that_has_runs_is_not_filled_and_runs_in_hand_are_not_copied(opened: StoreThread, shared: Home) -> None:
@@ -93,9 +125,15 @@ def test_where_there_is_no_file_there_is_nothing_to_copy(shared: Home) -> None:
 
 def test_the_command_copies_into_the_database_of_the_secret(server: Server, tmp_path: Path) -> None:
     (tmp_path / "tako.toml").write_text('name = "shop"\n')
+    (tmp_path / "workflows").mkdir()
+    (tmp_path / "workflows" / "warm.py").write_text(
+        "from tako_runtime import workflow\n@workflow('warm', local=True)\nasync def warm(step): ...\n"
+    )
     home, url = Home("shop", tmp_path / ".tako"), server.database()
     with closing(open_store(home)) as opened:
-        fill(Caller(opened))
+        caller = Caller(opened)
+        fill(caller)
+        caller.enqueue(workflow="warm")
     words = ("store", "copy", "--from", "sqlite", "--to", "postgres")
     missing = document(*words, cwd=tmp_path, code=3)["error"]
     assert "DATABASE_URL" in missing["message"]
@@ -103,7 +141,9 @@ def test_the_command_copies_into_the_database_of_the_secret(server: Server, tmp_
     assert document(*words, "--dry-run", cwd=tmp_path)["dry_run"] is True
     told = document(*words, cwd=tmp_path)
     assert {one["table"]: one["rows"] for one in told["copied"]}["runs"] == 4
+    assert told["stayed"] == {"warm": 1}
     (tmp_path / "tako.toml").write_text('name = "shop"\n[storage]\nurl = "postgres"\n')
-    assert len(document("runs", "ls", cwd=tmp_path)["runs"]) == 4
+    runs = document("runs", "ls", cwd=tmp_path)["runs"]
+    assert sorted((run["workflow"], run["local"]) for run in runs) == [("order", False)] * 4 + [("warm", True)]
     assert "up to date" in tako("store", "migrate", cwd=tmp_path).stderr
     server.drop(url)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from tako_cli.deploy.units import units
 from tako_cli.remote import Remote
 from tako_runtime import clock, config
 from tako_runtime.config import Config
-from tako_runtime.manifest import Manifest
+from tako_runtime.manifest import Declared, Manifest
 from tako_runtime.switch import Spec
 
 CONFIG = """
@@ -92,7 +93,7 @@ def test_a_server_that_is_fit_has_no_problems(shop: Config) -> None:
 @pytest.mark.parametrize(
     ("answer", "problem", "hint"),
     [
-        (told(machine=""), "Python is too old: 3.11.2", "apt install python3"),
+        (told(machine=""), "Python is too old: 3.11.2", "apt install python3.11"),
         (told(systemd="247"), "systemd is 247: 249 it has to be", ""),
         (told(systemd=""), "systemd is not there", ""),
         (told(manager=""), "systemctl does not answer", ""),
@@ -102,7 +103,7 @@ def test_a_server_that_is_fit_has_no_problems(shop: Config) -> None:
         (told(time=1090.0), "its clock is 90 s ahead", "timedatectl"),
         (told(time=910.0), "its clock is 90 s behind", "timedatectl"),
         (told(free_data=100 << 20), "only 100 MiB are free", "Make room"),
-        (told(schema=99), "written by a newer tako (schema 99", "Upgrade tako"),
+        (told(schema=99), "for a newer tako: it takes version 99", "Upgrade tako"),
         (told(lock={"user": "ada", "host": "pc", "since": 940.0}), "a deploy of ada on pc is under way, for 1m", ""),
     ],
 )  # fmt: skip
@@ -155,6 +156,30 @@ def test_the_units_are_valid_to_the_letter(shop: Config, answer: dict[str, Any],
     )  # fmt: skip
     ours = [line for line in done.stderr.splitlines() if "tako-shop" in line]
     assert (done.returncode, ours) == (0, []), done.stderr
+
+
+#: Every directive that may be in a unit, and the systemd that had it first (systemd.directives(7)); 0: any has it.
+SINCE = {
+    "Description": 0, "After": 0, "StartLimitIntervalSec": 230, "WantedBy": 0, "Type": 0, "NotifyAccess": 0,
+    "ExecCondition": 243, "ExecStart": 0, "WorkingDirectory": 0, "Environment": 0, "Sockets": 0, "NonBlocking": 0,
+    "Restart": 0, "RestartSec": 0, "RestartPreventExitStatus": 189, "WatchdogSec": 0, "TimeoutStartSec": 188,
+    "TimeoutStopSec": 188, "KillMode": 0, "OOMPolicy": 243, "LimitNOFILE": 0, "UMask": 0, "NoNewPrivileges": 187,
+    "LockPersonality": 235, "RestrictSUIDSGID": 242, "SystemCallArchitectures": 209, "User": 0, "Group": 0,
+    "CapabilityBoundingSet": 0, "ProtectSystem": 214, "ProtectHome": 214, "ProtectKernelTunables": 232,
+    "ProtectKernelModules": 232, "ProtectKernelLogs": 244, "ProtectControlGroups": 232, "ProtectHostname": 242,
+    "RestrictAddressFamilies": 211, "RestrictNamespaces": 233, "RestrictRealtime": 231, "ReadWritePaths": 231,
+    "ListenStream": 0, "Service": 0, "Backlog": 0, "NoDelay": 216, "RemainAfterExit": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", [told(), of_user()], ids=["root", "user"])
+def test_the_units_have_nothing_that_the_oldest_systemd_does_not_know(shop: Config, answer: dict[str, Any]) -> None:
+    place = asked(shop, answer).place
+    assert place is not None
+    text = "".join(units(shop, "web-1", place, "abc").values())
+    used = {line.partition("=")[0] for line in text.splitlines() if "=" in line}
+    assert {name: SINCE.get(name, 999) for name in used if SINCE.get(name, 999) > facts.SYSTEMD} == {}
+    assert re.findall(r"^Type=(.*)$", text, re.MULTILINE) == ["notify", "oneshot"]  # notify-reload came with 253
 
 
 def test_a_release_starts_only_if_it_is_current_or_on_trial(shop: Config, tmp_path: Path) -> None:
@@ -255,6 +280,21 @@ def test_secrets_are_in_no_command_and_no_unit(shop: Config, release: Release) -
     assert b"sk_live_4711" not in made.switch.given
 
 
+def test_secrets_that_are_the_same_as_before_keep_their_time_and_others_do_not(tmp_path: Path) -> None:
+    """By which it is known who has old ones."""
+    path = tmp_path / "secrets.json"
+
+    def put(text: bytes) -> int:
+        subprocess.run(["sh", "-c", plan._SECRETS, "secrets", str(path), ""], input=text, check=True, timeout=60)
+        assert path.read_bytes() == text
+        assert path.stat().st_mode & 0o777 == 0o600
+        return path.stat().st_mtime_ns
+
+    first = put(b"one")
+    assert put(b"one") == first
+    assert put(b"two") > first
+
+
 def test_what_the_app_is_asked_is_asked_as_the_user_who_runs_it(shop: Config, release: Release) -> None:
     assert planned(shop, release, told()).fit.words[:4] == ["runuser", "-u", "tako", "--"]  # type: ignore[union-attr]
     assert planned(shop, release, of_user()).fit.words[0] == "sh"  # type: ignore[union-attr]
@@ -297,3 +337,27 @@ def test_the_lock_goes_with_the_process_that_holds_it_and_names_who_does(tmp_pat
     first.stdout.close()
     third = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60)
     assert (third.returncode, third.stdout) == (0, "held\n")
+
+
+# --- servers that share nothing --------------------------------------------------------------------------------------
+
+
+def declared(name: str, *, local: bool) -> Declared:
+    return Declared(name, "default", 2, 1, 1, None, "flows.py", 1, local=local)
+
+
+@pytest.mark.parametrize(
+    ("servers", "url", "named"),
+    [
+        (["a", "b"], "sqlite", ["order", "refund"]),
+        (["a"], "sqlite", []),
+        (["a", "b"], "postgres", []),
+    ],
+)
+def test_several_servers_need_a_store_that_they_share_for_all_that_is_not_local(
+    shop: Config, servers: list[str], url: str, named: list[str]
+) -> None:
+    found = replace(shop, storage=replace(shop.storage, url=url))
+    flows = (declared("order", local=False), declared("warm", local=True), declared("refund", local=False))
+    assert plan.to_be_shared(found, servers, Manifest(flows)) == named
+    assert plan.to_be_shared(found, servers, Manifest(flows[1:2])) == []

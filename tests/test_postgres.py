@@ -1,9 +1,12 @@
 """The shared store: what happens when the connection to it goes, and what its schema is."""
 
+import shlex
+import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import msgspec
 import psycopg
 import pytest
 from conftest import Caller, until
-from postgres import Server
+from postgres import NoPostgres, Server, programs
 from scenarios.flows import orders
 from scenarios.lasting import ticking
 from wire import Cut, Wire, wire
@@ -21,14 +24,16 @@ from workers import shown, status, worker_process, workers
 from tako_runtime import store
 from tako_runtime.clock import SECOND
 from tako_runtime.control import Control
-from tako_runtime.errors import ConfigError, Refused, StoreError, StoreTooNew, StoreUnreachable
+from tako_runtime.errors import ConfigError, Refused, StoreUnreachable
 from tako_runtime.run import StepRecord
 from tako_runtime.state import Returned
-from tako_runtime.store import Home, base, database, open_store, queries, schema
+from tako_runtime.store import Home, base, database, open_store, queries, version
 from tako_runtime.store.commit import StoreThread
+from tako_runtime.store.pipeline import Query
 from tako_runtime.store.postgres import PostgresStore
 
 STORES = ("postgres",)
+NEWEST = queries.migrations("postgres")[-1][0]
 CUTS: list[Cut] = ["before the commit", "after the commit"]
 
 
@@ -88,6 +93,28 @@ def test_what_several_callers_wrote_together_is_in_once_when_its_answer_was_lost
     assert sorted(ids) == sorted(run.id for run in caller.do(base.ListRuns(limit=100)))
 
 
+def test_a_batch_that_still_waits_on_the_server_when_its_connection_is_lost_is_not_carried_out_twice(
+    far: StoreThread, line: Wire, home: Home, server: Server
+) -> None:
+    """Its backend does not notice that nobody is there: it waits for a lock, and then goes on to the commit."""
+    caller = Caller(far)
+
+    def waiting(count: int) -> bool:
+        asked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+        return server.ask(asked, home.url) == [(count,)]
+
+    with psycopg.connect(home.url) as other, ThreadPoolExecutor(1) as pool:
+        other.execute(f'LOCK TABLE "{home.schema}".runs IN SHARE MODE')
+        enqueuing = pool.submit(caller.enqueue)
+        until(lambda: waiting(1))
+        line.cut()
+        until(lambda: waiting(2))
+        other.rollback()
+        run_id = enqueuing.result(30)
+        until(lambda: waiting(0))
+    assert [run.id for run in caller.do(base.ListRuns())] == [run_id]
+
+
 def test_a_reader_does_not_notice_that_the_connection_was_cut(far: StoreThread, line: Wire) -> None:
     caller = Caller(far)
     run_id = caller.enqueue()
@@ -145,6 +172,25 @@ def test_a_database_that_is_away_for_long_is_an_error_that_names_it_and_goes_whe
         own.start()
         run_id = caller.enqueue()
         assert [run.id for run in caller.do(base.ListRuns())] == [run_id]
+
+
+def test_of_several_hosts_it_goes_on_with_the_standby_that_was_promoted(home: Home, own: Server) -> None:
+    name = own.database().partition("?")[0].rpartition("/")[2]
+    try:
+        standby = Server(standby_of=own)
+    except NoPostgres as error:
+        pytest.skip(f"NO STANDBY: {error}")
+    url = f"postgresql://tako@/{name}?host={standby.folder},{own.folder}"  # the one that takes no writes comes first
+    with closing(standby), closing(open_store(home._replace(url=url))) as opened:
+        caller = Caller(opened)
+        first = caller.enqueue()
+        written = own.ask("SELECT pg_current_wal_lsn()")[0][0]
+        until(lambda: standby.ask(f"SELECT pg_last_wal_replay_lsn() >= '{written}'")[0][0])
+        own.stop()
+        with ThreadPoolExecutor(1) as pool:
+            second = pool.submit(caller.enqueue)  # it waits for somebody who takes it
+            standby.promote()
+            assert {run.id for run in caller.do(base.ListRuns())} == {first, second.result()}
 
 
 def test_no_error_and_no_picture_of_a_database_shows_its_password(home: Home) -> None:
@@ -258,7 +304,7 @@ def test_both_stores_have_the_same_tables_and_columns(opened: StoreThread, home:
     )
     here = {str(name) for (name,) in server.ask(asked, home.url)}
     embedded = columns_of("".join(script for _, script in queries.migrations("sqlite")))
-    assert {name for name in here if not name.startswith(("writers.", "store."))} == embedded
+    assert {name for name in here if not name.startswith(("writers.", "awaited.", "store."))} == embedded
 
 
 def test_five_servers_that_start_at_once_make_one_schema(home: Home) -> None:
@@ -280,45 +326,25 @@ def test_each_environment_has_a_schema_of_its_own(opened: StoreThread, home: Hom
     assert len(home._replace(app="a" * 63, env="production").schema) <= 63
 
 
-def later(monkeypatch: pytest.MonkeyPatch, *scripts: str) -> list[tuple[int, str]]:
-    """A tako whose migrations are those of now, and these."""
-    known = queries.migrations("postgres")
-    more = [(known[-1][0] + n, script) for n, script in enumerate(scripts, 1)]
-    monkeypatch.setattr(schema, "migrations", lambda _: [*known, *more])
-    return known
-
-
-def test_old_and_new_releases_share_a_schema_that_only_grew(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    with closing(open_store(home)) as old:
-        known = later(monkeypatch, "ALTER TABLE runs ADD COLUMN shade TEXT;")
-        with closing(open_store(home)) as new:
-            run_id = Caller(new).enqueue()
-            assert [run.id for run in old.do_sync(base.ListRuns())] == [run_id]
-        monkeypatch.setattr(schema, "migrations", lambda _: known)
-        open_store(home).close()  # an old one that starts now
-
-
-def test_a_migration_that_older_releases_cannot_live_with_is_refused_unless_asked_for(
-    home: Home, monkeypatch: pytest.MonkeyPatch
+def test_a_backup_is_the_databases_own_and_the_commands_for_it_are_told_without_a_password(
+    home: Home, server: Server, tmp_path: Path
 ) -> None:
-    open_store(home).close()
-    known = later(monkeypatch, "-- serves: 2\nALTER TABLE runs RENAME COLUMN losses TO lost;")
-    with pytest.raises(StoreError, match="could not work with version 2") as caught:
-        open_store(home)
-    assert "--breaking" in caught.value.hint
-    PostgresStore(database.Database(home.url, "x"), home.schema, breaking=True).close()
-    monkeypatch.setattr(schema, "migrations", lambda _: known)
-    with pytest.raises(StoreTooNew, match="knows versions up to 1"):
-        open_store(home)
-
-
-def test_a_migration_that_fails_leaves_the_schema_as_it_was(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(open_store(home)) as opened:
         run_id = Caller(opened).enqueue()
-    known = later(monkeypatch, "ALTER TABLE runs ADD COLUMN shade TEXT; SELECT 1 / 0;")
-    with pytest.raises(StoreError, match="division by zero"):
-        open_store(home)
-    monkeypatch.setattr(schema, "migrations", lambda _: known)
+    secret = home._replace(url=home.url.replace("tako@", "tako:s3cret-pass@"))
+
+    def told(refused: "pytest.ExceptionInfo[Refused]") -> list[str]:
+        assert "s3cret" not in f"{refused.value} {refused.value.hint}"
+        program, *words = shlex.split(refused.value.hint.partition(": ")[2])
+        return [str(programs() / program), *words]
+
+    with pytest.raises(Refused, match="no file of tako's own") as caught:
+        store.backup(secret, tmp_path / "copy")
+    subprocess.run(told(caught), cwd=tmp_path, check=True)
+    server.ask(f'DELETE FROM "{home.schema}".runs', home.url)
+    with pytest.raises(Refused, match="no file of tako's own") as caught:
+        store.restore(secret, BytesIO())
+    subprocess.run(told(caught), cwd=tmp_path, check=True)
     with closing(open_store(home)) as opened:
         assert [run.id for run in opened.do_sync(base.ListRuns())] == [run_id]
 
@@ -362,13 +388,14 @@ def test_a_run_is_not_given_away_while_a_step_of_it_is_being_saved(opened: Store
     late = PostgresStore(database.Database(home.url, "x"), home.schema)
     step = StepRecord("run", "charge", 1, "done", 1, caller.now, caller.now, None, b"1")
     with closing(late), ThreadPoolExecutor(1) as pool:
-        db = late._connected()
-        with late._piped(db):
-            db.execute("BEGIN")
+        late._connect()
+        with late._pipeline as line:
+            late._command("BEGIN")
             assert late._run([op := base.SaveStep(seq=run.seq, claim=1, step=step)], {base.SaveStep: [(0, op)]}, set())
+            line.rows(line.send(Query(b"SELECT 1")))  # it is written
             giving = pool.submit(caller.settle, run, Returned("1"))
             assert not giving.done()
-            db.execute("COMMIT")
+            late._command("COMMIT")
         assert giving.result(20)
     assert [each.name for each in caller.do(base.Steps(seq=run.seq))] == ["charge"]
 
@@ -404,12 +431,12 @@ def test_the_store_is_examined_without_being_made_or_brought_up_to_date(
     home: Home, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert store.examine(home) is None
-    assert store.versions(home) == (1, 1)
     with closing(open_store(home)) as opened:
         Caller(opened).enqueue()
-    later(monkeypatch, "ALTER TABLE runs ADD COLUMN shade TEXT;")
+    known = queries.migrations
+    monkeypatch.setattr(version, "migrations", lambda dialect: [*known(dialect), (NEWEST + 1, "SELECT 1")])
     seen = store.examine(home)
     assert seen is not None
-    assert (seen.version, seen.newest, seen.runs, seen.damage) == (1, 2, 1, ())
+    assert (seen.version, seen.newest, seen.runs, seen.damage) == (NEWEST, NEWEST + 1, 1, ())
     with pytest.raises(Refused, match="not put aside"):
         store.set_aside(home)

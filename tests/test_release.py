@@ -55,6 +55,33 @@ def test_tracked_and_unignored_files_are_sent_and_never_what_no_server_should_ha
     }  # fmt: skip
 
 
+def test_wheels_of_dependencies_that_are_long_gone_do_not_stay(shop: Path) -> None:
+    kept = shop / ".tako" / "deploy" / "wheels"
+    (shop / "tako.toml").write_text('name = "shop"\n[deploy]\nvendor = true\n')
+    pack(shop)
+    [first] = kept.iterdir()
+    for age in range(1, 8):
+        (kept / f"old-{age}").mkdir()
+        os.utime(kept / f"old-{age}", (first.stat().st_mtime - age * 14 * 3600,) * 2)
+    os.utime(first, (0, 0))  # it was used long ago, and is again
+    pack(shop)
+    assert {place.name for place in kept.iterdir()} == {first.name, "old-1", "old-2", "old-3", "old-4"}
+    for age in range(1, 8):
+        (kept / f"new-{age}").mkdir(exist_ok=True)
+    pack(shop)
+    assert {f"new-{age}" for age in range(1, 8)} < {place.name for place in kept.iterdir()}, "somebody works with them"
+
+
+def test_an_app_that_binds_its_port_itself_is_told_of_the_gap_at_the_switch(shop: Path) -> None:
+    app = 'name = "shop"\n[app]\nport = 8000\ncommand = ["uvicorn", "app:app", '
+    (shop / "tako.toml").write_text(app + '"--port", "{port}"]\n')
+    [note] = pack(shop).notes
+    assert "nobody is answered" in note
+    assert "{fd}" in note
+    (shop / "tako.toml").write_text(app + '"--fd", "{fd}"]\n')
+    assert pack(shop).notes == ()
+
+
 def test_a_tracked_file_is_sent_though_it_is_ignored_and_an_env_file_is_not_though_it_is_tracked(shop: Path) -> None:
     (shop / ".gitignore").write_text("*.csv\n")
     (shop / "prices.csv").write_text("1")

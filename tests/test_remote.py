@@ -1,16 +1,19 @@
 """Commands on a server, through the system's ssh and a real sshd: what is quoted, what is shared, what is refused."""
 
+import json
 import os
 import signal
 import stat
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import pexpect
 import pytest
 import sshd as server
-from cli import is_alive
+from cli import TAKO, environment, is_alive, make_project
 from conftest import finished, script, until
 from sshd import Sshd
 
@@ -221,6 +224,67 @@ def test_nobody_is_asked_where_there_is_no_terminal(sshd: Sshd) -> None:
     words = Remote("web-1", "web").interactive(["true"])
     assert "BatchMode=yes" in words
     assert "BatchMode=no" in Remote("web-1", "web", asking=True).interactive(["true"])
+
+
+def with_passphrase(sshd: Sshd) -> None:
+    """As a key that has a PIN: nobody gets in who is not asked."""
+    words = ["ssh-keygen", "-q", "-p", "-f", str(sshd.folder / "id"), "-P", "", "-N", "4711-pin"]
+    subprocess.run(words, check=True, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+
+
+def test_at_a_terminal_ssh_asks_for_what_a_key_wants_one_server_after_the_other(sshd: Sshd, tmp_path: Path) -> None:
+    """Which it does for a PIN or a touch as for a passphrase."""
+    sshd.be_known()
+    with_passphrase(sshd)
+    with (sshd.folder / "ssh_config").open("a") as file:
+        text = (sshd.folder / "ssh_config").read_text()
+        known = f"  HostKeyAlias [127.0.0.1]:{sshd.port}\n"
+        file.write(text.replace("Host web\n  HostName 127.0.0.1\n", f"Host api\n  HostName localhost\n{known}"))
+    named = '[envs.production]\nservers = ["web", "api"]\n[servers.web]\nhost = "web"\n[servers.api]\nhost = "api"\n'
+    shop = make_project(tmp_path / "shop", config=f'name = "shop"\n{named}')
+    words = [*TAKO, "servers", "check", "--json"]
+    asked = pexpect.spawn(words[0], words[1:], cwd=str(shop), timeout=60, env=environment(TAKO_SSH=sshd.program))
+    for _ in range(2):
+        asked.expect("Enter passphrase for key .*: ")
+        asked.sendline("4711-pin")
+    asked.expect(pexpect.EOF)
+    told = json.loads(asked.before[asked.before.index(b"{") :])
+    assert {row["server"]: row["python"] is not None for row in told["servers"]} == {"web": True, "api": True}
+    asked.wait()
+
+
+def test_without_a_terminal_a_key_that_would_be_asked_for_is_said_to_be(sshd: Sshd) -> None:
+    sshd.be_known()
+    with_passphrase(sshd)
+    with pytest.raises(Unreachable, match="lets nobody in") as caught:
+        Remote("web-1", "web").connect()
+    assert "a PIN or a touch is asked for at a terminal only" in caught.value.hint
+
+
+def test_a_key_in_an_agent_whose_use_is_not_allowed_is_said_to_be(sshd: Sshd, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a touch: the agent asks, and here nobody answers; and then somebody does."""
+    sshd.be_known()
+    answers = sshd.folder / "askpass"
+    answers.write_text("#!/bin/sh\nexit 1\n")
+    answers.chmod(0o700)
+    env = {**os.environ, "SSH_ASKPASS": str(answers), "SSH_ASKPASS_REQUIRE": "force", "DISPLAY": ":0"}
+    socket = sshd.folder / "agent"
+    agent = subprocess.Popen(["ssh-agent", "-D", "-a", str(socket)], env=env, stdout=subprocess.DEVNULL)
+    try:
+        until(socket.exists)
+        monkeypatch.setenv("SSH_AUTH_SOCK", str(socket))
+        subprocess.run(["ssh-add", "-q", "-c", str(sshd.folder / "id")], check=True, stderr=subprocess.DEVNULL)
+        (sshd.folder / "id").rename(sshd.folder / "elsewhere")  # the agent has it, and its public half is there
+        with pytest.raises(Unreachable, match=r"lets nobody in: .*signing failed") as caught:
+            Remote("web-1", "web").connect()
+        assert "ssh-add" in caught.value.hint
+        answers.write_text("#!/bin/sh\nexit 0\n")
+        remote = Remote("web-1", "web")
+        remote.connect()
+        remote.close()
+    finally:
+        agent.terminate()
+        agent.wait()
 
 
 def test_what_is_held_open_there_ends_with_the_process_that_holds_it(web: Remote, tmp_path: Path) -> None:

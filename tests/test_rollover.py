@@ -12,15 +12,15 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
-from cli import make_project
+from cli import is_alive, make_project
 from conftest import until
-from serving import Serving, serving
+from serving import Serving, keep_secrets, newer_tako, serving
 from test_app import APP, asked, end_apps, free_port
 from workers import now, shown, status, workers
 
-from tako_runtime import clock
+from tako_runtime import clock, rotation, store
 from tako_runtime.rollover import LINES, NOT_TAKEN
-from tako_runtime.store import Home
+from tako_runtime.store import Home, Local, version
 from tako_runtime.store.base import Enqueue, SendSignal
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import new_run
@@ -123,11 +123,11 @@ class Two:
         """The release of that name proves itself first, when it is started."""
         self.on_trial.write_text(f"{name}\n")
 
-    def refused(self, project: Path) -> tuple[str, list[str]]:
+    def refused(self, project: Path, **env: str) -> tuple[str, list[str]]:
         """Why a release is not taken, and the last lines of what failed."""
         self.try_out(project.name)
         words = ("--on-trial", str(self.on_trial))
-        server = Serving(self.home, project, {"TAKO_RELEASE": project.name}, words)
+        server = Serving(self.home, project, {"TAKO_RELEASE": project.name, **env}, words)
         assert server.process.wait(120) == NOT_TAKEN, server.log.read_text()
         report = json.loads((self.home.app_dir / "trial.json").read_text())
         assert report["release"] == project.name
@@ -198,6 +198,45 @@ def test_a_step_that_outlasts_the_grace_is_cut_off_and_its_run_goes_on_there_wit
             until(lambda: (two.folder / "held").read_text() == "one\ntwo\n")
             (two.folder / "go").touch()
             assert two.result(run_id) == ["one", "two", "two"]
+
+
+@pytest.mark.parametrize("dialect", ["postgres"])
+def test_local_runs_go_on_under_a_release_where_their_workflow_is_local_no_longer(
+    two: Two, opened: StoreThread, home: Home
+) -> None:
+    """One that is parked and one that is running. They end in the store in which they were begun."""
+    config, local = f'[storage]\nurl = "{home.url}"\n', Local(home)
+
+    def release(name: str, local: str) -> Path:
+        project = two.release(name, config)
+        flows = project / "workflows" / "flows.py"
+        text = flows.read_text().replace('@workflow("ask"', f'@workflow("ask"{local}')
+        flows.write_text(text.replace('@workflow("hold"', f'@workflow("hold"{local}'))
+        return project
+
+    with two.serving(release("one", ", local=True")) as old:
+        own = local.made()
+        here = Two(two.folder, home, own)
+        parked, running = here.start("ask"), here.start("hold", retries=0)
+        until(lambda: status(own, parked) == ("pending", "waiting") and (two.folder / "held").exists())
+        two.try_out("two")
+        with two.serving(release("two", "")) as new:
+            new.wait_for("server.took_over")
+            (two.folder / "go").touch()
+            own.do_sync(SendSignal(name="go", payload="1", now=now(), expires_at=now() + clock.DAY))
+            assert here.result(running) == ["one", "one", "two"]
+            assert here.result(parked) == ["one", "two"]
+            took_over(new, old)
+    assert (shown(own, parked)["attempt"], shown(own, running)["attempt"]) == (1, 1)
+    local.close()
+
+
+@pytest.mark.parametrize("dialect", ["postgres"])
+def test_a_release_whose_own_store_cannot_be_opened_is_not_taken(two: Two, home: Home) -> None:
+    home.app_dir.mkdir(parents=True, exist_ok=True)
+    home.file.write_bytes(b"no database at all, and longer than the hundred bytes of a header" * 10)
+    error, _ = two.refused(two.release("two", f'[storage]\nurl = "{home.url}"\n'))
+    assert "runs.db" in error
 
 
 def test_the_new_release_claims_while_the_old_one_still_drains(two: Two, opened: StoreThread) -> None:
@@ -323,6 +362,50 @@ def test_the_first_release_of_all_proves_itself_too(two: Two) -> None:
         assert server.saw("server.took_over") == []
 
 
+def test_after_a_rotation_whoever_still_has_the_old_value_is_named_under_whichever_release(two: Two) -> None:
+    port = free_port()
+    config = f'[app]\ncommand = ["python", "app.py", "{port}"]\nport = {port}\n[workflows]\ngrace = "60s"\n'
+    stubborn = """
+        import os, signal, sys, time
+        from pathlib import Path
+        on_trial = os.environ["PORT"] != sys.argv[1]
+        def end(*_):
+            while not (on_trial or (Path.cwd().parent / "go").exists()):
+                time.sleep(0.02)
+            sys.exit()
+        signal.signal(signal.SIGTERM, end)
+        print("the app is there", flush=True)
+        while True:
+            signal.pause()
+    """
+    keep_secrets(two.home, {"KEY": "before-1"})
+    with two.serving(app_of(two.release("one", config), stubborn)) as old:
+        old.printed("the app is there")
+        two.start("hold")
+        until((two.folder / "held").exists)
+        two.try_out("two")
+        with two.serving(app_of(two.release("two", config), stubborn)) as new:
+            new.wait_for("server.took_over")
+            new.printed("the app is there")
+            two.result(two.start("greet"))
+            assert rotation.standing(two.home.app_dir) == {"unread": False, "old": []}
+            keep_secrets(two.home, {"KEY": "after-12"})
+            assert rotation.standing(two.home.app_dir)["unread"]
+            new.process.send_signal(signal.SIGHUP)
+            new.wait_for("secret.changed")
+            two.result(two.start("greet"))  # by a worker that has the new one
+            wanted = {("a worker of default", "one"), ("the app", "one"), ("the app", "two")}
+            until(lambda: {(each["what"], each["release"]) for each in held(two)} == wanted)
+            assert all(is_alive(each["pid"]) for each in held(two))
+            (two.folder / "go").touch()
+            until(lambda: rotation.standing(two.home.app_dir) == {"unread": False, "old": []})
+            assert old.process.wait(60) == 0
+
+
+def held(two: Two) -> list[dict[str, Any]]:
+    return list(rotation.standing(two.home.app_dir)["old"])
+
+
 # --- not taken -------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +449,24 @@ def test_a_release_whose_worker_crashes_after_three_seconds_is_not_taken(two: Tw
         error, lines = two.refused(two.release("two", more=bad))
     assert error == "a worker of group default ended (killed by SIGABRT)"
     assert "out of memory" in lines
+
+
+def test_a_release_with_a_newer_tako_that_is_not_taken_leaves_a_store_that_the_one_before_works_on_with(
+    two: Two, opened: StoreThread, dialect: str
+) -> None:
+    bad = "import os, sys, threading\nif 'worker' in sys.argv:\n    threading.Timer(3, lambda: os._exit(9)).start()\n"
+    with undisturbed(two, opened):
+        error, _ = two.refused(two.release("two", more=bad), PYTHONPATH=str(newer_tako(two.folder / "newer")))
+    assert error == "a worker of group default ended (exit code 9)"
+    seen = store.examine(two.home)
+    assert seen is not None
+    assert seen.version == version.newest(dialect) + 1, "it had opened the store, and so migrated it"
+    with two.serving(two.folder / "one") as again:  # every process of it opens the store anew
+        run_id = two.start("ask")
+        until(lambda: status(opened, run_id) == ("pending", "waiting"))
+        opened.do_sync(SendSignal(name="go", payload="1", now=now(), expires_at=now() + clock.DAY))
+        assert two.result(run_id) == ["one", "one"]
+        assert again.saw("worker.started")
 
 
 APP_CONFIG = '[app]\ncommand = ["python", "app.py", "{port}"]\nport = %d\n'

@@ -80,9 +80,11 @@ def test_a_rotation_replaces_workers_at_their_next_step_and_uses_up_no_attempt(w
     assert push(web) == {"server": "web-1", "changed": ["KEY"], "told": True, "running": True, "error": None}
     until(lambda: web.document("status")["status"]["secrets"]["old"])
     status = web.document("status")["status"]
-    [old] = status["secrets"]["old"]
+    [held] = status["secrets"]["old"]
+    old = held["pid"]
     assert old in [worker["pid"] for worker in status["workers"]]
-    assert f"old ones in process {old}" in web.afar("status").stdout
+    assert held["what"] == "a worker of default"
+    assert f"old ones in process {old} (a worker of default" in web.afar("status").stdout
     assert result(web, web.start("reads")) == "two", "others take work meanwhile"
     assert is_alive(old)
     (web.release / "go").touch()
@@ -103,7 +105,9 @@ def test_without_a_roll_the_new_ones_wait_and_status_says_so(web: Web) -> None:
     keep(web, NEW)
     assert push(web, "--no-roll")["told"] is False
     assert json.loads((web.app_dir / "secrets.json").read_text()) == {"secrets": {"KEY": NEW}}
-    assert web.document("status")["status"]["secrets"] == {"unread": True, "old": []}
+    standing = web.document("status")["status"]["secrets"]
+    assert standing["unread"]
+    assert [each["what"] for each in standing["old"]] == ["a worker of default"]
     assert "not handed over yet" in web.afar("status").stdout
     assert result(web, web.start("reads")) == "one"
     assert push(web)["told"] is True

@@ -85,7 +85,7 @@ def test_a_status_and_a_why_tell_who_has_paused_the_app(caller: Caller, control:
 def test_a_worker_is_told_with_all_that_the_store_knows_of_it(caller: Caller, control: Control) -> None:
     assert control.status()["workers"] == [
         {"id": "w-1", "group": "default", "host": "host", "pid": 1, "release": "dev", "up": True, "running": 0,
-         "started_at": clock.iso(caller.now), "lease_until": clock.iso(caller.now + HOUR)}
+         "local": False, "started_at": clock.iso(caller.now), "lease_until": clock.iso(caller.now + HOUR)}
     ]  # fmt: skip
 
 
@@ -154,9 +154,9 @@ def test_signals_are_listed_with_who_waits_and_what_is_kept(caller: Caller, cont
     found = control.signals()
     assert found["waiting"] == [
         {"signal": "approval:42", "run": run.id, "workflow": "order", "step": "approval:42", "since": clock.iso(since),
-         "until": clock.iso(since + HOUR)},
+         "until": clock.iso(since + HOUR), "local": False},
         {"signal": "approval:43", "run": run.id, "workflow": "order", "step": "approval:43", "since": clock.iso(since),
-         "until": None},
+         "until": None, "local": False},
     ]  # fmt: skip
     assert found["kept"] == [
         {"name": "aproval:42", "payload": {"by": "Ada"}, "sent_at": clock.iso(since),

@@ -521,6 +521,27 @@ def test_a_signal_that_nobody_waits_for_is_kept_and_listed(caller: Caller) -> No
     assert kept == base.KeptSignal("approval", b'{"ok":1}', sent, sent + 7 * DAY)
 
 
+def test_a_signal_that_is_not_to_be_kept_goes_to_those_alone_who_wait(caller: Caller) -> None:
+    run = caller.started()
+    send = base.SendSignal(name="approval", payload="1", now=caller.now, expires_at=None)
+    assert caller.do(send) == 0
+    assert caller.do(base.KeptSignals(now=caller.now)) == []
+    caller.wait(run, "approval")
+    assert caller.do(send) == 1
+
+
+def test_a_kept_signal_is_found_by_its_name_and_dropped_by_its_time_and_no_other_with_it(caller: Caller) -> None:
+    for name, payload in (("approval", '"first"'), ("other", '"other"'), ("approval", '"second"')):
+        caller.clock.advance(1)
+        caller.signal(name, payload)
+    first, second = caller.do(base.KeptSignals(now=caller.now, name="approval"))
+    assert (first.payload, second.payload) == (b'"first"', b'"second"')
+    drop = base.DropKept(name="approval", sent_at=first.sent_at)
+    assert caller.do(drop) is True
+    assert caller.do(drop) is False
+    assert {kept.payload for kept in caller.do(base.KeptSignals(now=caller.now))} == {b'"second"', b'"other"'}
+
+
 def test_a_kept_signal_that_has_expired_is_neither_taken_nor_listed(caller: Caller) -> None:
     caller.signal("approval", '"old"', keep=HOUR)
     caller.clock.advance(HOUR)

@@ -304,7 +304,9 @@ def test_a_program_that_floods_the_pipe_of_a_worker_that_has_ended_does_not_hold
 
     async def followed() -> list[str]:
         said: list[str] = []
-        child = Child(Group(), [sys.executable, "-c", flood], tmp_path, dict(os.environ), clock.SystemClock(), reading)
+        child = Child(
+            Group(), [sys.executable, "-c", flood], tmp_path, dict(os.environ), clock.SystemClock(), [reading]
+        )
         assert await child.follow(lambda event: said.append(event["message"])) == 7
         return said
 

@@ -151,7 +151,7 @@ class Follower:
 
 @asynccontextmanager
 async def following(opened: StoreThread, home: Home, run: str | None = None) -> AsyncIterator[Follower]:
-    async with aclosing(tail(opened, home.app_dir, run)) as events:  # type: ignore[type-var]
+    async with aclosing(tail(Control(opened, app_dir=home.app_dir), opened.bell, home.app_dir, run)) as events:  # type: ignore[type-var]
         yield Follower(events)
 
 

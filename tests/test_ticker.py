@@ -367,7 +367,7 @@ def test_a_server_whose_cron_cannot_go_on_ends_and_says_why(opened: StoreThread,
         async def fails() -> int | None:
             raise StoreError("the store is damaged")
 
-        server.cron.tick = fails  # type: ignore[method-assign]
+        server.main.cron.tick = fails  # type: ignore[method-assign]
         async with asyncio.timeout(20):
             await server.run()
 

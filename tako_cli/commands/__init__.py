@@ -6,6 +6,7 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document, for programs.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+Parallel = Annotated[bool, typer.Option("--parallel", help="All servers at once, instead of one after the other.")]
 
 #: Where a command looks that can look elsewhere too.
 AtEnv = Annotated[

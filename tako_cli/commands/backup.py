@@ -84,7 +84,13 @@ def restore(
     from tako_runtime.errors import InvalidValue, Refused
     from tako_runtime.store.copying import checked
 
-    config, found = context.project(), checked(file)
+    config = context.project()
+    if config.storage.url != "sqlite":
+        raise Refused(
+            f"the runs of {config.name} are in a database, not in a file of tako's own",
+            hint=f"Stop the app, and restore it with pg_restore: tako backup --env {env} says how it is called.",
+        )
+    found = checked(file)
     remote = None if env == context.DEV else _the_one(env, server)
     place = remote.name if remote is not None else "this project"
     what = f"{file.name} with {found.runs:,} runs the store of {config.name} on {place}"
@@ -136,6 +142,6 @@ def _the_one(env: str, server: str | None) -> "Remote":
     from tako_runtime.errors import Refused
 
     config, names = context.servers(env, server)
-    if len(names) > 1:
+    if len(names) > 1 and config.storage.url == "sqlite":
         raise Refused(f"each server of {env} has a store of its own", hint=f"Say which: --server {names[0]}")
     return context.remotes_of(config, names)[0]

@@ -33,7 +33,10 @@ def ls(env: AtEnv = None, server: AtServer = None, as_json: Json = False) -> Non
 
     with context.site(env, server) as site:
         asked = site.schedules()
-        found = [timetable.standing(one, asked.runs, wording.now()) for one in asked.records]
+        found = [
+            {**timetable.standing(one, asked.runs, wording.now()), "local": one.workflow in asked.local}
+            for one in asked.records
+        ]
         if as_json:
             output.document({"schedules": found, "mistakes": msgspec.to_builtins(asked.mistakes)})
         else:
@@ -113,7 +116,7 @@ def fire(name: Name, env: AtEnv = None, server: AtServer = None, as_json: Json =
 def _standing(one: dict[str, Any]) -> "list[Text]":
     from tako_cli import wording
 
-    parts = [_title(one["workflow"], one["expression"], one["timezone"])]
+    parts = [_title(wording.named(one["workflow"], one.get("local", False)), one["expression"], one["timezone"])]
     now = wording.now()
     if one["error"]:
         parts += _lines("", [one["error"]])

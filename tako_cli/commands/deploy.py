@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tako_cli import output
-from tako_cli.commands import Json, Yes
+from tako_cli.commands import Json, Parallel, Yes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 _NAMED = 10
 
 Env = Annotated[str, typer.Option("--env", metavar="ENV", help="Where to: an environment of tako.toml.")]
-Parallel = Annotated[bool, typer.Option("--parallel", help="All servers at once, instead of one after the other.")]
 KeepGoing = Annotated[
     bool, typer.Option("--keep-going", help="Go on with the other servers when one fails, instead of stopping.")
 ]
@@ -55,6 +54,7 @@ def deploy(
       tako deploy --env staging --dry-run
     """
     from tako_cli import context
+    from tako_cli.deploy.carry_out import Result
     from tako_cli.deploy.plan import plan
     from tako_cli.deploy.release import pack
 
@@ -63,6 +63,7 @@ def deploy(
     secrets = _secrets(config, env)
     remotes = connected(config, names)
     facts = [one for one in preflight(config, env, remotes, as_json=as_json, keep_going=keep_going) if one.target]
+    left_out = [name for name in names if name not in [one.server for one in facts]]
     output.passing("packs the release")
     release = pack(config, env, [one.target for one in facts if one.target], secrets=secrets)
     for remark in release.notes:
@@ -74,7 +75,9 @@ def deploy(
         _show_plans(release, plans, as_json=as_json)
         return
     note(f"release {release.id}: {release.files} files, {_size(release.size)}")
-    finish(carried_out(plans, remotes, yes=yes, parallel=parallel, keep_going=keep_going), as_json=as_json)
+    results = carried_out(plans, remotes, yes=yes, parallel=parallel, keep_going=keep_going)
+    results += [Result(name, release.id, error="it could not be asked, or was not fit") for name in left_out]
+    finish(results, as_json=as_json)
 
 
 # --- before anything is changed --------------------------------------------------------------------------------------
@@ -87,14 +90,14 @@ def refuse_to_share(config: "Config", names: "Sequence[str]") -> None:
     if len(names) < 2 or config.storage.url != "sqlite":
         return
     from tako_cli import context
+    from tako_cli.deploy.plan import to_be_shared
 
-    found = context.manifest(config)
-    shared = [flow.name for flow in found.workflows if not getattr(flow, "local", False)]
-    if shared:
+    if shared := to_be_shared(config, names, context.manifest(config)):
+        those = f"{', '.join(shared[:_NAMED])}{' and others' * (len(shared) > _NAMED)}"
         raise Refused(
-            f"{len(names)} servers cannot share one SQLite file: a run of {shared[0]!r} would be on one of them only",
+            f"{len(names)} servers cannot share one SQLite file, and not every workflow is local: {those}",
             hint='Keep the runs in Postgres ([storage] url = "postgres"), or say of every workflow that its runs stay '
-            "on the server that started them (local = true).",
+            "on the server that started them: @workflow(NAME, local=True).",
         )
 
 
@@ -216,16 +219,17 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
 
     def go_on(unfit: "Mapping[str, Mapping[str, Any]]") -> bool:
         strange = []
-        for server, found in unfit.items():
-            if "schema" in found:
-                note(
-                    f"{server}: the store becomes one of version {found['schema'][1]} (it is {found['schema'][0]}): no "
-                    "release with an older tako can open it then, and its runs cannot be looked at before"
-                )
+        for server, found in _together(unfit):
             if found["orphaned"]:
                 named = ", ".join(f"{flow}: {count}" for flow, count in found["orphaned"].items())
                 count = sum(found["orphaned"].values())
                 note(f"{server}: orphaned: {count} ({named}). They are kept until a release has their workflow again.")
+            for flow, count in found["elsewhere"].items():
+                note(
+                    f"{server}: {count} live run{'s' * (count != 1)} of {flow} {'are' if count != 1 else 'is'} in the "
+                    "store that this release has others in (local was changed). They end where they are; new ones go "
+                    "into the other store, and a unique_key holds in each."
+                )
             if found["unread"]:
                 note(f"{server}: {found['unread']} runs may have finished steps that are not in this release: their "
                      "workflows' code computes the names of steps, so only running it would tell")  # fmt: skip
@@ -251,6 +255,15 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
     return go_on
 
 
+def _together(unfit: "Mapping[str, Mapping[str, Any]]") -> "list[tuple[str, Mapping[str, Any]]]":
+    """Servers that share a store have found the same: it is told once."""
+    told: list[tuple[str, Mapping[str, Any]]] = []
+    for found in unfit.values():
+        if all(found != other for _, other in told):
+            told.append((", ".join(server for server, other in unfit.items() if other == found), found))
+    return told
+
+
 def finish(results: "Sequence[Result]", *, as_json: bool) -> None:
     """Say how it went; exit code 1 where a server has not got it."""
     from dataclasses import asdict
@@ -272,10 +285,10 @@ def finish(results: "Sequence[Result]", *, as_json: bool) -> None:
         if one.state == "failed" and not as_json:
             output.error(f"{one.server}: {one.error.removeprefix(f'{one.server}: ')}", one.hint)
     if any(one.state != "taken" for one in results):
-        if not as_json and all(one.state == "not tried" for one in results):
-            note("nothing was switched: what ran before runs on")
-        elif not as_json and any(one.state == "not tried" for one in results):
-            note("for the rest, once it is mended: tako deploy --resume")
+        states = {one.state for one in results}
+        if not as_json and "not tried" in states:
+            resume = "for the rest, once it is mended: tako deploy --resume"
+            note(resume if "taken" in states else "nothing was switched: what ran before runs on")
         raise typer.Exit(1)
 
 

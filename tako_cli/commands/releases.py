@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from tako_cli import output
-from tako_cli.commands import Json, Yes
+from tako_cli.commands import Json, Parallel, Yes
 from tako_cli.commands.deploy import (
     Env,
     KeepGoing,
-    Parallel,
     carried_out,
     connected,
     finish,
@@ -69,12 +68,19 @@ def rollback(
     """
     from tako_cli import context
     from tako_cli.deploy.plan import back
+    from tako_runtime.errors import Refused
 
     config, names = context.servers(env)
     remotes = connected(config, names)
     facts = preflight(config, env, remotes, as_json=as_json)
-    wanted = [_chosen(one, release) for one in facts]
-    plans = [back(config, one, name) for one, name in zip(facts, wanted, strict=True)]
+    wanted = {one.server: _chosen(one, release) for one in facts}
+    if release is None and len(set(wanted.values())) > 1:
+        raise Refused(
+            "the servers do not have the same release before the one that runs: "
+            + ", ".join(f"{server}: {name}" for server, name in wanted.items()),
+            hint=f"Say which: tako rollback {next(iter(wanted.values()))} --env {env}",
+        )
+    plans = [back(config, one, wanted[one.server]) for one in facts]
     finish(carried_out(plans, remotes, yes=yes, parallel=parallel, keep_going=keep_going), as_json=as_json)
 
 
@@ -95,7 +101,7 @@ def _chosen(facts: "Facts", release: str | None) -> str:
     schema, needed = (facts.answer.get("schema") or 0), int((known or {}).get("schema") or 0)
     if needed and schema > needed:
         raise Refused(
-            f"{facts.server}: {found[0]} cannot open the store any more: a newer tako has written it",
+            f"{facts.server}: {found[0]} cannot open the store any more: it is for a newer tako",
             hint="Deploy what it had with the tako of today: check that commit out, and tako deploy.",
         )
     return found[0]

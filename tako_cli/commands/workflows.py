@@ -49,5 +49,6 @@ def _table(flows: "tuple[Declared, ...]") -> "list[Text]":
         schedule = f"{flow.schedule} {flow.timezone or 'UTC'}" if flow.schedule else ""
         payload = "" if flow.payload in (None, "NoneType") else flow.payload or ""
         place = output.styled(context.place(flow.file, flow.line), "dim")
-        rows.append([output.styled(flow.name, "bold"), schedule, flow.group, payload, place])
+        name = output.styled(flow.name, "bold").append(" (local)" if flow.local else "", "not bold")
+        rows.append([name, schedule, flow.group, payload, place])
     return output.table(["WORKFLOW", "SCHEDULE", "GROUP", "PAYLOAD", "FILE"], rows, flexible=[3, 4, 0])

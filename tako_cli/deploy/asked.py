@@ -39,7 +39,8 @@ def lock_of(path: str) -> "dict[str, object] | None":
 
 
 def schema_of(path: str) -> "int | None":
-    """The version of the app's store. None where there is no store, or none that can be read."""
+    """The version that a tako has to know to work with the app's own store; `store/version.py` has the rule. None where
+    there is no store, or none that can be read."""
     try:
         import sqlite3
 
@@ -47,7 +48,10 @@ def schema_of(path: str) -> "int | None":
             return None
         file = sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=5)
         try:
-            return int(file.execute("PRAGMA user_version").fetchone()[0])
+            number = int(file.execute("PRAGMA user_version").fetchone()[0])
+            if not file.execute("SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'store'").fetchone():
+                return number
+            return int(file.execute("SELECT serves FROM store").fetchone()[0])
         finally:
             file.close()
     except (ImportError, sqlite3.Error):

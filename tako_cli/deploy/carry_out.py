@@ -96,21 +96,22 @@ class Carrier:
         for step in plan.prepare:
             self._timed(plan, step, lambda step=step: self._do(remote, plan, step))  # type: ignore[misc]
         if plan.fit is not None:
-            said = self._timed(plan, plan.fit, lambda: remote.done(plan.fit.words))  # type: ignore[union-attr]
+            said = self._timed(plan, plan.fit, lambda: self._do(remote, plan, plan.fit))  # type: ignore[arg-type]
             self.results[plan.server].unfit = dict(json.loads(said))
 
-    def _do(self, remote: Remote, plan: Plan, step: Step) -> None:
+    def _do(self, remote: Remote, plan: Plan, step: Step) -> str:
+        """What the step has printed."""
         if step.file is not None:
             size = max(step.file.stat().st_size, 1)
             remote.upload(
                 step.file, step.words[-1],
                 lambda sent: self._tell(plan.server, f"{step.title}: {100 * sent // size} %", None),
             )  # fmt: skip
-        else:
-            try:
-                remote.done(step.words, input=step.given)
-            except CommandFailed as error:
-                raise TakoError(f"{step.title}: {_last_words(error)}", hint=error.hint) from error
+            return ""
+        try:
+            return remote.done(step.words, input=step.given)
+        except CommandFailed as error:
+            raise TakoError(f"{step.title}: {_last_words(error)}", hint=error.hint) from error
 
     def _switch(self, plan: Plan) -> None:
         result = self.results[plan.server]

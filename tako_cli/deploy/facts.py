@@ -96,6 +96,11 @@ class Facts:
         place = self.place
         return place is not None and self.unit_state(self.current) == "active"
 
+    @property
+    def runs(self) -> bool:
+        """Whether any release's unit is up, or not yet down."""
+        return any(self.unit_state(str(one["id"])) not in ("", "inactive", "failed") for one in self.releases)
+
     def unit_state(self, release: str) -> str:
         assert self.place is not None
         return str(self.answer.get("units", {}).get(f"{self.place.unit}@{release}.service", ""))
@@ -145,7 +150,9 @@ def read(config: Config, env: str, remote: Remote, answer: Mapping[str, Any], he
     if not answer.get("machine"):
         found = str(answer["python"][1]) or "none"
         why = f"its Python is too old: {found}; 3.11 it has to be"
-        return Facts(remote.name, remote.host, answer, problems=(why,), hints=("Install it: apt install python3",))
+        return Facts(
+            remote.name, remote.host, answer, problems=(why,), hints=("Install one beside it: apt install python3.11",)
+        )
     problems: list[tuple[str, str]] = []
     user, name = not answer["root"], slug(config, env)
     if not answer["systemd"].isdigit() or int(answer["systemd"]) < SYSTEMD:
@@ -172,7 +179,7 @@ def read(config: Config, env: str, remote: Remote, answer: Mapping[str, Any], he
             )
         )
     if (answer["schema"] or 0) > schema():
-        why = f"its store was written by a newer tako (schema {answer['schema']}, this one knows {schema()})"
+        why = f"its store is for a newer tako: it takes version {answer['schema']}, and this one knows {schema()}"
         problems.append((why, "Upgrade tako here."))
     target = Target(".".join(answer["python"][1].split(".")[:2]), answer["machine"], answer["glibc"])
     place = Place(
@@ -187,10 +194,10 @@ def read(config: Config, env: str, remote: Remote, answer: Mapping[str, Any], he
 
 
 def schema() -> int:
-    """The version of the store that this tako writes."""
-    from tako_runtime.store.queries import migrations
+    """The version of the embedded store that this tako writes."""
+    from tako_runtime.store.version import newest
 
-    return migrations("sqlite")[-1][0]
+    return newest("sqlite")
 
 
 def locked(lock: Mapping[str, Any], now: float) -> str:

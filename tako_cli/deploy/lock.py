@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,6 +32,9 @@ _UV_GLIBC = (17, 28, *range(31, 41))
 #: Options of a requirements file that say where things are found.
 _PLACES = ("--index-url", "--extra-index-url", "--find-links", "--no-index", "--trusted-host", "--pre")
 _SHORT = {"-r": "--requirement", "-c": "--constraint", "-i": "--index-url", "-f": "--find-links", "-e": "--editable"}
+
+#: So many wheelhouses are kept, and those that were used so many seconds before the newest one.
+_KEPT, _LATELY = 5, 24 * 3600
 
 _HASH = re.compile(r"--hash[= ](\w+:[0-9a-fA-F]+)")
 
@@ -198,7 +202,18 @@ def wheelhouse(locked: Locked, options: Sequence[str], target: Target, kept: Pat
             (Path(scratch) / "wheels").mkdir(exist_ok=True)
             with contextlib.suppress(FileExistsError, IsADirectoryError):
                 (Path(scratch) / "wheels").rename(place)
+    os.utime(place)
+    _prune(kept)
     return {path.name: path for path in sorted(place.glob("*.whl"))}
+
+
+def _prune(kept: Path) -> None:
+    """The wheels of other dependencies go: all but those that were used last, or within a day."""
+    used = {place: place.stat().st_mtime for place in kept.iterdir() if not place.name.startswith(".")}
+    newest = max(used.values())
+    for place in sorted(used, key=lambda place: used[place], reverse=True)[_KEPT:]:
+        if used[place] < newest - _LATELY:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 # --- where requirements are stated -----------------------------------------------------------------------------------

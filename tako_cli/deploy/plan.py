@@ -16,6 +16,7 @@ from tako_cli.deploy.lock import Target
 from tako_cli.deploy.release import Release
 from tako_cli.deploy.units import units
 from tako_runtime.config import Config
+from tako_runtime.manifest import Manifest
 from tako_runtime.secrets import envelope
 
 #: What a deploy that was cut off has left is removed too: nobody else is at it, since we have the lock.
@@ -61,9 +62,11 @@ sync -f ../.venv
 touch ../.venv/.ready
 """
 
+#: The same ones as before keep their time, by which it is known who has others.
 _SECRETS = """
 set -e; umask 077; cat > "$1.new"
 [ -z "$2" ] || chown "$2:$2" "$1.new"
+if cmp -s "$1.new" "$1"; then touch -r "$1" "$1.new"; fi
 sync "$1.new"
 mv -f "$1.new" "$1"
 """
@@ -126,6 +129,13 @@ class Plan:
         return [*self.prepare, *([self.fit] if self.fit else []), self.switch]
 
 
+def to_be_shared(config: Config, servers: Sequence[str], manifest: Manifest) -> list[str]:
+    """The workflows for which these servers would need a store that they share, and have none."""
+    if len(servers) < 2 or config.storage.url != "sqlite":
+        return []
+    return [flow.name for flow in manifest.workflows if not flow.local]
+
+
 def plan(
     config: Config, release: Release, facts: Facts, *, secrets: Mapping[str, str] | None = None, by: Mapping[str, Any]
 ) -> Plan:
@@ -168,8 +178,8 @@ def back(config: Config, facts: Facts, release: str) -> Plan:
 
 
 def _has_runs(config: Config, facts: Facts) -> bool:
-    """Whether there is a store on that server to look into."""
-    return config.storage.url == "sqlite" and bool(facts.answer.get("schema"))
+    """Whether there is a store to look into: on that server, or shared."""
+    return config.storage.url != "sqlite" or bool(facts.answer.get("schema"))
 
 
 def _name(release: Release, facts: Facts) -> str:
@@ -180,10 +190,19 @@ def _name(release: Release, facts: Facts) -> str:
 
 def fit(place: Place, release: str) -> Step:
     """Which live runs the release would not know any more."""
+    return Step("fit", "looks which runs it would not know", _as_app(place, release, "fit"))
+
+
+def migrate(place: Place, release: str, *, breaking: bool) -> Step:
+    """Bring the store to the release's version; `breaking`: though older ones could not work with that."""
+    return Step("migrate", "migrates the store", _as_app(place, release, "migrate", *["--breaking"] * breaking))
+
+
+def _as_app(place: Place, release: str, verb: str, *words: str) -> list[str]:
+    """A release's own runtime, as the app runs it, though it is not the one that does."""
     told = ["env", f"TAKO_APP_NAME={place.app}", f"TAKO_DATA_DIR={place.data_dir}", f"TAKO_ENV={place.env}"]
-    words = [*told, ".venv/bin/python", "-P", "-m", "tako_runtime", "fit"]
-    there = ["sh", "-c", 'cd "$1" && shift && exec "$@"', "fit", place.release(release), *words]
-    return Step("fit", "looks which runs it would not know", place.as_account(there))
+    run = [*told, ".venv/bin/python", "-P", "-m", "tako_runtime", verb, *words]
+    return place.as_account(["sh", "-c", 'cd "$1" && shift && exec "$@"', verb, place.release(release), *run])
 
 
 def switch(place: Place, release: str, files: Mapping[str, str], keep: int) -> Step:

@@ -135,6 +135,12 @@ def _checked(config: Config, files: Tree) -> Iterator[str]:
             f"the project's files have {_size(files.size)}, and max_size is {_size(config.deploy.max_size)}: {named}",
             hint="Have git ignore data and keep it in the server's shared/ folder, or raise max_size in [deploy].",
         )
+    own = config.app is not None and not any("{fd}" in word for word in config.app.command)
+    if config.app is not None and own and (config.app.health or any("{port}" in word for word in config.app.command)):
+        yield (
+            "[app] command binds its port itself: at each switch nobody is answered from when the old app is told to "
+            "end until the new one is up; with {fd}, as a socket that stays open, everybody is"
+        )
     if files.left_out:
         yield f"never sent, though git tracks it: {tree.some(map(tree.shown, files.left_out))}"
 

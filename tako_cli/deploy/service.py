@@ -58,7 +58,8 @@ case $verb in
             kept=$data/kept/$app-$(date -u +%Y%m%d-%H%M%S).db
             mkdir -p "$data/kept"
             cd -P "$base/current"
-            export TAKO_APP_NAME="$app" TAKO_DATA_DIR="$data"
+            # the file, also where it is only beside a shared store
+            export TAKO_APP_NAME="$app" TAKO_DATA_DIR="$data" TAKO_STORAGE=sqlite
             as_account .venv/bin/python -P -m tako_runtime backup > "$kept"
             sync "$kept"
             echo "kept $kept"

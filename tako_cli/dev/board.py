@@ -41,9 +41,9 @@ class Board:
         self, config: "Config", server: "Server", store: "StoreThread", lines: Lines, quit_: Callable[[], None]
     ) -> None:
         self._config, self._server, self._store, self._lines, self._quit = config, server, store, lines, quit_
-        self._control = Control(store, app_dir=server.home.app_dir)
+        self._control = Control(store, app_dir=server.home.app_dir, local=server.local)
         self._screen = Screen()
-        self.footer = Footer(store, self._screen.show)
+        self.footer = Footer(server.stores, self._screen.show)
         self._pausing: asyncio.Task[None] | None = None
         self._sent: dict[str, str] = {}  # the last payload of a kind of signal
         self._keys: dict[str, tuple[str, Callable[[], Awaitable[None]]]] = {
@@ -219,7 +219,9 @@ class Board:
 
     async def _hold(self) -> bool:
         now = wording.now()
-        return await self._store.do(TakeLease(name=PAUSE, holder=_name(), until=now + _PAUSE, now=now))
+        lease = TakeLease(name=PAUSE, holder=_name(), until=now + _PAUSE, now=now)
+        held = [await store.do(lease) for store in self._server.stores()]
+        return all(held)
 
     async def _keep_holding(self) -> None:
         while True:
@@ -229,7 +231,8 @@ class Board:
 
     async def _go_on(self, pausing: "asyncio.Task[None]") -> None:
         pausing.cancel()
-        await self._store.do(DropLease(name=PAUSE, holder=_name()))
+        for store in self._server.stores():
+            await store.do(DropLease(name=PAUSE, holder=_name()))
 
 
 def _name() -> str:

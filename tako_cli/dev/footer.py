@@ -1,6 +1,7 @@
 """What stands below the log of `tako dev`: the queue, what runs, what is parked, what comes next, what is wrong."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -34,17 +35,17 @@ class Counts(NamedTuple):
 
 
 class Footer:
-    """Keeps itself up to date; `show(lines)` gets it when it has changed. Whoever pauses and stops sets `paused` and
-    `stopping`."""
+    """Keeps itself up to date on what is in `stores()`; `show(lines)` gets it when it has changed. Whoever pauses and
+    stops sets `paused` and `stopping`."""
 
-    def __init__(self, store: StoreThread, show: "Callable[[Sequence[Text]], None]") -> None:
+    def __init__(self, stores: "Callable[[], Sequence[StoreThread]]", show: "Callable[[Sequence[Text]], None]") -> None:
         self.reloaded_at: int | None = None
         self.paused = False
         self.stopping = False
-        self._store, self._show = store, show
+        self._stores, self._show = stores, show
         self._counts = Counts()
         self._sick: dict[str, str] = {}
-        self._version = -1
+        self._versions: list[int] = []
         self._heard = True
 
     def heard(self, event: Event) -> None:
@@ -75,20 +76,26 @@ class Footer:
     async def _look(self) -> None:
         now, due = wording.now(), self._counts.next_at
         try:
-            version = await self._store.do(DataVersion())
-            if not self._heard and version == self._version and (due is None or due > now):
+            versions = [await store.do(DataVersion()) for store in self._stores()]
+            if not self._heard and versions == self._versions and (due is None or due > now):
                 return
-            self._heard, self._version = False, version
-            live = await self._store.do(CountRuns())
-            first = await self._store.do(NextDue())
+            self._heard, self._versions = False, versions
+            live: Counter[tuple[str, str]] = Counter()
+            wakes = []
+            for store in self._stores():
+                counts = await store.do(CountRuns())
+                live.update(counts)
+                wakes.append(await store.do(NextDue()))
         except StoreBusy:  # the next look tells
             self._heard = True
             return
-        of = {str(reason): n for (status, reason), n in live.items() if status == Status.PENDING}
+        of: Counter[str] = Counter()
+        for (status, reason), n in live.items():
+            of[str(reason)] += n * (status == Status.PENDING)
         self._counts = Counts(
-            of.get(Reason.QUEUED, 0), sum(n for (status, _), n in live.items() if status == Status.RUNNING),
-            of.get(Reason.RETRYING, 0), of.get(Reason.SLEEPING, 0) + of.get(Reason.WAITING, 0),
-            first.due_at if first else None,
+            of[Reason.QUEUED], sum(n for (status, _), n in live.items() if status == Status.RUNNING),
+            of[Reason.RETRYING], of[Reason.SLEEPING] + of[Reason.WAITING],
+            min((run.due_at for run in wakes if run is not None and run.due_at is not None), default=None),
         )  # fmt: skip
 
     def _line(self, now: int, width: int) -> "Text":

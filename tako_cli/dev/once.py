@@ -1,7 +1,7 @@
 """`tako dev --once`: work until no run is queued, running or retrying. What sleeps or waits stays parked."""
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from tako_cli import wording
@@ -36,18 +36,20 @@ class Workable(NamedTuple):
         return ""
 
 
-async def work_off(store: StoreThread, workable: Workable, news: asyncio.Event, say: Callable[..., None]) -> bool:
+async def work_off(
+    stores: Callable[[], Sequence[StoreThread]], workable: Workable, news: asyncio.Event, say: Callable[..., None]
+) -> bool:
     """Returns once nothing is left: True; or once nobody can take what is left: False, and says so. Looks at every
     event (`news`), and once a second."""
     said = ""
     while True:
         news.clear()
         try:
-            active = _active(await store.do(CountRuns()))
+            active = [state for store in stores() for state in _active(await store.do(CountRuns()))]
             if not active:
                 return True
             if not any(status == Status.RUNNING for status, _ in active):
-                left = await _left(store)
+                left = [run for store in stores() for run in await _left(store)]
                 obstacles = {run.id: workable.obstacle(run) for run in left}
                 if left and all(obstacles.values()):
                     for why in sorted(set(obstacles.values())):

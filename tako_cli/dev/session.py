@@ -143,6 +143,7 @@ class Session:
             if isinstance(left, Exception):
                 raise left
         await self._farewell()
+        self._server.close()
         if self._stops > 1 or (once and self._stops):
             return 130
         return 1 if once and (self._dead or left is not True) else 0
@@ -159,7 +160,7 @@ class Session:
             self._lines.hold()
             if self._board is not None:
                 self._debugging.enter_context(self._board.lent())
-            self._server.supervisor.cleared(int(event["pid"]))
+            self._server.cleared(int(event["pid"]))
             return
         if event["event"] == "debugger.closed":
             self._debugging.close()
@@ -242,7 +243,9 @@ class Session:
     async def _work_off(self) -> bool:
         declared = {(flow.name, flow.group) for flow in self._manifest.workflows}
         try:
-            return await work_off(self._store, Workable(declared, self._failed_starts), self._news, self._lines.say)
+            return await work_off(
+                self._server.stores, Workable(declared, self._failed_starts), self._news, self._lines.say
+            )
         finally:
             self._stop()
 
@@ -250,7 +253,7 @@ class Session:
 
     async def _welcome(self) -> None:
         left, config = await self._left(), self._config
-        given = self._server.supervisor.secrets
+        given = self._server.secrets
         found = Found(
             app=config.name, url=self._server.app.url if self._server.app is not None else None, root=config.root,
             folder=config.workflows.dir, store=Path(store.where(self._home)), workflows=self._manifest.workflows,
@@ -287,8 +290,9 @@ class Session:
     async def _left(self) -> dict[str, int]:
         """Live runs by what people call their state."""
         counted: Counter[str] = Counter()
-        for (status, reason), count in (await self._store.do(CountRuns())).items():
-            counted["running" if status == Status.RUNNING else reason] += count
+        for opened in self._server.stores():
+            for (status, reason), count in (await opened.do(CountRuns())).items():
+                counted["running" if status == Status.RUNNING else reason] += count
         return dict(counted)
 
 

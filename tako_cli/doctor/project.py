@@ -82,8 +82,10 @@ def the_store(home: Home, now: int) -> Finding:
         return well("store", "none yet: the first tako dev, or the first run, makes it")
     if seen.damage:
         return broken("store", f"{seen.path} is damaged: {'; '.join(seen.damage)}", anew)
-    if seen.version > seen.newest:
-        what = f"{seen.path} has version {seen.version}, and this tako knows versions up to {seen.newest}"
+    if seen.serves > seen.newest:
+        what = (
+            f"{seen.path} is for a tako that knows version {seen.serves}; this one knows versions up to {seen.newest}"
+        )
         return broken("store", what, f"Upgrade tako. {anew}")
     if seen.latest is not None and seen.latest > now + AHEAD:
         ahead = clock.spell(seen.latest - now)

@@ -11,6 +11,7 @@ Which kind it is, only this module and those beside it know: a file of this mach
 import hashlib
 import os
 import re
+import shlex
 import socket
 import threading
 from pathlib import Path
@@ -24,9 +25,11 @@ from tako_runtime.store.base import Store
 from tako_runtime.store.commit import StoreThread
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from tako_runtime.store.database import Database
     from tako_runtime.store.file import Aside, Examined
-    from tako_runtime.store.moving import Moved
+    from tako_runtime.store.moving import Copied
     from tako_runtime.store.relay import Relay
 
 #: The environment of `tako dev`: TAKO_ENV, and the variables of [vars.development].
@@ -83,6 +86,17 @@ class Home(NamedTuple):
         """The variables from which a child finds the same home."""
         where = {"TAKO_APP_NAME": self.app, "TAKO_DATA_DIR": str(self.data_dir)}
         return {**where, "TAKO_STORAGE": self.url, "TAKO_STORAGE_ENV": self.env}
+
+    @property
+    def file(self) -> Path:
+        """This machine's own store: the only one there is, or the one beside a shared one, with the runs of local
+        workflows."""
+        return self.app_dir / "runs.db"
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several machines may have the store."""
+        return self.url != EMBEDDED
 
     def embedded(self) -> "Home":
         """This machine's own part: what a workflow with `local=True` keeps its runs in."""
@@ -191,29 +205,62 @@ def project_home(app: str, root: Path, url: str = EMBEDDED) -> Home:
 def open_store(home: Home) -> StoreThread:
     """A store of one's own. Most callers want `current()`."""
     bell = Bell(home.app_dir)
-    if home.url == EMBEDDED:
+    if not home.is_shared:
         return StoreThread(lambda: _open_file(home), bell)
-    database = _database(home)
-    return StoreThread(lambda: _open_schema(home, database), bell, lambda bell: _relay(home, database, bell))
+    return StoreThread(lambda: _open_schema(home), bell, lambda bell: _relay(home, bell))
 
 
-def _open_file(home: Home) -> Store:
+class Local:
+    """This machine's own store beside a shared one, for the runs of local workflows. The first of them makes it."""
+
+    def __init__(self, home: Home) -> None:
+        self._home, self._lock = home.embedded(), threading.Lock()
+        self._opened: StoreThread | None = None
+
+    def there(self) -> StoreThread | None:
+        """The store; None where no run has ever been local here."""
+        return self.made() if self._opened is not None or self._home.file.exists() else None
+
+    def made(self) -> StoreThread:
+        """The store, made if need be."""
+        with self._lock:
+            if self._opened is None:
+                self._opened = open_store(self._home)
+            return self._opened
+
+    def close(self) -> None:
+        with self._lock:
+            if self._opened is not None:
+                self._opened.close()
+                self._opened = None
+
+
+def local_of(home: Home) -> Local | None:
+    """The store of local workflows, where it is another than that of all others."""
+    return Local(home) if home.is_shared else None
+
+
+def _open_file(home: Home, *, breaking: bool = False) -> Store:
     from tako_runtime.store.sqlite import SqliteStore
 
-    return SqliteStore(home.app_dir / "runs.db")
+    return SqliteStore(home.file, breaking=breaking)
 
 
-def _open_schema(home: Home, database: "Database", *, breaking: bool = False) -> Store:
+def _open_schema(home: Home, *, breaking: bool = False) -> Store:
+    database = _database(home)
     from tako_runtime.store.postgres import PostgresStore
 
     return PostgresStore(database, home.schema, home.server, breaking=breaking)
 
 
-def _relay(home: Home, database: "Database", bell: Bell) -> "Relay":
+def _relay(home: Home, bell: Bell) -> "Relay":
+    from tako_runtime.store.database import Database
     from tako_runtime.store.relay import Relay
 
-    direct = _secret(home, DATABASE_DIRECT_URL)
-    heard = type(database)(direct, f"the secret {DATABASE_DIRECT_URL}") if direct else database
+    def heard() -> Database:
+        direct = _secret(home, DATABASE_DIRECT_URL)
+        return Database(direct, f"the secret {DATABASE_DIRECT_URL}") if direct else _database(home)
+
     return Relay(heard, home.schema, home.server, bell)
 
 
@@ -243,97 +290,92 @@ def _secret(home: Home, name: str) -> str | None:
     return secrets.get(name) or stored(home.app_dir).get(name)
 
 
-def copy(home: Home, *, dry_run: bool = False) -> "list[Moved]":
-    """Carry what is in this machine's own store into the database of `home`, or, where `home` names none yet, of the
-    secret (`moving.move`)."""
-    shared = home if home.url != EMBEDDED else home._replace(url=POSTGRES)
+def copy(home: Home, *, local: "Collection[str]" = (), dry_run: bool = False) -> "Copied":
+    """Carry what is in this machine's own store, but for the workflows `local`, into the database of `home`, or, where
+    `home` names none yet, of the secret (`moving.move`)."""
+    shared = home if home.is_shared else home._replace(url=POSTGRES)
     database = _database(shared)
     from tako_runtime.store.moving import move
 
-    return move(home.app_dir / "runs.db", database, shared.schema, dry_run=dry_run)
+    return move(home.file, database, shared.schema, local=local, dry_run=dry_run)
 
 
 def migrate(home: Home, *, breaking: bool = False) -> None:
-    """Bring the store to this tako's version; `breaking`: also to what older ones cannot work with."""
-    opened = _open_file(home) if home.url == EMBEDDED else _open_schema(home, _database(home), breaking=breaking)
-    opened.close()
+    """Bring the store, and this machine's own beside it, to this tako's version; `breaking`: also to what older ones
+    cannot work with."""
+    if home.is_shared:
+        _open_schema(home, breaking=breaking).close()
+    if not home.is_shared or home.file.exists():
+        _open_file(home, breaking=breaking).close()
 
 
 def where(home: Home) -> str:
     """The store, for people."""
-    if home.url == EMBEDDED:
-        return str(home.app_dir / "runs.db")
+    if not home.is_shared:
+        return str(home.file)
     return f"{home.schema} in {_database(home).where}"
 
 
 def examine(home: Home) -> "Examined | None":
     """The health of the store, looked at without writing to it, also while others work; None where there is none yet.
     Raises `StoreError` where it cannot be opened."""
-    if home.url != EMBEDDED:
+    if home.is_shared:
         from tako_runtime.store.schema import examine as examine_schema
 
         return examine_schema(_database(home), home.schema)
     from tako_runtime.store.file import examine
 
-    return examine(home.app_dir / "runs.db")
-
-
-def versions(home: Home) -> tuple[int, int]:
-    """The version of the store, and the one that this tako writes: opening it would make it that. Raises `StoreError`
-    where it cannot be read."""
-    if home.url != EMBEDDED:
-        from tako_runtime.store.queries import migrations
-
-        seen, newest = examine(home), migrations(POSTGRES)[-1][0]
-        return seen.version if seen is not None else newest, newest
-    from tako_runtime.store.file import versions
-
-    return versions(home.app_dir / "runs.db")
+    return examine(home.file)
 
 
 def set_aside(home: Home) -> "Aside | None":
     """Put the store aside, so that the next one begins empty; None where there is none. Raises `Refused` while another
     process has it open, and for one that others share."""
-    if home.url != EMBEDDED:
+    if home.is_shared:
         raise Refused(
             f"{where(home)} is not put aside: others may be at work there",
             hint=f'Drop the schema "{home.schema}" yourself, if nobody needs it.',
         )
     from tako_runtime.store.file import set_aside
 
-    return set_aside(home.app_dir / "runs.db")
+    return set_aside(home.file)
 
 
 def backup(home: Home, to: Path) -> None:
     """Copy the store into a file that is not there yet, while others work. Raises `Refused` for one in a database."""
-    _embedded(home, "Back it up with the database's own tools: pg_dump --schema.")
+    _embedded(home, "pg_dump --format=custom --file={file} --schema={schema} --dbname={database}")
     from tako_runtime.store.copying import copy
 
-    copy(home.app_dir / "runs.db", to)
+    copy(home.file, to)
 
 
 def restore(home: Home, data: "IO[bytes]") -> "tuple[Examined, Aside | None]":
     """Make a copy the store, and put the one that is there aside. Raises `Refused` while another process has it open,
     and for one in a database."""
-    _embedded(home, "Restore it with the database's own tools: pg_restore.")
+    _embedded(home, "pg_restore --clean --if-exists --dbname={database} {file}")
     from tako_runtime import disk
     from tako_runtime.store.copying import put_back
 
     disk.make_private(home.app_dir)
-    return put_back(home.app_dir / "runs.db", data)
+    return put_back(home.file, data)
 
 
-def _embedded(home: Home, hint: str) -> None:
-    if home.url != EMBEDDED:
-        raise Refused(f"{where(home)} is no file of tako's own", hint=hint)
+def _embedded(home: Home, command: str) -> None:
+    """Raises `Refused` for one in a database, with the database's own command for it: that asks for the password."""
+    if home.is_shared:
+        told = {"file": f"{home.app}-{home.env}.dump", "schema": f'"{home.schema}"', "database": _database(home).plain}
+        words = command.format(**{name: shlex.quote(value) for name, value in told.items()})
+        raise Refused(f"{where(home)} is no file of tako's own", hint=f"The database's own tools do it: {words}")
 
 
 class _Current:
-    """The store of this process."""
+    """The stores of this process."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.home: Home | None = None
         self.store: StoreThread | None = None
+        self.local: Local | None = None
         self.limits: Limits | None = None
         self.development = False
 
@@ -341,16 +383,40 @@ class _Current:
 _current = _Current()
 
 
-def current() -> StoreThread:
-    """The store of this process's app, opened at first use."""
+def current(*, local: bool = False) -> StoreThread:
+    """The store of this process's app, opened at first use; with `local`, that of the runs of local workflows. A shared
+    one need not be reached for that."""
+    if local and (own := _local()) is not None:
+        return own.made()
     store = _current.store
     if store is None:
         with _current.lock:
             store = _current.store
             if store is None:
-                store = _current.store = open_store(locate())
-                _current.development = in_development()
+                store = _current.store = open_store(_located())
     return store
+
+
+def beside() -> StoreThread | None:
+    """This machine's own store beside a shared one, if it is there (`Local`)."""
+    own = _local()
+    return None if own is None else own.there()
+
+
+def _local() -> Local | None:
+    if _current.store is None and _current.home is None:
+        with _current.lock:
+            _located()
+    return _current.local
+
+
+def _located() -> Home:
+    """Where the stores of this process are. Found once; to be called with the lock."""
+    home = _current.home
+    if home is None:
+        home = _current.home = locate()
+        _current.local, _current.development = local_of(home), in_development()
+    return home
 
 
 def limits() -> Limits:
@@ -366,9 +432,10 @@ def developing() -> bool:
     return _current.development
 
 
-def use(store: StoreThread | None) -> None:
-    """Make `store` the one of this process: a worker's handlers enqueue through the worker's own thread."""
-    _current.store, _current.limits, _current.development = store, None, False
+def use(store: StoreThread | None, local: Local | None = None) -> None:
+    """Make these the stores of this process: a worker's handlers enqueue through the worker's own thread."""
+    _current.store, _current.local, _current.home = store, local, None
+    _current.limits, _current.development = None, False
 
 
 def _forget() -> None:

@@ -112,12 +112,19 @@ class Apply(Operation[bool], frozen=True):
 
 class SendSignal(Operation[int], frozen=True):
     """Give `payload` to one open wait on `name` of every run that has one and is not past its deadline; parked ones
-    become due. Where there is none, keep it until `expires_at`. Answers how many runs took it."""
+    become due. Where there is none, keep it until `expires_at`, if that is said. Answers how many runs took it."""
 
     name: str
     payload: str
     now: int
-    expires_at: int
+    expires_at: int | None
+
+
+class DropKept(Operation[bool], frozen=True):
+    """Keep the signal of that name no longer that was sent at that instant; False where it was taken meanwhile."""
+
+    name: str
+    sent_at: int
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------
@@ -317,6 +324,14 @@ class GetRun(Operation[Run | None], frozen=True):
     seq: int
 
 
+class AwaitEnd(Operation[None], frozen=True):
+    """Have the bells of all machines ring "ended" when this run ends; where the store is not shared, each end rings
+    anyway. Ask after it how the run stands, as it may have ended before."""
+
+    acknowledged = False
+    seq: int
+
+
 class FindRuns(Operation[list[Run]], frozen=True):
     """The runs whose id begins with `prefix`, or, where none does, ends with it: at most `limit`. Those of one
     millisecond differ in their ends only."""
@@ -374,10 +389,11 @@ class Wait(msgspec.Struct, frozen=True):
 
 
 class KeptSignals(Operation[list["KeptSignal"]], frozen=True):
-    """Signals that nobody has waited for yet and that have not expired, oldest first."""
+    """Signals, of this `name` or of any, that nobody has waited for yet and that have not expired, oldest first."""
 
     writes = False
     now: int
+    name: str | None = None
     limit: int = 1000
 
 

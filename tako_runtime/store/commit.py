@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tako_runtime.bell import Bell
+from tako_runtime.clock import Clock, MachineClock, SystemClock
 from tako_runtime.errors import StoreBusy, StoreError, StoreUnreachable, TakoError
 from tako_runtime.store.base import Operation, Store, Topics
 
@@ -30,6 +31,17 @@ MAX_BATCH = 1_000
 PATIENCE = 60.0
 
 
+class Relaying(Protocol):
+    """What passes on, within, what other machines write."""
+
+    def __enter__(self) -> object: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def begin_anew(self) -> None:
+        """The store may be elsewhere now."""
+
+
 class StoreThread:
     """A store that any thread and any event loop of this process may use. `close()` waits for what is queued.
 
@@ -41,12 +53,13 @@ class StoreThread:
         self,
         open_store: Callable[[], Store],
         bell: Bell,
-        relay: Callable[[Bell], AbstractContextManager[object]] | None = None,
+        relay: "Callable[[Bell], Relaying] | None" = None,
         name: str = "tako-store",
     ) -> None:
         self.bell = bell
         self.shared = False  # `Store.shared`
         self._relay = relay
+        self._relaying: Relaying | None = None
         self._open_store = open_store
         self._store: Store | None = None
         self._queue: SimpleQueue[_Parcel | None] = SimpleQueue()
@@ -59,6 +72,12 @@ class StoreThread:
         _forks.alive.add(self)
         self._thread.start()
         opened.result()
+
+    @property
+    def clock(self) -> Clock:
+        """The one that its times are of. Who works for a store that no other machine has goes by this one's own, though
+        the process may know of a shared one too, and by how much that one's is ahead."""
+        return SystemClock() if self.shared else MachineClock()
 
     def do(self, op: Operation[R]) -> "asyncio.Future[R]":
         """Run `op`; the answer comes after the commit that carries it. Raises `StoreBusy` for what may work later."""
@@ -94,7 +113,21 @@ class StoreThread:
     def relay(self) -> AbstractContextManager[object]:
         """Within, this machine's bell rings for what other machines write to a shared store. One process of a machine
         does it for all of them."""
-        return self._relay(self.bell) if self._relay is not None else contextlib.nullcontext()
+        if self._relay is None:
+            return contextlib.nullcontext()
+        self._relaying = self._relay(self.bell)
+        return self._relaying
+
+    def reopen(self) -> None:
+        """Go on with the store where its secrets say by now that it is, and if it cannot be opened there, as before.
+        Raises what opening it raises."""
+        fresh = self._open_store()
+        with self._using:
+            if self._store is not None:
+                self._store.close()
+            self._store = fresh
+        if self._relaying is not None:
+            self._relaying.begin_anew()
 
     def close(self) -> None:
         with self._door:

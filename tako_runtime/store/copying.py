@@ -40,7 +40,7 @@ def checked(path: Path) -> Examined:
         raise NotFound(f"no file {path}")
     if found.damage or not found.version:
         raise StoreError(f"{path} is no copy of a store: {found.damage[0] if found.damage else 'it has no tables'}")
-    if found.version > found.newest:
+    if found.serves > found.newest:
         raise StoreError(f"{path} was written by a newer tako", hint="Upgrade tako first.")
     return found
 

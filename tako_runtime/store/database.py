@@ -8,10 +8,11 @@ from typing import Any
 
 import psycopg
 from psycopg import conninfo, errors, pq
-from psycopg.types.numeric import Int8Dumper
 from psycopg.types.string import StrDumperUnknown
 
+from tako_runtime import clock
 from tako_runtime.errors import ConfigError, Refused, StoreBusy, StoreError, StoreUnreachable
+from tako_runtime.log import emit
 
 #: What a connection is told unless its url says otherwise. A peer that is silent for about ten seconds is gone; of
 #: several hosts (a primary and its standbys) it is the one that takes writes.
@@ -25,9 +26,19 @@ _DEFAULTS = {
     "application_name": "tako",
 }
 
-#: A client that has stopped in a transaction lets go of its locks after this; nobody waits for a lock or a statement
-#: longer than that. For a session, or where that is shared (behind a pooler) for each transaction.
-TIMES = {"idle_in_transaction_session_timeout": "5s", "lock_timeout": "10s", "statement_timeout": "30s", "jit": "off"}
+#: For a session, or where that is shared (behind a pooler) for each transaction. A client that has stopped in a
+#: transaction lets go of its locks; nobody waits long for a lock or a statement. And each query is written for the
+#: index that it walks: the planner, which goes by what a table was at its last ANALYZE, is to think of nothing better.
+SETTINGS = {
+    "idle_in_transaction_session_timeout": "5s",
+    "lock_timeout": "10s",
+    "statement_timeout": "30s",
+    "jit": "off",
+    "enable_seqscan": "off",
+    "enable_sort": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+}
 
 #: Trouble of the database's that passes with time: no space, no memory, somebody's lock.
 _PASSES = ("53", "55P03", "57014")
@@ -72,6 +83,7 @@ class Database:
                 hint="It is not shown, for it may hold a password. Characters such as @ / # in one are written as %40.",
             ) from None
         self.pooled = False
+        self._given = given
         self._parameters: dict[str, Any] = {**_DEFAULTS, **given}
 
     @property
@@ -84,6 +96,13 @@ class Database:
         told |= {name: str(value) for name, value in self._parameters.items()}
         return f"{told['host'] or 'this machine'}:{told['port']}/{told['dbname'] or told['user']}"
 
+    @property
+    def plain(self) -> str:
+        """What the database's own tools are told to connect, without the password."""
+        return conninfo.make_conninfo(
+            "", **{name: value for name, value in self._given.items() if "password" not in name}
+        )
+
     def __repr__(self) -> str:
         return f"<database {self.where}>"
 
@@ -91,23 +110,36 @@ class Database:
         """A connection in autocommit. Raises `psycopg.Error`."""
         db = psycopg.connect(**self._parameters, autocommit=True)
         try:
-            [pid, encoding] = _first(db, "SELECT pg_backend_pid(), current_setting('server_encoding')")
+            asked = clock.machine()
+            [pid, encoding, shown] = _first(
+                db,
+                "SELECT pg_backend_pid(), current_setting('server_encoding'), "
+                "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS int8)",
+            )
+            self.compare(shown, asked)
             if encoding != "UTF8":
                 raise StoreError(
                     f"the database {self.where} is encoded in {encoding}", hint="Make one with ENCODING 'UTF8'."
                 )
             self.pooled = pid != db.info.backend_pid  # a pooler makes up the number that it tells its clients
-            db.prepare_threshold = None if self.pooled else 1
-            db.prepared_max = 500
+            db.prepare_threshold = None  # what is worth it, `pipeline.py` prepares; psycopg would forget that, too
             db.adapters.register_dumper(str, _Text)
-            db.adapters.register_dumper(int, Int8Dumper)
             if not self.pooled:
-                given = list(TIMES), list(TIMES.values())
+                given = list(SETTINGS), list(SETTINGS.values())
                 db.execute("SELECT set_config(n, v, false) FROM unnest(%s::text[], %s::text[]) AS t (n, v)", given)
         except BaseException:
             db.close()
             raise
         return db
+
+    def compare(self, shown: int, asked: int) -> None:
+        """Heed what its clock has `shown` in an answer that has just come, to what was asked at `asked`."""
+        if clock.standard.heed(shown, asked=asked, answered=clock.machine()):
+            if ahead := clock.standard.ahead:
+                direction = "behind" if ahead > 0 else "ahead of"
+                emit("clock.off", off=clock.spell(abs(ahead)), direction=direction, database=self.where)
+            else:
+                emit("clock.right", database=self.where)
 
     def words(self, error: BaseException) -> str:
         """What an error says, in one line, without the password."""

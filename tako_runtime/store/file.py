@@ -8,9 +8,8 @@ import apsw
 
 from tako_runtime import holders
 from tako_runtime.errors import Refused
-from tako_runtime.store import shape
-from tako_runtime.store.queries import migrations
-from tako_runtime.store.sqlite import Q, translated
+from tako_runtime.store import shape, version
+from tako_runtime.store.sqlite import Q, translated, version_of
 
 #: How long a look waits for a lock, and how long `set_aside` waits for those who have it open to leave: workers whose
 #: supervisor was killed do within seconds. In milliseconds.
@@ -26,13 +25,15 @@ _DAMAGED = (apsw.NotADBError, apsw.CorruptError)
 
 
 class Examined(NamedTuple):
-    """What a look at the file has found. `damage` is empty where it is sound; else the rest may be unknown."""
+    """What a look at the file has found. `damage` is empty where it is sound; else the rest may be unknown. `serves` is
+    the version that a tako has to know to work with it, `newest` the one that this one does."""
 
     path: Path
     size: int
     mode: int
     version: int
     newest: int
+    serves: int = 1
     damage: tuple[str, ...] = ()
     runs: int = 0
     latest: int | None = None
@@ -41,12 +42,13 @@ class Examined(NamedTuple):
 def examine(path: Path) -> Examined | None:
     if not path.exists():
         return None
-    seen, newest = path.stat(), migrations("sqlite")[-1][0]
-    found = Examined(path, seen.st_size, seen.st_mode & 0o777, 0, newest)
+    seen = path.stat()
+    found = Examined(path, seen.st_size, seen.st_mode & 0o777, 0, version.newest("sqlite"))
     try:
         with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
             db.set_busy_timeout(PATIENCE)
-            found = found._replace(version=int(db.pragma("user_version")))
+            there = version_of(db)
+            found = found._replace(version=there.number, serves=there.serves)
             said = [str(line) for (line,) in db.execute(f"PRAGMA quick_check({_TOLD})")]
             if said != ["ok"]:
                 return found._replace(damage=tuple(said))
@@ -55,17 +57,6 @@ def examine(path: Path) -> Examined | None:
             return found._replace(runs=runs, latest=latest)
     except _DAMAGED as error:
         return found._replace(damage=(str(error),))
-    except apsw.Error as error:
-        raise translated(error, path) from error
-
-
-def versions(path: Path) -> tuple[int, int]:
-    """The version of the file, and the one that this tako writes. Nothing is changed."""
-    newest = migrations("sqlite")[-1][0]
-    try:
-        with closing(apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)) as db:
-            db.set_busy_timeout(PATIENCE)
-            return int(db.pragma("user_version")), newest
     except apsw.Error as error:
         raise translated(error, path) from error
 

@@ -1,11 +1,13 @@
 """Carry an app from the embedded store into a shared one: what it has, where it stands, and what it waits for.
 
 All or nothing, in one transaction, into a schema without runs. Before the commit what has arrived is read back: as many
-rows, with the same checksum, for each table. The file stays as it is.
+rows, with the same checksum, for each table. Runs and schedules of local workflows stay where they are. All else leaves
+the file, for what is in a machine's own store is worked on beside the shared one: nothing may be in both. A copy of the
+file as it was is kept beside it.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,19 +17,23 @@ import msgspec
 import psycopg
 
 from tako_runtime.errors import NotFound, Refused, StoreError
+from tako_runtime.store.copying import copy
 from tako_runtime.store.database import Database, translated
 from tako_runtime.store.queries import migrations
 from tako_runtime.store.schema import migrate
 from tako_runtime.store.sqlite import translated as of_the_file
 
-#: Each table, and what its rows are in the order of. Workers, leases and the like are of the processes that were.
+#: Each table, what its rows are in the order of, and which of them go. Workers, leases and the like are of the
+#: processes that were.
+_OF_RUNS = "run NOT IN (SELECT seq FROM runs WHERE workflow IN (SELECT value FROM json_each(:local)))"
+_OF_WORKFLOWS = "workflow NOT IN (SELECT value FROM json_each(:local))"
 TABLES = {
-    "runs": "seq",
-    "steps": "run, kind, name",
-    "attempts": "run, n",
-    "waits": "signal, run, step",
-    "signals": "seq",
-    "schedules": "workflow",
+    "runs": ("seq", _OF_WORKFLOWS),
+    "steps": ("run, kind, name", _OF_RUNS),
+    "attempts": ("run, n", _OF_RUNS),
+    "waits": ("signal, run, step", _OF_RUNS),
+    "signals": ("seq", "true"),
+    "schedules": ("workflow", _OF_WORKFLOWS),
 }
 
 #: Tables whose rows get the next number, in a column of that name.
@@ -42,8 +48,17 @@ class Moved(msgspec.Struct, frozen=True):
     checksum: str
 
 
-def move(path: Path, database: Database, schema: str, *, dry_run: bool = False) -> list[Moved]:
-    """Copy what is in the file `path`. With `dry_run` all is done and checked, and then taken back.
+class Copied(msgspec.Struct, frozen=True):
+    """What went, how many runs of local workflows stay, and where the file is kept as it was; None at a dry run."""
+
+    tables: list[Moved]
+    stayed: dict[str, int]
+    before: Path | None
+
+
+def move(path: Path, database: Database, schema: str, *, local: Collection[str] = (), dry_run: bool = False) -> Copied:
+    """Move what is in the file `path` and not of the workflows `local`. With `dry_run` all is done and checked, and
+    then taken back.
 
     Raises `NotFound` where there is no file, `Refused` while runs are in hand in it, or where the schema has runs."""
     if not path.exists():
@@ -54,8 +69,11 @@ def move(path: Path, database: Database, schema: str, *, dry_run: bool = False) 
             closing(database.connect()) as db,
         ):
             file.set_busy_timeout(10_000)
-            file.execute("BEGIN")  # one picture of it, whoever else writes
+            file.execute("PRAGMA foreign_keys = OFF")
+            file.execute("BEGIN IMMEDIATE")  # one picture of it, and nobody adds to it meanwhile
             _check_source(file, path)
+            before = None if dry_run else _kept_as_it_was(path)
+            names = {"local": msgspec.json.encode(list(local)).decode()}
             migrate(db, schema, database)
             with db.transaction(force_rollback=dry_run):
                 db.execute(f'LOCK TABLE "{schema}".runs IN EXCLUSIVE MODE')
@@ -64,11 +82,37 @@ def move(path: Path, database: Database, schema: str, *, dry_run: bool = False) 
                         f"the schema {schema} in {database.where} has runs already",
                         hint="Nothing was copied: a store is only filled while it is empty.",
                     )
-                return [_carry(file, db, schema, table) for table in TABLES]
+                tables = [_carry(file, db, schema, table, names) for table in TABLES]
+                for table in reversed(TABLES):
+                    file.execute(f"DELETE FROM {table} WHERE {TABLES[table][1]}", names)  # noqa: S608
+                stayed = dict(file.execute("SELECT workflow, count(*) FROM runs GROUP BY workflow"))
+            if dry_run:
+                file.execute("ROLLBACK")
+            else:
+                _let_go(file, path)
+            return Copied(tables, stayed, before)
     except apsw.Error as error:
         raise of_the_file(error, path) from error
     except psycopg.Error as error:
         raise translated(error, database) from error
+
+
+def _kept_as_it_was(path: Path) -> Path:
+    before = path.with_name(f"{path.stem}-before{path.suffix}")
+    before.unlink(missing_ok=True)
+    copy(path, before)
+    return before
+
+
+def _let_go(file: apsw.Connection, path: Path) -> None:
+    """What the database has is no longer in the file."""
+    try:
+        file.execute("COMMIT")
+    except apsw.Error as error:
+        raise StoreError(
+            f"everything is in the database now, and still in {path} too ({error})",
+            hint="Move that file away before you start the app, or its runs would be run twice.",
+        ) from error
 
 
 def _check_source(file: apsw.Connection, path: Path) -> None:
@@ -85,17 +129,20 @@ def _check_source(file: apsw.Connection, path: Path) -> None:
         )
 
 
-def _carry(file: apsw.Connection, db: "psycopg.Connection[Any]", schema: str, table: str) -> Moved:
+def _carry(
+    file: apsw.Connection, db: "psycopg.Connection[Any]", schema: str, table: str, local: dict[str, str]
+) -> Moved:
     names = [row[1] for row in file.execute(f"PRAGMA table_info({table})")]
-    columns, order = ", ".join(f'"{name}"' for name in names), TABLES[table]
-    asked = f"SELECT {columns} FROM {table} ORDER BY {order}"  # noqa: S608
+    columns, (order, goes) = ", ".join(f'"{name}"' for name in names), TABLES[table]
     here = _Sum(table)
     with db.cursor() as cursor:
         with cursor.copy(f'COPY "{schema}".{table} ({columns}) FROM STDIN') as into:
-            for row in here.over(file.execute(asked)):
+            for row in here.over(
+                file.execute(f"SELECT {columns} FROM {table} WHERE {goes} ORDER BY {order}", local)  # noqa: S608
+            ):
                 into.write_row(row)
         there = _Sum(table)
-        cursor.execute(asked.replace(f"FROM {table}", f'FROM "{schema}".{table}'))
+        cursor.execute(f'SELECT {columns} FROM "{schema}".{table} ORDER BY {order}')  # noqa: S608
         for _ in there.over(cursor):
             pass
         if here.moved != there.moved:

@@ -8,7 +8,7 @@ what an operation reads then stays true until it is committed, but for the rows 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import groupby, starmap
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, ClassVar, cast
 
 from msgspec.structs import asdict
@@ -58,6 +58,7 @@ def _event(wait: str) -> str:
 
 _CONTENDED: dict[type[Operation[Any]], Callable[[Any], list[str]]] = {
     base.SendSignal: lambda op: [_event(op.name)],
+    base.DropKept: lambda op: [_event(op.name)],
     base.OpenWait: lambda op: [_event(op.signal)],
     base.ExpireWait: lambda op: [_event(op.name)],
     base.Apply: lambda op: [_event(name) for name in op.change.open_waits],
@@ -127,7 +128,7 @@ class SqlStore(Store):
         return {run: tuple(rows.step(row[1:]) for row in own) for run, own in groupby(found, key=_place)}
 
     def _save_steps(self, ops: Sequence[tuple[int, base.SaveStep]], answers: list[Any]) -> None:
-        if self._written("save_steps", [rows.step_row(op) for _, op in ops]) == len(ops):
+        if self._all_written("save_steps", [rows.step_row(op) for _, op in ops]):
             for i, op in ops:
                 answers[i] = op.step
             return
@@ -144,21 +145,15 @@ class SqlStore(Store):
         return rows.step(row) if row else None
 
     def _apply_all(self, ops: Sequence[tuple[int, base.Apply]], answers: list[Any], topics: Topics) -> None:
-        if len(ops) > 1:
-            self._command("SAVEPOINT bulk")
-        landed = self._written("apply", [rows.change_row(op.change) for _, op in ops]) == len(ops)
-        if len(ops) > 1:
-            if not landed:  # at least one came too late: take them one by one, to learn which
-                self._command("ROLLBACK TO bulk")
-                for pair in ops:
-                    self._apply_all([pair], answers, topics)
-            self._command("RELEASE bulk")
-            if not landed:
-                return
-        for place, _ in ops:
-            answers[place] = landed
-        if landed:
+        if self._all_or_none("apply", [rows.change_row(op.change) for _, op in ops]):
+            for place, _ in ops:
+                answers[place] = True
             self._follow_up([op.change for _, op in ops], topics)
+        elif len(ops) == 1:
+            answers[ops[0][0]] = False
+        else:  # at least one came too late: take them one by one, to learn which
+            for pair in ops:
+                self._apply_all([pair], answers, topics)
 
     def _follow_up(self, changes: Sequence[Change], topics: Topics) -> None:
         """What changes write beside their rows, and whom they concern."""
@@ -230,13 +225,16 @@ class SqlStore(Store):
             self._end_wait(seq, name, "done", op.payload, op.now)
             woken = self._value("wake", {"seq": seq, "now": op.now})
             topics.add(f"due:{woken}" if woken else "signal")
-        if not waiting:
+        if not waiting and op.expires_at is not None:
             self._change("expire_signals", {"now": op.now, "limit": _EXPIRED})
             self._change(
                 "keep_signal",
                 {"name": op.name, "payload": op.payload, "now": op.now, "expires_at": op.expires_at},
             )
         return len(waiting)
+
+    def _drop_kept(self, op: base.DropKept, topics: Topics) -> bool:
+        return self._changed("drop_kept", {"name": op.name, "sent_at": op.sent_at}) > 0
 
     # --- workers ---
 
@@ -257,7 +255,8 @@ class SqlStore(Store):
         return [WorkerRecord(*row) for row in self._all("list_workers")]
 
     def _runs_of(self, op: base.RunsOf, topics: Topics) -> list[Run]:
-        return [rows.run(row) for row in self._all("runs_of", {"worker": op.worker})]
+        found = [rows.run(row) for row in self._all("runs_of", {"worker": op.worker})]
+        return sorted(found, key=attrgetter("seq"))
 
     def _report_health(self, op: base.ReportHealth, topics: Topics) -> None:
         bound = {"group": op.group, "host": op.host}
@@ -364,6 +363,10 @@ class SqlStore(Store):
         row = self._one("run_by_seq", {"seq": op.seq})
         return rows.run(row) if row else None
 
+    def _await_end(self, op: base.AwaitEnd, topics: Topics) -> None:
+        if self.shared:
+            self._change("await_end", {"seq": op.seq})
+
     def _find_runs(self, op: base.FindRuns, topics: Topics) -> list[Run]:
         where = {"prefix": op.prefix, "beyond": op.prefix + "\U0010ffff", "limit": op.limit}
         found = self._all("find_runs", where)
@@ -404,7 +407,7 @@ class SqlStore(Store):
         return [base.Wait(*row) for row in self._all("all_waits", {"limit": op.limit})]
 
     def _kept_signals(self, op: base.KeptSignals, topics: Topics) -> list[base.KeptSignal]:
-        kept = self._all("kept_signals", {"now": op.now, "limit": op.limit})
+        kept = self._all("kept_signals", {"now": op.now, "name": op.name, "limit": op.limit})
         return [base.KeptSignal(*row) for row in kept]
 
     def _count_ended(self, op: base.CountEnded, topics: Topics) -> int:
@@ -435,6 +438,16 @@ class SqlStore(Store):
     def _count_runs(self, op: base.CountRuns, topics: Topics) -> dict[tuple[str, str], int]:
         return {(status, reason): n for status, reason, n in self._all("count_live")}
 
+    def _all_or_none(self, query: str, written: Sequence[tuple[Any, ...]]) -> bool:
+        """Carry out a query with `{rows}` for all of these, if each of them finds its row; whether it has."""
+        if len(written) == 1:
+            return self._all_written(query, written)
+        self._command("SAVEPOINT bulk")
+        if not (landed := self._all_written(query, written)):
+            self._command("ROLLBACK TO bulk")
+        self._command("RELEASE bulk")
+        return landed
+
     # --- what a dialect brings ---
 
     def _value(self, query: str, bound: Bound) -> Any:
@@ -463,8 +476,8 @@ class SqlStore(Store):
         """Carry out a query with `{rows}` for all of these, many with one statement."""
 
     @abstractmethod
-    def _written(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
-        """The same; how many rows it has changed."""
+    def _all_written(self, query: str, written: Sequence[tuple[Any, ...]]) -> bool:
+        """The same; whether each of them has changed its row."""
 
     @abstractmethod
     def _found(self, query: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
@@ -490,6 +503,7 @@ class SqlStore(Store):
         base.OpenWait: _open_wait,
         base.ExpireWait: _expire_wait,
         base.SendSignal: _send_signal,
+        base.DropKept: _drop_kept,
         base.AddWorker: _add_worker,
         base.RenewLease: _renew_lease,
         base.GiveUpWorker: _give_up_worker,
@@ -512,6 +526,7 @@ class SqlStore(Store):
         base.Undeclared: _undeclared,
         base.DataVersion: _seen_version,
         base.GetRun: _get_run,
+        base.AwaitEnd: _await_end,
         base.FindRuns: _find_runs,
         base.NextDue: _next_due_run,
         base.ListRuns: _list_runs,

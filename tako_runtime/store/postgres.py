@@ -1,40 +1,49 @@
 """The shared store: Postgres through psycopg, one schema for each app and environment.
 
-A batch is one transaction, and travels as one pipeline: the store waits for the server only where an answer decides
-what is done next, and for the commit. Several processes write at the same time. What must not interleave takes a lock
-on its name first (`operations.contended`); claims pass over the rows that others have in hand (`FOR UPDATE SKIP
-LOCKED`); and a write that names a claim holds its run's row (`FOR SHARE`) until the commit, so that nobody gives the
-run away in between.
+A batch is one transaction, and travels as one pipeline (`pipeline.py`): the store waits for the server only where an
+answer decides what is done next, and for the commit. That each end and each save finds its row is not waited for, but
+taken for granted: a batch in which one does not (a step is there already, a claim is lost) fails as a whole, and is
+done again with each of its writes looked at.
+
+Several processes write at the same time. What must not interleave takes a lock on its name first
+(`operations.contended`); claims pass over the rows that others have in hand (`FOR UPDATE SKIP LOCKED`); and a write
+that names a claim holds its run's row (`FOR SHARE`) until the commit, so that nobody gives the run away in between.
 
 A commit whose answer was lost. Each batch that writes also writes its number into its process's row of `writers`, in
 the same transaction. If the connection goes while the commit is on its way, a new one looks there: either the batch is
-in, and its answers, which had all come before the commit was sent, are given; or it is not, and it is done again. So a
-batch is carried out once, whatever happens to the connection. What is not found out within `PATIENCE` is told as it is.
+in, and its answers, which were all known before the commit was sent, are given; or it is not, and then its number is
+used up by that look, so that it cannot come in later, and it is done again. So a batch is carried out once, whatever
+happens to the connection. What is not found out within `PATIENCE` is told as it is.
 """
 
 import os
 import re
-import select
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from typing import Any
 
 import psycopg
+from psycopg import errors
 
 from tako_runtime import clock
 from tako_runtime.errors import StoreError, StoreUnreachable
 from tako_runtime.run import RUN_COLUMNS
+from tako_runtime.store import base
 from tako_runtime.store.base import Operation, Topics
-from tako_runtime.store.database import AGAIN, TIMES, Database, lost, translated
+from tako_runtime.store.database import AGAIN, SETTINGS, Database, lost, translated
 from tako_runtime.store.operations import Bound, SqlStore, contended, sort
+from tako_runtime.store.pipeline import Pipeline, Query, Sent, array
 from tako_runtime.store.queries import load
 from tako_runtime.store.schema import migrate, number
 
 #: How long a batch is tried again while the database cannot be reached, in microseconds, and how long the first pause
 #: is, in seconds.
 PATIENCE, FIRST_PAUSE, LONGEST_PAUSE = 10 * clock.SECOND, 0.02, 0.5
+
+#: How often a process that writes compares its machine's clock with the database's.
+COMPARE_EVERY = clock.SECOND
 
 #: How often a batch is tried again that stood in the way of another one.
 _TRIES = 5
@@ -44,9 +53,6 @@ _LOCKS = 1_024
 
 #: What the database passes on in one piece has an end.
 _LONGEST_MESSAGE = 4_096
-
-#: So many bytes a socket's buffer holds in any case.
-_AT_ONCE = 8_192
 
 #: How long a process is remembered that writes nothing more.
 _FORGOTTEN = "1 day"
@@ -72,10 +78,19 @@ _WORDS = {
     "in_statuses": "= ANY (:statuses)",
     "those": "= ANY (ARRAY(",
     "end": "))",
-    "any_index": "",
+    "any_index": "'' || ",  # the planner knows no index of that
     "lock": "FOR UPDATE SKIP LOCKED",
     "hold": "FOR SHARE",
 }
+
+#: Fails, in the words of a conversion, where a query has written fewer rows than it was given: who reads the server's
+#: log finds them there.
+_ALL_OF = "all of "
+_ALL_OF_THEM = (
+    "WITH written AS ({query} RETURNING 1) SELECT CASE count(*) WHEN :rows THEN 1 ELSE "
+    "CAST('tako: somebody was first; now one by one, as only ' || count(*) || ' rows were as expected' AS int) END "
+    "FROM written"
+)
 
 #: The types of what `{rows}` stands for.
 _ROWS = {
@@ -87,21 +102,35 @@ _ROWS = {
 }
 
 _TABLES = re.compile(
-    r"\b(FROM|UPDATE|INTO|JOIN) (runs|steps|attempts|waits|signals|workers|schedules|leases|unhealthy|writers)\b"
+    r"\b(FROM|UPDATE|INTO|JOIN) "
+    r"(runs|steps|attempts|waits|signals|workers|schedules|leases|unhealthy|writers|awaited)\b"
 )
 
 
 @cache
-def queries_of(schema: str) -> dict[str, str]:
+def queries_of(schema: str) -> dict[str, Query]:
     """The queries, which name the tables of this schema: no session's search path is relied upon, for behind a pooler
     sessions are shared."""
+    return {name: _translated(schema, name, text) for name, text in _texts().items()}
 
-    def translated(name: str, text: str) -> str:
-        named = re.sub(r"(?<!:):(\w+)", r"%(\1)s", text.replace("%", "%%"))
-        arrays = ", ".join(f"%s::{kind}[]" for kind in _ROWS.get(name, "").split())
-        return _TABLES.sub(rf'\1 "{schema}".\2', named).replace("{rows}", f"SELECT * FROM unnest({arrays})")  # noqa: S608
 
-    return {name: translated(name, text) for name, text in load(_WORDS).items()}
+def _texts() -> dict[str, str]:
+    """In this dialect; and those whose rows are all to be written, under their names with `_ALL_OF`."""
+    texts = load(_WORDS)
+    return texts | {_ALL_OF + name: _ALL_OF_THEM.format(query=texts[name]) for name in ("save_steps", "apply")}
+
+
+def _translated(schema: str, name: str, text: str) -> Query:
+    kinds = _ROWS.get(name.removeprefix(_ALL_OF), "").split()
+    names: dict[str, int] = {}
+
+    def numbered(found: re.Match[str]) -> str:
+        return f"${names.setdefault(found[1], len(kinds) + len(names) + 1)}"
+
+    text = re.sub(r"(?<!:):(\w+)", numbered, text)
+    arrays = ", ".join(f"${n}::{kind}[]" for n, kind in enumerate(kinds, 1))
+    text = _TABLES.sub(rf'\1 "{schema}".\2', text).replace("{rows}", f"SELECT * FROM unnest({arrays})")  # noqa: S608
+    return Query(text.encode(), tuple(names))
 
 
 class PostgresStore(SqlStore):
@@ -114,12 +143,13 @@ class PostgresStore(SqlStore):
         self._database, self._schema, self._sender = database, schema, sender
         self._queries, self._locks = queries_of(schema), number(schema)
         self._writer, self._batch = os.urandom(8).hex(), 0
-        self._db: psycopg.Connection[tuple[Any, ...]] | None = None
-        self._pipeline: psycopg.Pipeline | None = None
-        self._unsent = 0
+        self._db: psycopg.Connection[Any] | None = None
+        self._pipeline: Pipeline
+        self._compare_at = 0
+        self._hopeful = True  # whether the writes of a batch are taken to find their rows
         self._committing: tuple[list[Any], Topics] | None = None
         try:
-            migrate(self._connected(), schema, database, breaking=breaking)
+            migrate(self._connect(), schema, database, breaking=breaking)
         except psycopg.Error as error:
             self.close()
             raise translated(error, database) from error
@@ -132,9 +162,10 @@ class PostgresStore(SqlStore):
             self._db.close()
             self._db = None
 
-    def _connected(self) -> "psycopg.Connection[tuple[Any, ...]]":
+    def _connect(self) -> "psycopg.Connection[Any]":
         if self._db is None:
             self._db = self._database.connect()
+            self._pipeline = Pipeline(self._db, prepares=not self._database.pooled)
         return self._db
 
     # --- transactions ---
@@ -143,11 +174,11 @@ class PostgresStore(SqlStore):
         return nullcontext()
 
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
-        patience, tries = _Patience(), _TRIES
+        patience, tries, self._hopeful = _Patience(), _TRIES, True
         while True:
             self._committing = None
             try:
-                self._connected()
+                self._connect()
                 return self._transact(batch)
             except psycopg.Error as error:
                 if self._gone(error):
@@ -158,6 +189,9 @@ class PostgresStore(SqlStore):
                 elif isinstance(error, AGAIN) and tries:
                     tries -= 1
                     continue
+                elif isinstance(error, errors.InvalidTextRepresentation) and self._hopeful:
+                    self._hopeful = False
+                    continue
                 raise translated(error, self._database) from error
             except BaseException:
                 self._take_back()
@@ -167,34 +201,53 @@ class PostgresStore(SqlStore):
         topics: Topics = set()
         sorts = sort(batch)
         if not any(kind.writes for kind in sorts):
-            return self._run(batch, sorts, topics), topics
-        db = self._connected()
-        with self._piped(db):
-            db.execute("BEGIN")
-            if self._database.pooled:
-                self._change("set_times", {"names": list(TIMES), "values": list(TIMES.values())})
-            if names := contended(sorts):
-                numbers = sorted({number(name) % _LOCKS for name in names})
-                self._change("lock_names", {"space": self._locks, "numbers": numbers})
-            answers = self._run(batch, sorts, topics)
-            self._batch += 1
-            self._change("mark_batch", {"writer": self._writer, "batch": self._batch})
-            if abroad := topics - {"ended"}:  # who waits for a run on another machine looks once a second
-                message = f"{self._sender}\t{' '.join(sorted(abroad))}"[:_LONGEST_MESSAGE]
-                self._change("ring", {"channel": self._schema, "message": message})
-            self._drain()
-            self._committing = answers, topics
-            commit = db.execute("COMMIT", prepare=False)
-        if commit.statusmessage != "COMMIT":
-            raise StoreError(f"the database {self._database.where} has not committed: {commit.statusmessage}")
+            with self._pipeline:
+                return self._run(batch, sorts, topics), topics
+        commit: Sent | None = None
+        try:
+            with self._pipeline:
+                self._begin(contended(sorts))
+                ended = [op.change.seq for _, op in sorts.get(base.Apply, ()) if op.change.finished_at is not None]
+                answers = self._run(batch, sorts, topics)
+                self._batch += 2
+                asked = clock.machine()
+                mark = self._send("mark_batch", {"writer": self._writer, "batch": self._batch})
+                self._committing = answers, topics
+                commit = self._pipeline.command(b"COMMIT")
+                self._ring(topics, ended)
+        except psycopg.Error as error:
+            if commit is None or commit.status != "COMMIT":
+                raise
+            self._gone(error)  # a ring that has failed costs others a second
+        if commit.status != "COMMIT":
+            raise StoreError(f"the database {self._database.where} has not committed: {commit.status}")
+        self._compare_clocks(mark, asked)
         return answers, topics
 
-    @contextmanager
-    def _piped(self, db: "psycopg.Connection[tuple[Any, ...]]") -> Iterator[None]:
-        self._unsent = 0
-        with db.pipeline() as self._pipeline:
-            yield
-        self._pipeline = None
+    def _compare_clocks(self, mark: Sent, asked: int) -> None:
+        """Whoever writes looks at the clocks, if only now and then: a machine's may be set wrong at any time."""
+        if (now := clock.monotonic()) >= self._compare_at:
+            self._compare_at = now + COMPARE_EVERY
+            [(shown,)] = self._pipeline.rows(mark)
+            self._database.compare(shown, asked)
+
+    def _begin(self, names: Sequence[str]) -> None:
+        """A transaction that has these names for itself."""
+        self._command("BEGIN")
+        if self._database.pooled:
+            self._change("set_for_now", {"names": list(SETTINGS), "values": list(SETTINGS.values())})
+        if names:
+            numbers = sorted({number(name) % _LOCKS for name in names})
+            self._change("lock_names", {"space": self._locks, "numbers": numbers})
+
+    def _ring(self, topics: Topics, ended: list[int]) -> None:
+        """Tell other machines, whose relays hear it. It goes with the commit, and is carried out after that."""
+        if abroad := topics - {"ended"}:
+            message = f"{self._sender}\t{' '.join(sorted(abroad))}"[:_LONGEST_MESSAGE]
+            self._change("ring", {"channel": self._schema, "message": message})
+        if ended:
+            told = {"channel": self._schema, "message": f"{self._sender}\tended"}
+            self._change("ring_for_ends", {"runs": ended, **told})
 
     def _gone(self, error: psycopg.Error) -> bool:
         """After an error, with nothing of the batch left open: whether there is no connection any more."""
@@ -214,13 +267,14 @@ class PostgresStore(SqlStore):
 
     def _landed(self, patience: "_Patience") -> tuple[list[Any], Topics] | None:
         """What the batch has answered, if it was committed though the answer to that was lost. Its transaction may not
-        be over on the server: then its row is locked, and is waited for."""
+        be over on the server, nor have got far: from now on it cannot be committed any more, or it has been."""
         committing = self._committing
         while committing is not None:
             try:
-                db, who = self._connected(), {"writer": self._writer}
-                with db.transaction():
-                    self._change("know_writer", who)
+                self._connect()
+                who = {"writer": self._writer}
+                with self._pipeline:
+                    self._change("give_up_batch", {"batch": self._batch, "given_up": self._batch + 1, **who})
                     landed = self._value("last_batch", who) == self._batch
                 return committing if landed else None
             except psycopg.Error as error:
@@ -235,63 +289,43 @@ class PostgresStore(SqlStore):
 
     # --- what `SqlStore` asks for ---
 
-    def _send(self, query: str, bound: Bound | None) -> "psycopg.Cursor[tuple[Any, ...]]":
-        self._unsent += sum([len(value) for value in bound.values() if isinstance(value, str)]) if bound else 0
-        return self._connected().execute(self._queries[query], bound, binary=True)
+    def _send(self, query: str, bound: Bound | None = None) -> Sent:
+        asked = self._queries[query]
+        return self._pipeline.send(asked, [bound[name] for name in asked.names] if bound else ())
 
-    def _send_rows(self, query: str, rows: Sequence[tuple[Any, ...]]) -> "psycopg.Cursor[tuple[Any, ...]]":
-        arrays = _arrays(query, rows)
-        self._unsent += sum(map(len, arrays))
-        return self._connected().execute(self._queries[query], arrays, binary=True)
-
-    def _drain(self) -> None:
-        """To be called before an answer is waited for. psycopg waits for what the server says; while a part of what it
-        was asked is still here, the server waits for that (a socket takes no more than its buffer holds at once)."""
-        if self._unsent > _AT_ONCE:
-            wire = self._connected().pgconn
-            if self._pipeline is not None:
-                wire.send_flush_request()
-            while wire.flush():
-                readable, _, _ = select.select([wire.socket], [wire.socket], [])
-                if readable:
-                    wire.consume_input()
-        self._unsent = 0
+    def _send_rows(self, query: str, rows: Sequence[tuple[Any, ...]]) -> Sent:
+        return self._pipeline.send(self._queries[query], _columns_of(query, rows))
 
     def _all(self, query: str, bound: Bound | None = None) -> list[Any]:
-        sent = self._send(query, bound)
-        self._drain()
-        return sent.fetchall()
+        return self._pipeline.rows(self._send(query, bound))
 
     def _one(self, query: str, bound: Bound) -> Any:
-        sent = self._send(query, bound)
-        self._drain()
-        return sent.fetchone()
+        rows = self._all(query, bound)
+        return rows[0] if rows else None
 
     def _change(self, query: str, bound: Bound) -> None:
         self._send(query, bound)
 
     def _changed(self, query: str, bound: Bound) -> int:
-        return self._count(self._send(query, bound))
+        return self._pipeline.count(self._send(query, bound))
 
     def _write(self, query: str, written: Sequence[tuple[Any, ...]]) -> None:
         self._send_rows(query, written)
 
-    def _written(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
-        return self._count(self._send_rows(query, written))
+    def _all_written(self, query: str, written: Sequence[tuple[Any, ...]]) -> bool:
+        if self._hopeful:
+            self._pipeline.send(self._queries[_ALL_OF + query], [*_columns_of(query, written), len(written)])
+            return True
+        return self._pipeline.count(self._send_rows(query, written)) == len(written)
+
+    def _all_or_none(self, query: str, written: Sequence[tuple[Any, ...]]) -> bool:
+        return self._all_written(query, written) if self._hopeful else super()._all_or_none(query, written)
 
     def _found(self, query: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
-        sent = self._send_rows(query, asked)
-        self._drain()
-        return sent.fetchall()
-
-    def _count(self, sent: "psycopg.Cursor[tuple[Any, ...]]") -> int:
-        assert self._pipeline is not None
-        self._drain()
-        self._pipeline.sync()
-        return sent.rowcount
+        return self._pipeline.rows(self._send_rows(query, asked))
 
     def _command(self, text: str) -> None:
-        self._connected().execute(text)
+        self._pipeline.command(text.encode())
 
     def _listed(self, values: Sequence[Any] | None) -> Any:
         return None if values is None else list(values)
@@ -302,6 +336,7 @@ class PostgresStore(SqlStore):
     def _give_back_space(self) -> bool:
         """The database's own vacuum does; what goes here are the processes that were."""
         self._change("forget_writers", {"age": _FORGOTTEN})
+        self._change("forget_awaited", {})
         return False
 
 
@@ -320,20 +355,9 @@ class _Patience:
         return True
 
 
-def _arrays(query: str, rows: Sequence[tuple[Any, ...]]) -> list[str]:
-    """Columns as the database's array literals: one parameter for each, however many rows there are."""
-    kinds = _ROWS[query].split()
-    return [_array(column, kind == "text") for column, kind in zip(zip(*rows, strict=True), kinds, strict=True)]
-
-
-def _array(column: tuple[Any, ...], quoted: bool) -> str:
-    if not quoted:
-        return f"{{{','.join(['NULL' if value is None else str(value) for value in column])}}}"
-    return f"{{{','.join(['NULL' if value is None else _quoted(value) for value in column])}}}"
-
-
-def _quoted(value: str | bytes) -> str:
-    text = value.decode() if isinstance(value, bytes) else value
-    if '"' in text or "\\" in text:
-        text = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{text}"'
+def _columns_of(query: str, rows: Sequence[tuple[Any, ...]]) -> list[bytes]:
+    """One parameter for each column, however many rows there are. Values are text to the database, and bytes here."""
+    return [
+        array([value.decode() if isinstance(value, bytes) else value for value in column] if kind == "text" else column)
+        for column, kind in zip(zip(*rows, strict=True), _ROWS[query].split(), strict=True)
+    ]

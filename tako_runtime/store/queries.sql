@@ -32,7 +32,7 @@ UPDATE runs
        attempt = attempt + (CASE WHEN attempt_started_at IS NULL THEN 1 ELSE 0 END),
        attempt_started_at = COALESCE(attempt_started_at, :now), started_at = COALESCE(started_at, :now)
  WHERE seq {those} SELECT seq FROM runs
-                     WHERE ready = 1 AND "group" = :group AND workflow {in_workflows}
+                     WHERE ready = 1 AND "group" = :group AND {any_index}workflow {in_workflows}
                        AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND lease_until > 0)
                        AND NOT EXISTS (SELECT 1 FROM leases WHERE name = :pause AND until > :now)
                      ORDER BY priority DESC, due_at, seq LIMIT :limit {lock} {end}
@@ -46,7 +46,7 @@ SELECT run, {step} FROM steps WHERE run {in_runs} ORDER BY run, position, starte
 SELECT {step} FROM steps WHERE run = :seq AND kind = :kind AND name = :name;
 
 -- name: holds_claim
-SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND status = 'running' {hold};
+SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND {any_index}status = 'running' {hold};
 
 -- name: save_steps
 -- The first write wins; a failure that the next attempt may mend counts as not written.
@@ -54,7 +54,7 @@ WITH new (seq, kind, name, position, status, attempt, started_at, finished_at, d
 INSERT INTO steps (run, kind, name, position, status, attempt, started_at, finished_at, due_at, result, error)
 SELECT seq, kind, name, position, status, attempt, started_at, finished_at, due_at, {result}, error
   FROM new
- WHERE EXISTS (SELECT 1 FROM runs WHERE runs.seq = new.seq AND runs.claim = new.claim AND runs.status = 'running'
+ WHERE EXISTS (SELECT 1 FROM runs WHERE runs.seq = new.seq AND runs.claim = new.claim AND {any_index}runs.status = 'running'
                {hold})
     ON CONFLICT (run, kind, name) DO UPDATE
    SET position = excluded.position, status = excluded.status, attempt = excluded.attempt,
@@ -73,7 +73,7 @@ UPDATE runs
        losses = change.losses, max_attempts = change.max_attempts, cancelling = change.cancelling,
        result = change.result, error = change.error
   FROM change
- WHERE runs.seq = change.seq AND runs.claim = change.claim AND runs.status = change.seen_status
+ WHERE runs.seq = change.seq AND runs.claim = change.claim AND {any_index}runs.status = change.seen_status
    AND (change.ready IS NULL OR runs.cancelling IS NULL);
 
 -- name: insert_attempts
@@ -145,6 +145,10 @@ RETURNING "group";
 -- name: keep_signal
 INSERT INTO signals (name, payload, sent_at, expires_at) VALUES (:name, :payload, :now, :expires_at);
 
+-- name: drop_kept
+DELETE FROM signals
+ WHERE seq = (SELECT seq FROM signals WHERE name = :name AND sent_at = :sent_at ORDER BY seq LIMIT 1);
+
 -- ===== workers =======================================================================================================
 
 -- name: insert_worker
@@ -169,7 +173,7 @@ SELECT 1 FROM workers WHERE id = :worker;
 SELECT id, "group", host, pid, release, started_at, lease_until FROM workers ORDER BY started_at, id;
 
 -- name: runs_of
-SELECT {run} FROM runs WHERE status = 'running' AND worker = :worker ORDER BY seq;
+SELECT {run} FROM runs WHERE status = 'running' AND worker = :worker;
 
 -- name: report_unhealthy
 INSERT INTO unhealthy ("group", host, since, reason, details) VALUES (:group, :host, :now, :reason, :details)
@@ -221,7 +225,7 @@ RETURNING 1;
 
 -- name: next_ended_group
 -- The first group after this one that has ended runs: asked again and again, it skips from group to group.
-SELECT min("group") FROM runs WHERE finished_at IS NOT NULL AND "group" > :after;
+SELECT "group" FROM runs WHERE finished_at IS NOT NULL AND "group" > :after ORDER BY "group" LIMIT 1;
 
 -- name: ended_runs
 -- A stretch of a group's ended runs, in the order of their ends; which of them are asked for; and about the bytes that go
@@ -248,7 +252,7 @@ DELETE FROM attempts WHERE run {in_runs};
 
 -- name: next_ready_group
 -- The first group after this one that has a run to claim: asked again and again, it skips from group to group.
-SELECT min("group") FROM runs WHERE ready = 1 AND "group" > :after;
+SELECT "group" FROM runs WHERE ready = 1 AND "group" > :after ORDER BY "group" LIMIT 1;
 
 -- name: declared_is_ready
 -- Whether a group has a run to claim whose workflow is one of these. In the order of a claim: the first will mostly do.
@@ -259,7 +263,7 @@ SELECT 1 FROM runs WHERE ready = 1 AND "group" = :group AND workflow {in_workflo
 SELECT workflow FROM runs WHERE ready = 1 AND "group" = :group ORDER BY priority DESC, due_at, seq LIMIT 1;
 
 -- name: next_due
-SELECT min(due_at) FROM runs WHERE ready = 0 AND due_at IS NOT NULL;
+SELECT due_at FROM runs WHERE ready = 0 AND due_at IS NOT NULL ORDER BY due_at LIMIT 1;
 
 -- name: next_due_run
 SELECT {run} FROM runs
@@ -309,7 +313,8 @@ SELECT w.signal, r.id, w.step, w.since, w.deadline, r.workflow FROM waits AS w J
  ORDER BY w.signal, w.run, w.step LIMIT :limit;
 
 -- name: kept_signals
-SELECT name, {payload}, sent_at, expires_at FROM signals WHERE expires_at > :now ORDER BY seq LIMIT :limit;
+SELECT name, {payload}, sent_at, expires_at FROM signals
+ WHERE expires_at > :now AND (name = :name OR :name IS NULL) ORDER BY seq LIMIT :limit;
 
 -- name: expire_signals
 DELETE FROM signals
@@ -364,21 +369,26 @@ SELECT count(*), max(created_at) FROM runs;
 -- Held until the commit, in one order.
 SELECT pg_advisory_xact_lock(CAST(:space AS int4), n) FROM unnest(CAST(:numbers AS int4[])) AS n;
 
--- name: set_times
+-- name: set_for_now
 -- For this transaction only, where a session is shared.
 SELECT set_config(name, value, true) FROM unnest(CAST(:names AS text[]), CAST(:values AS text[])) AS t (name, value);
 
 -- name: mark_batch
--- The number of the batch that this process writes, in the batch's own transaction.
-INSERT INTO writers (id, batch) VALUES (:writer, :batch)
-    ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, at = now();
+-- The number of the batch that this process writes, in the batch's own transaction; and what the clock shows there. Fails
+-- where the batch was given up meanwhile (`give_up_batch`).
+WITH marked AS (INSERT INTO writers (id, batch) VALUES (:writer, :batch)
+    ON CONFLICT (id) DO UPDATE SET batch = excluded.batch, at = now() WHERE writers.batch < excluded.batch RETURNING id)
+SELECT CASE count(*) WHEN 1 THEN CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS int8)
+                     ELSE CAST('tako: its process has given this batch up, and done it again ' || count(*) AS int8) END
+  FROM marked;
 
--- name: know_writer
-INSERT INTO writers (id, batch) VALUES (:writer, 0) ON CONFLICT (id) DO NOTHING;
+-- name: give_up_batch
+-- It has been committed, or it never will be: where its transaction has come as far as its mark, it is waited for.
+INSERT INTO writers (id, batch) VALUES (:writer, :given_up)
+    ON CONFLICT (id) DO UPDATE SET batch = excluded.batch WHERE writers.batch < :batch;
 
 -- name: last_batch
--- Waits for the transaction that writes it.
-SELECT batch FROM writers WHERE id = :writer FOR UPDATE;
+SELECT batch FROM writers WHERE id = :writer;
 
 -- name: batches_of_others
 SELECT CAST(COALESCE(sum(batch), 0) AS int8) FROM writers WHERE id <> :writer;
@@ -387,4 +397,21 @@ SELECT CAST(COALESCE(sum(batch), 0) AS int8) FROM writers WHERE id <> :writer;
 DELETE FROM writers WHERE at < now() - CAST(:age AS interval);
 
 -- name: ring
-SELECT pg_notify(:channel, :message);
+-- In a transaction of its own, which does not wait for the disk: one that notifies holds a lock of the whole database's
+-- until its commit is done.
+SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, :message);
+
+-- name: await_end
+-- Not where it has ended; and who is just ending it is waited for.
+INSERT INTO awaited (run) SELECT seq FROM runs WHERE seq = :seq AND finished_at IS NULL FOR SHARE
+    ON CONFLICT DO NOTHING;
+
+-- name: ring_for_ends
+-- Only where somebody waits for one of these.
+WITH told AS (DELETE FROM awaited WHERE run = ANY (:runs)
+                 AND EXISTS (SELECT 1 FROM runs WHERE seq = run AND finished_at IS NOT NULL) RETURNING run)
+SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, :message)
+ WHERE EXISTS (SELECT 1 FROM told);
+
+-- name: forget_awaited
+DELETE FROM awaited WHERE NOT EXISTS (SELECT 1 FROM runs WHERE seq = run AND finished_at IS NULL);

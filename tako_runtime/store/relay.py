@@ -11,12 +11,14 @@ start.
 """
 
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import psycopg
 
 from tako_runtime.bell import Bell
+from tako_runtime.errors import TakoError
 from tako_runtime.log import emit
 from tako_runtime.store.database import Database
 
@@ -27,20 +29,26 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 5.0
 _LOOK = 1.0
 
 #: What may have been missed while nobody listened.
-_EVERYTHING = {"later", "signal", "cancel"}
+_EVERYTHING = {"later", "signal", "cancel", "ended"}
 
 
 class Relay(AbstractContextManager[None]):
-    """Listens, in a thread, within."""
+    """Listens, in a thread, within. `find` says where the database is, at each connection."""
 
-    def __init__(self, database: Database, schema: str, sender: str, bell: Bell) -> None:
-        self._database, self._schema, self._sender, self._bell = database, schema, sender, bell
+    def __init__(self, find: Callable[[], Database], schema: str, sender: str, bell: Bell) -> None:
+        self._find, self._database = find, find()
+        self._schema, self._sender, self._bell = schema, sender, bell
         self._ended = threading.Event()
+        self._anew = False
         self._thread = threading.Thread(target=self._listen, name="tako-relay", daemon=True)
         self._listening: psycopg.Connection[Any] | None = None
 
     def __enter__(self) -> None:
         self._thread.start()
+
+    def begin_anew(self) -> None:
+        """Within a second."""
+        self._anew = True
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
@@ -50,6 +58,9 @@ class Relay(AbstractContextManager[None]):
         pause = _FIRST_PAUSE
         while not self._ended.is_set():
             try:
+                if self._anew:
+                    self._database = self._find()
+                    self._anew = False
                 with self._database.connect() as db:
                     if self._database.pooled:
                         emit("relay.polling", database=self._database.where)
@@ -59,14 +70,14 @@ class Relay(AbstractContextManager[None]):
                     pause = _FIRST_PAUSE
                     self._bell.ring(_EVERYTHING)
                     self._pass_on(db)
-            except psycopg.Error as error:
+            except (psycopg.Error, TakoError) as error:
                 if self._ended.wait(pause):
                     return
                 emit("relay.lost", database=self._database.where, error=self._database.words(error))
                 pause = min(2 * pause, _LONGEST_PAUSE)
 
     def _pass_on(self, db: "psycopg.Connection[Any]") -> None:
-        while not self._ended.is_set():
+        while not (self._ended.is_set() or self._anew):
             for note in db.notifies(timeout=_LOOK):
                 sender, _, topics = note.payload.rpartition("\t")
                 if sender != self._sender:

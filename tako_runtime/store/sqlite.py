@@ -19,13 +19,14 @@ import apsw
 import msgspec
 
 from tako_runtime import disk
-from tako_runtime.errors import Refused, StoreBusy, StoreError, StoreTooNew
+from tako_runtime.errors import Refused, StoreBusy, StoreError
 from tako_runtime.run import RUN_COLUMNS
-from tako_runtime.store import shape
+from tako_runtime.store import shape, version
 from tako_runtime.store.base import Operation, Topics
 from tako_runtime.store.operations import Bound, SqlStore, sort
-from tako_runtime.store.queries import load, migrations
+from tako_runtime.store.queries import load
 from tako_runtime.store.turnstile import Turnstile
+from tako_runtime.store.version import Version
 
 #: How long a writer waits for its turn, in seconds, before it says that the store is busy.
 PATIENCE = 30.0
@@ -102,7 +103,9 @@ class SqliteStore(SqlStore):
     which only the benchmark asks for.
     """
 
-    def __init__(self, path: Path, queueing: Literal["turnstile", "busy"] = "turnstile") -> None:
+    def __init__(
+        self, path: Path, queueing: Literal["turnstile", "busy"] = "turnstile", *, breaking: bool = False
+    ) -> None:
         self.path = path
         self._turnstile: Turnstile | None = None
         self._synced = True
@@ -121,7 +124,7 @@ class SqliteStore(SqlStore):
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA cache_size = -65536")
             self._db.execute("PRAGMA wal_autocheckpoint = 4000")
-            self._migrate()
+            self._migrate(breaking)
         except (apsw.Error, OSError) as error:
             raise translated(error, path) from error
 
@@ -130,30 +133,23 @@ class SqliteStore(SqlStore):
         if self._turnstile:
             self._turnstile.close()
 
-    def _migrate(self) -> None:
-        known = migrations("sqlite")
-        newest = known[-1][0]
-        if self._version() == newest:
+    def _migrate(self, breaking: bool) -> None:
+        """Raises `StoreTooNew` and `StoreError` as `version` says."""
+        if version.fits(version_of(self._db), "sqlite", str(self.path)):
             return
         with self.turn():
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                version = self._version()
-                if version > newest:
-                    raise StoreTooNew(
-                        f"{self.path} has store version {version}; this tako knows versions up to {newest}"
-                    )
-                for number, script in known:
-                    if number > version:
-                        self._db.execute(script)
-                        self._db.execute(f"PRAGMA user_version = {number}")
+                scripts, made = version.migrate(version_of(self._db), "sqlite", str(self.path), breaking=breaking)
+                for script in scripts:
+                    self._db.execute(script)
+                self._db.execute(f"PRAGMA user_version = {made.number}")
+                self._db.execute("CREATE TABLE IF NOT EXISTS store (serves INTEGER NOT NULL); DELETE FROM store")
+                self._db.execute("INSERT INTO store (serves) VALUES (?)", (made.serves,))
                 self._db.execute("COMMIT")
             except BaseException:
                 self._db.execute("ROLLBACK")
                 raise
-
-    def _version(self) -> int:
-        return int(self._db.pragma("user_version"))
 
     # --- transactions ---
 
@@ -208,10 +204,10 @@ class SqliteStore(SqlStore):
         for text, bound in _chunks(query, written):
             self._db.execute(text, bound)
 
-    def _written(self, query: str, written: Sequence[tuple[Any, ...]]) -> int:
+    def _all_written(self, query: str, written: Sequence[tuple[Any, ...]]) -> bool:
         before = self._db.total_changes()
         self._write(query, written)
-        return self._db.total_changes() - before
+        return self._db.total_changes() - before == len(written)
 
     def _found(self, query: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
         return [row for text, bound in _chunks(query, asked) for row in self._db.execute(text, bound)]
@@ -231,6 +227,16 @@ class SqliteStore(SqlStore):
         left = int(self._db.pragma("freelist_count"))
         self._shrunk = self._shrunk or left < free
         return 0 < left < free
+
+
+def version_of(db: apsw.Connection) -> Version:
+    """Of a file; one that has none is empty. One that says no more than its number is for those that know that."""
+    number = int(db.pragma("user_version"))
+    if not number:
+        return Version()
+    has = db.execute("SELECT 1 FROM sqlite_schema WHERE type = 'table' AND name = 'store'").fetchone()
+    serves = db.execute("SELECT serves FROM store").fetchone() if has else None
+    return Version(number, int(serves[0]) if serves else number)
 
 
 # --- the file and its lock -------------------------------------------------------------------------------------------

@@ -1,0 +1,182 @@
+"""`tako deploy` to two real servers that share a Postgres."""
+
+import json
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from conftest import until
+from deploying import Shop
+from machines import machines
+from postgres import NoPostgres, Server
+
+pytestmark = pytest.mark.lasting
+
+PORT = 5433
+PASSWORD = "pg-pass-a1b2c3"  # noqa: S105 -- of a database that goes with the test
+
+#: A worker is up on each server, so that each has its part in what is due.
+CONFIG = """
+    [storage]
+    url = "postgres"
+    [secrets]
+    required = ["DATABASE_URL"]
+    [workflows]
+    workers = 1
+    concurrency = 2
+"""
+
+FLOWS = """
+    import os, socket, time
+
+    from tako_runtime import workflow
+
+    def here():
+        return [socket.gethostname(), os.environ["TAKO_RELEASE"]]
+
+    @workflow("slow")
+    async def slow(payload, step):
+        await step.run("hold", time.sleep, 0.5)
+        return await step.run("where", here)
+
+    @workflow("ask")
+    async def ask(payload, step):
+        first = await step.run("first", here)
+        await step.wait_for("go")
+        return [first, await step.run("second", here)]
+"""
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[tuple[Shop, Server]]:
+    """A project with two servers, and their database, which each reaches at an address of its own."""
+    with machines("web", "api") as [web, api]:
+        try:
+            database = Server(PORT, addresses=(web.gateway, api.gateway))
+        except NoPostgres as error:
+            pytest.skip(f"NO POSTGRES: {error}")
+        with closing(database):
+            database.admit("shop", PASSWORD, "10.231.0.0/16")
+            database.ask("CREATE DATABASE shop OWNER shop")
+            shop = Shop(tmp_path / "shop", {"web": web, "api": api}, more=CONFIG)
+            shop.write("workflows/flows.py", FLOWS)
+            url = f"postgresql://shop:{PASSWORD}@{web.gateway}:{PORT},{api.gateway}:{PORT}/shop"
+            kept = shop.tako("secrets", "set", "DATABASE_URL", "--env", "production", stdin=url)
+            assert kept.returncode == 0, kept.stderr
+            yield shop, database
+
+
+def places(shop: Shop, count: int = 12) -> dict[str, set[str]]:
+    """Where so many runs end that all workers have to take some: the releases that they ended under, by host."""
+    code = f"""
+        import json
+        from tako_runtime import store
+        from tako_runtime.control import Control
+        from workflows.flows import slow
+        control = Control(store.current())
+        ids = slow.enqueue_many_sync([None] * {count})
+        print(json.dumps([control.wait(control.find(one))["result"] for one in ids]))
+    """
+    found: dict[str, set[str]] = {}
+    for host, release in json.loads(shop.python(code)):
+        found.setdefault(host, set()).add(release)
+    return found
+
+
+def test_servers_that_share_a_database_roll_over_one_after_the_other_with_both_releases_at_work_meanwhile(
+    shared: tuple[Shop, Server],
+) -> None:
+    shop, _ = shared
+    web, api = shop.servers.values()
+    first = shop.release()
+    assert places(shop) == {"web": {first}, "api": {first}}
+    parked = shop.start("ask", api)
+    until(lambda: shop.run(parked)["reason"] == "waiting")
+    shop.change()
+    deploying = shop.begin("deploy", "--yes")
+    until(lambda: shop.current(web) != first, 120)
+    second = shop.current(web)
+    assert places(shop, 8) == {"web": {second}, "api": {first}}
+    said, _ = deploying.communicate(timeout=120)
+    assert deploying.returncode == 0, said
+    for server in (web, api):
+        shop.is_up(second, server)
+    assert places(shop) == {"web": {second}, "api": {second}}
+    shop.signal("go")
+    ended = shop.ended(parked)
+    assert [release for _, release in ended] == [first, second]
+    assert shop.run(parked)["attempt"] == 1
+    assert shop.tako("rollback", "--yes", "--parallel").returncode == 0
+    assert places(shop) == {"web": {first}, "api": {first}}
+    for verb, state in (("stop", "inactive"), ("start", "active")):
+        done = shop.tako("app", verb, "--parallel", "--json")
+        assert done.returncode == 0, done.stderr
+        assert [row["state"] for row in json.loads(done.stdout)["servers"]] == [state, state]
+    assert places(shop) == {"web": {first}, "api": {first}}
+
+
+def test_what_a_deploy_asks_it_asks_the_shared_store_and_a_server_that_was_down_is_made_up_for(
+    shared: tuple[Shop, Server],
+) -> None:
+    shop, database = shared
+    web, api = shop.servers.values()
+    assert [one["state"] for one in shop.deploy("--parallel")] == ["taken", "taken"]
+    first = shop.current(web)
+    parked = shop.start("ask", api)
+    until(lambda: shop.run(parked)["reason"] == "waiting")
+
+    shop.write("workflows/flows.py", FLOWS.replace('"first"', '"renamed"'))
+    asked = shop.tako("deploy")
+    assert asked.returncode == 1
+    assert asked.stderr.count(f"run {parked} (ask) has finished first") == 1
+    assert "web, api: run" in asked.stderr
+
+    url = database.url("shop")
+    database.ask("CREATE TABLE kept AS SELECT version, serves FROM tako_shop_production.store", url)
+    database.ask("UPDATE tako_shop_production.store SET version = 99, serves = 99", url)
+    newer = shop.tako("deploy", "--yes")
+    assert newer.returncode == 1
+    assert "for a tako that knows version 99" in newer.stderr
+    assert "nothing was switched" in newer.stderr
+    database.ask("UPDATE tako_shop_production.store SET (version, serves) = (SELECT version, serves FROM kept)", url)
+    for server in (web, api):
+        shop.is_up(first, server)
+
+    shop.write("workflows/flows.py", FLOWS.replace('"ask"', '"question"'))
+    api.cut()
+    done = shop.tako("deploy", "--yes")
+    assert done.returncode == 1
+    assert "api: root@api cannot be reached" in done.stderr
+    assert shop.current(web) == first
+    partly = shop.tako("deploy", "--yes", "--keep-going")
+    assert partly.returncode == 1, "one of them has not got it"
+    assert "tako deploy --resume" in partly.stderr
+    second = shop.current(web)
+    assert second != first, partly.stderr
+    assert partly.stderr.count("orphaned: 1 (ask: 1)") == 1
+    api.mend()
+    until(lambda: set(places(shop)) == {"web", "api"}, 60)  # it finds its database again
+    assert places(shop) == {"web": {second}, "api": {first}}
+    rest = shop.deploy("--resume")
+    assert [(one["server"], one["state"]) for one in rest] == [("api", "taken")]
+    assert places(shop) == {"web": {second}, "api": {second}}
+
+    shop.change()
+    api.cut()
+    assert shop.tako("deploy", "--yes", "--keep-going").returncode == 1
+    api.mend()
+    asked = shop.tako("rollback", "--yes")
+    assert asked.returncode == 1
+    assert f"the one that runs: web: {second}, api: {first}" in asked.stderr
+    back = shop.tako("rollback", second, "--yes")
+    assert back.returncode == 0, back.stderr
+    assert places(shop) == {"web": {second}, "api": {second}}
+
+    for server in (web, api):
+        hidden = (
+            f"! grep -rl {PASSWORD[:-1]}[{PASSWORD[-1]}] /etc /opt /run /var/log /proc/[0-9]*/environ "
+            "/proc/[0-9]*/cmdline 2>/dev/null"
+        )
+        assert server.attempt("sh", "-c", hidden).stdout == ""
+        assert PASSWORD not in server.run("journalctl", "--no-pager")
