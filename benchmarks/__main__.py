@@ -44,7 +44,8 @@ def main() -> int:
     cells = folder / "cells.jsonl"
     if not args.report:
         if not args.resume:
-            cells.unlink(missing_ok=True)
+            for of_another_run in (cells, folder / "about.json"):
+                of_another_run.unlink(missing_ok=True)
         short = list(dict.fromkeys(one.workload for one in WANTED if one.quick))
         run(args.peers, args.only or (short if args.quick else WORKLOADS), args.quick, cells)
     report.write(folder)

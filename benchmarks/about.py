@@ -44,9 +44,10 @@ def machine() -> str:
     mounts = [line.split()[1:3] for line in _lines("/proc/mounts")]
     kinds = [(len(place), kind) for place, kind in mounts if temporary.is_relative_to(place)]
     memory = [int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")]
+    kernel = ".".join(platform.release().split(".")[:2])
     return (
         f"{os.cpu_count()} x {cpus[0] if cpus else platform.machine()}, {memory[0] / 2**20:.0f} GB, "
-        f"{platform.system()} {platform.release()}, {temporary} on {max(kinds)[1] if kinds else 'an unknown disk'}"
+        f"{platform.system()} {kernel}, {temporary} on {max(kinds)[1] if kinds else 'an unknown disk'}"
         if memory
         else platform.platform()
     )

@@ -34,7 +34,6 @@ def _copy(path: Path, copied: Copied, times: int) -> None:
         )
         db.execute("DROP TABLE original")
     db.execute("COMMIT")
-    db.execute("ANALYZE")
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     db.close()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from benchmarks import plots
 from benchmarks.measure import Spread, percentile
+from benchmarks.peers import NAMES
 from benchmarks.rounds import ASLEEP, BEST, WANTED, Cell, Record, read
 
 BEGIN, END = "<!-- benchmark: made by python -m benchmarks --write -->", "<!-- /benchmark -->"
@@ -93,7 +94,8 @@ class Results:
         self.folder = folder
         self.about: dict[str, Any] = json.loads((folder / "about.json").read_text())
         self.records = read(folder / "cells.jsonl")
-        self.peers = list(dict.fromkeys(record["peer"] for record in self.records))
+        measured = {record["peer"] for record in self.records}
+        self.peers = [name for name in NAMES if name in measured]
 
     def of(self, peer: str, workload: str, setting: str, concurrency: int) -> list[Record]:
         asked = (peer, workload, setting, concurrency)
@@ -353,7 +355,13 @@ def number(value: float) -> str:
 
 
 def save_about(folder: Path, about: dict[str, Any]) -> None:
-    (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
+    """What a run adds to a folder that has results already is said beside what was said of those."""
+    file = folder / "about.json"
+    before = json.loads(file.read_text()) if file.exists() else about
+    peers = before["peers"] | about["peers"]
+    absent = {name: why for name, why in (before["absent"] | about["absent"]).items() if name not in about["peers"]}
+    postgres = about["postgres"] if before["postgres"] == "none" else before["postgres"]
+    file.write_text(json.dumps({**before, "postgres": postgres, "absent": absent, "peers": peers}, indent=1) + "\n")
 
 
 def put_into(page: str, text: str) -> str:

@@ -134,20 +134,20 @@ def results(tmp_path: Path) -> report.Results:
         "".join(
             record(peer, "drain", {"runs per s": rate + number}, number)
             for number in (0, 1, 2)
-            for peer, rate in (("tako-sqlite", 5000.0), ("other", 900.0), ("floor-sqlite", 9000.0))
+            for peer, rate in (("tako-sqlite", 5000.0), ("restate", 900.0), ("floor-sqlite", 9000.0))
         )
         + record("tako-sqlite", "latency", {"ms": [3.0, 1.0, 2.0]})
-        + record("other", "latency", {"ms": [0.5, 0.6, 0.7]})
-        + json.dumps({**json.loads(record("other", "steps", {})), "missing": "it has no steps"}).replace(
+        + record("restate", "latency", {"ms": [0.5, 0.6, 0.7]})
+        + json.dumps({**json.loads(record("restate", "steps", {})), "missing": "it has no steps"}).replace(
             '"found": {}, ', ""
         )
         + "\n"
-        + json.dumps({**json.loads(record("other", "kill", {})), "failed": "it hung"}).replace('"found": {}, ', "")
+        + json.dumps({**json.loads(record("restate", "kill", {})), "failed": "it hung"}).replace('"found": {}, ', "")
         + "\n"
         + record("tako-sqlite", "kill", {"ms": 250.0})
     )
     peer = {"store": "sqlite", "settings": {"tuned": "as quick as it gets"}, "best": 100}
-    titles = {"tako-sqlite": "tako", "other": "Other | 2", "floor-sqlite": "floor"}
+    titles = {"tako-sqlite": "tako", "restate": "Other | 2", "floor-sqlite": "floor"}
     report.save_about(
         tmp_path,
         {
@@ -157,6 +157,15 @@ def results(tmp_path: Path) -> report.Results:
         },
     )  # fmt: skip
     return report.Results(tmp_path)
+
+
+def test_what_is_measured_later_is_told_of_beside_what_was_before(results: report.Results) -> None:
+    later = {**results.about, "machine": "another", "postgres": "16", "absent": {}}
+    third = {"third": {**later["peers"]["restate"], "title": "Third"}}
+    report.save_about(results.folder, {**later, "peers": third})
+    about = report.Results(results.folder).about
+    assert list(about["peers"]) == ["tako-sqlite", "restate", "floor-sqlite", "third"]
+    assert (about["machine"], about["postgres"], about["absent"]) == ("m", "16", {})
 
 
 def test_a_table_has_the_medians_and_the_best_one_is_bold_the_floor_aside(results: report.Results) -> None:
@@ -185,7 +194,7 @@ def test_it_says_where_another_one_is_ahead_and_who_was_not_measured(results: re
 def test_results_are_written_as_json_markdown_and_two_plots(results: report.Results) -> None:
     report.write(results.folder)
     figures = json.loads((results.folder / "results.json").read_text())["figures"]
-    [drain] = [one for one in figures if one["peer"] == "other" and one["workload"] == "drain"]
+    [drain] = [one for one in figures if one["peer"] == "restate" and one["workload"] == "drain"]
     assert (drain["median"], drain["low"], drain["high"], drain["rounds"]) == (901.0, 900.0, 902.0, 3)
     assert any(one.get("none") == "FAILED: it hung" for one in figures)
     for name in ("throughput.svg", "latency.svg"):

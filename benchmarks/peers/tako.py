@@ -19,9 +19,10 @@ APP = "bench"
 
 WORKFLOWS: "dict[str, Workflow]" = {each.name: each for each in (measured.sequence, measured.fan_out, measured.sleeper)}
 
-#: What a copy of a run gets instead: `copy` counts from 1, `many` is above every number that is taken.
+#: What a copy of a run gets instead: `copy` counts from 1, `many` is above every number that is taken. Ids are in the
+#: order of the copies, as those of a real history are in the order of time.
 COPIED = {
-    "runs": {"seq": "seq + copy * many", "id": "id || '-' || copy"},
+    "runs": {"seq": "seq + copy * many", "id": "(10000000 + copy) || substr(id, 9)"},
     "steps": {"run": "run + copy * many"},
     "attempts": {"run": "run + copy * many"},
 }
