@@ -188,6 +188,7 @@ def brief(results: Results) -> str:
             about(results),
             table(results, FIGURES, "tuned"),
             ahead(results),
+            f"![Runs a second by how many at once](benchmarks/results/{place}/throughput.svg)",
             f"[All figures, settings and versions](benchmarks/results/{place}/results.md)",
         ]
     )
