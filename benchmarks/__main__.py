@@ -29,6 +29,7 @@ WORKLOADS = list(dict.fromkeys(one.workload for one in WANTED))
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
+    parser.add_argument("--history", action="store_true", help="among 1,000,000 ended runs, too: some minutes a peer")
     parser.add_argument("--quick", action="store_true", help="one round of a third of the work, the main workloads")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
     parser.add_argument("--peers", nargs="+", choices=NAMES, default=list(NAMES), metavar="PEER", help=", ".join(NAMES))
@@ -47,7 +48,8 @@ def main() -> int:
             for of_another_run in (cells, folder / "about.json"):
                 of_another_run.unlink(missing_ok=True)
         short = list(dict.fromkeys(one.workload for one in WANTED if one.quick))
-        run(args.peers, args.only or (short if args.quick else WORKLOADS), args.quick, cells)
+        whole = [one for one in WORKLOADS if one != "history" or args.history]
+        run(args.peers, args.only or (short if args.quick else whole), args.quick, cells)
     report.write(folder)
     if args.write:
         text = report.put_into(args.write.read_text("utf-8"), report.brief(report.Results(folder)))
