@@ -78,7 +78,7 @@ def test_it_says_all_that_a_workflow_declares(project: Path) -> None:
         "backoff_max": 300_000_000, "payload": "Order", "file": str(project / "workflows/good.py"), "line": 9,
         "signature": "(payload: workflows.good.Order, step: tako_runtime.step.Step) -> str", "doc": "",
         "schedule": None, "timezone": None, "catchup": "latest", "overlap": "allow", "timeout": 3_600_000_000,
-        "blocking": False, "example": '{"total":1}',
+        "blocking": False, "local": False, "example": '{"total":1}',
     }  # fmt: skip
     told = {key: report[key] for key in ("schedule", "timezone", "catchup", "overlap", "group", "signature")}
     assert told == {

@@ -88,7 +88,7 @@ def migrate(
     \b
     Examples:
       tako store migrate --breaking
-      tako app stop && tako store migrate --breaking --env production && tako deploy
+      tako store migrate --breaking --env production
     """
     from tako_cli import context
     from tako_runtime import store
