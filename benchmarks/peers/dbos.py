@@ -86,7 +86,8 @@ class DbosSqlite(Peer):
         self.client.enqueue({"workflow_name": workflow, "queue_name": QUEUE, "app_version": VERSION}, given)
 
     def enqueue_many(self, workflow: str, given: Sequence[Payload]) -> None:
-        """In transactions of ours, which is what its client offers for many."""
+        """In transactions of ours, which is what its client offers for many. They are made by the client's own engine,
+        which is no public name of it: a second one would open the file beside it."""
         options = {"workflow_name": workflow, "queue_name": QUEUE, "app_version": VERSION}
         for at in range(0, len(given), 1_000):
             with self.client._sys_db.engine.begin() as transaction:
