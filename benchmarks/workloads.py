@@ -236,7 +236,7 @@ def flushes(peer: Peer, scale: float) -> Found:
     told.wait(ENDED, 1, 30)
     database = _database(peer)
     with counted([os.getpid(), worker.pid, *peer.servers(), *database]) as count:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 8
         for n in range(1, 1 + runs):
             peer.enqueue(SEQUENCE, payload(n))
             told.wait(ENDED, n + 1, 30, pause=0.001)
