@@ -139,7 +139,7 @@ def _serve(args: argparse.Namespace) -> int:
         if trial is None:
             lock.take()
         secrets = stored(home.app_dir)
-        opened = store.open_store(home)
+        opened = store.open_store(home, patient=trial is None)  # who has to prove itself needs all that it will have
         environment = {**found.variables(args.env), **os.environ, "TAKO_ENV": args.env}
 
         async def run() -> None:

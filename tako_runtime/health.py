@@ -37,6 +37,7 @@ class Health:
         self._host = socket.gethostname()
         self._failures: dict[str, int] = {}
         self._unsaid: dict[str, ReportHealth] = {}
+        self._forgotten = False  # what was said before us
 
     def paused(self, group: str) -> None:
         """Another worker has failed: the next one has to wait. Those that fail at once with it count as one."""
@@ -79,6 +80,8 @@ class Health:
 
     async def report(self) -> None:
         """Raises `StoreBusy`; what was not told then is told the next time."""
+        if not self._forgotten:
+            await self._forget()
         for group, told in list(self._unsaid.items()):
             await self._store.do(told)
             if self._unsaid.get(group) is told:
@@ -88,11 +91,15 @@ class Health:
         """At the start and the end: what nobody watches is not known to be unhealthy."""
         self._unsaid.clear()
         try:
-            for row in await self._store.do(ListHealth()):
-                if row.host == self._host:
-                    await self._store.do(self._well(row.group))
+            await self._forget()
         except StoreBusy as error:
             emit("store.busy", error=str(error))
+
+    async def _forget(self) -> None:
+        for row in await self._store.do(ListHealth()):
+            if row.host == self._host:
+                await self._store.do(self._well(row.group))
+        self._forgotten = True
 
     def _well(self, group: str) -> ReportHealth:
         return ReportHealth(group=group, host=self._host, now=self._clock.now(), reason=None)

@@ -17,7 +17,7 @@ from tako_runtime import clock, rotation
 from tako_runtime.child import TOGETHER, Child, Event, Group, Up
 from tako_runtime.clock import REAL_TIME, Clock, Pace
 from tako_runtime.crew import Crew
-from tako_runtime.errors import StoreBusy, StoreLocked, TakoError
+from tako_runtime.errors import StoreBusy, StoreLocked, StoreUnreachable, TakoError
 from tako_runtime.health import Health
 from tako_runtime.log import emit
 from tako_runtime.manifest import Manifest, fingerprint
@@ -222,7 +222,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         data_version, next_at, reclaim_at, looked_at = -1, None, 0, loop.time()
         while not self.stopping:
-            now = self._clock.now()
+            now, away = self._clock.now(), False
             try:
                 version = await self._store.do(DataVersion())
                 if now >= reclaim_at:
@@ -240,9 +240,11 @@ class Supervisor:
                 await self._keep_awake()
             except StoreBusy as error:
                 emit("store.busy", error=str(error))
+                away = isinstance(error, StoreUnreachable)
                 if isinstance(error, StoreLocked):
                     await self._lost.end_frozen({error.holder})
-            await self._act(now)
+            if not away:  # a worker that is started now could not begin, and its group would get the blame
+                await self._act(now)
             self.turns += 1
             times = [at for at in (next_at, *self._health.paused_until.values()) if at is not None and at > now]
             await self._sleep(min([LOOK, *((at - now) / clock.SECOND for at in times)]))

@@ -49,13 +49,31 @@ class Cron:
         self._stored: dict[str, ScheduleRecord] = {}  # as they were seen last
         self._ahead: dict[str, _Ahead] = {}
         self._flows: dict[str, Declared] = {}
+        self._undeclared: Manifest | None = None  # the store has not taken it yet
+        self._declaring = asyncio.Lock()
         self._holder = host or socket.gethostname()
         self._wake = asyncio.Event()
         self._stopping = False
 
     async def declare(self, manifest: Manifest) -> None:
         """Make the schedules those of a manifest. One that is not named any more is gone; but while a file is broken,
-        or an expression cannot be read, what was known before goes on."""
+        or an expression cannot be read, what was known before goes on. Where the store cannot take them now, they are
+        what they were, until it can."""
+        self._undeclared = manifest
+        try:
+            await self._declare()
+        except StoreBusy as error:
+            emit("store.busy", error=str(error))
+        self._wake.set()
+
+    async def _declare(self) -> None:
+        async with self._declaring:
+            if (manifest := self._undeclared) is not None:
+                await self._set(manifest)
+                if self._undeclared is manifest:
+                    self._undeclared = None
+
+    async def _set(self, manifest: Manifest) -> None:
         scheduled = {flow.name: flow for flow in manifest.workflows if flow.schedule is not None}
         records = {name: record(flow) for name, flow in scheduled.items() if _is_readable(flow)}
         unread = scheduled.keys() - records.keys()
@@ -66,7 +84,6 @@ class Cron:
             scheduled = {**{name: flow for name, flow in self._flows.items() if name not in told}, **scheduled}
         await self._store.do(SetSchedules(schedules=list(records.values())))
         self._flows = scheduled
-        self._wake.set()
 
     def stop(self) -> None:
         """Fire nothing more. Call it in the event loop."""
@@ -80,12 +97,13 @@ class Cron:
                 self._wake.clear()
                 next_at = None
                 try:
+                    await self._declare()
                     next_at = await self.tick()
                 except StoreBusy as error:
                     emit("store.busy", error=str(error))
                 ahead = LOOK if next_at is None else max(0, min(LOOK, self._pace.real(next_at - self._date())))
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(ahead / clock.SECOND if self._flows else None):
+                    async with asyncio.timeout(ahead / clock.SECOND if self._flows or self._undeclared else None):
                         await self._wake.wait()
         finally:
             with contextlib.suppress(TakoError):

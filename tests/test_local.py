@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal as signals
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from beside import FLOWS, TICKS, Stores, make
-from conftest import finished, script, until
+from beside import FLOWS, TICKS, TOML, Stores, make
+from conftest import Caller, finished, script, until
 from postgres import Server
 from serving import keep_secrets
+from test_app import asked, configured, free_port, on_server
 from workers import gone, serving
 
 from tako_runtime import Step, clock, rotation, store
@@ -250,6 +252,35 @@ def test_local_workflows_go_on_while_the_database_is_away(
             store.use(None)
         assert server.process.poll() is None
     beside.close()
+
+
+def test_a_server_that_starts_before_its_database_serves_its_app_and_local_runs_and_all_else_once_that_is_there(
+    own: Server, home: Home, tmp_path: Path
+) -> None:
+    there, port = home._replace(url=own.database(), env="production"), free_port()
+    wanted = f'workers = 1\n[storage]\nurl = "{there.url}"\n'
+    project = configured(tmp_path / "shop", "port", port, TOML.partition("\n")[2] + wanted)
+    everywhere = TICKS.replace("ticks", "anywhere").replace("local=True, ", "")
+    (project / "workflows" / "flows.py").write_text(FLOWS + TICKS + everywhere)
+    with closing(open_store(there)) as opened:  # a boot like any: it has been there before, and ended badly
+        broken = base.ReportHealth(group="default", host=socket.gethostname(), now=1, reason="broken", details="")
+        Caller(opened).do(broken)
+    own.stop()
+    with on_server(there, project) as server:
+        server.wait_for("app.healthy")
+        assert asked(port)["env"]["TAKO_STORAGE"] == there.url
+        with closing(Local(there)) as beside:
+            until(lambda: Control(beside.made()).list_runs(workflow="ticks", statuses=["succeeded"]))
+        said = server.wait_for("store.busy")["message"]
+        assert f"the database {own.folder}:5432/" in said
+        assert "cannot be reached" in said
+        own.start()
+        with closing(open_store(there)) as opened:
+            control = Control(opened, app_dir=there.app_dir)
+            [ticked, *_] = until(lambda: control.list_runs(workflow="anywhere", statuses=["succeeded"]))
+            assert ticked["result"] == str(there.data_dir)
+            assert [group["unhealthy"] for group in control.status()["groups"]] == [[]]
+        assert (server.saw("group.unhealthy"), server.saw("worker.died")) == ([], [])
 
 
 KEEPERS = """

@@ -202,12 +202,12 @@ def project_home(app: str, root: Path, url: str = EMBEDDED) -> Home:
     return Home(app, root / ".tako", url)
 
 
-def open_store(home: Home) -> StoreThread:
-    """A store of one's own. Most callers want `current()`."""
+def open_store(home: Home, *, patient: bool = False) -> StoreThread:
+    """A store of one's own; with `patient`, one that cannot be had now is for later. Most callers want `current()`."""
     bell = Bell(home.app_dir)
     if not home.is_shared:
-        return StoreThread(lambda: _open_file(home), bell)
-    return StoreThread(lambda: _open_schema(home), bell, lambda bell: _relay(home, bell))
+        return StoreThread(lambda: _open_file(home), bell, patient=patient)
+    return StoreThread(lambda: _open_schema(home), bell, lambda bell: _relay(home, bell), patient=patient)
 
 
 class Local:

@@ -45,6 +45,9 @@ class Relaying(Protocol):
 class StoreThread:
     """A store that any thread and any event loop of this process may use. `close()` waits for what is queued.
 
+    A `patient` one may begin while the store cannot be had: it is opened at the first use that finds it, and until then
+    each use fails with that `StoreBusy`.
+
     SQLite must not be carried over a fork. So before one the connection is closed, in whatever thread the fork happens,
     and the parent opens it again at the next use; a child opens a store of its own.
     """
@@ -55,10 +58,11 @@ class StoreThread:
         bell: Bell,
         relay: "Callable[[Bell], Relaying] | None" = None,
         name: str = "tako-store",
+        patient: bool = False,
     ) -> None:
         self.bell = bell
-        self.shared = False  # `Store.shared`
-        self._relay = relay
+        self.shared = relay is not None  # whether other machines have it too
+        self._relay, self._patient = relay, patient
         self._relaying: Relaying | None = None
         self._open_store = open_store
         self._store: Store | None = None
@@ -165,10 +169,10 @@ class StoreThread:
         try:
             with self._using:
                 self._store = self._open_store()
-                self.shared = self._store.shared
         except BaseException as error:  # noqa: BLE001 -- it belongs to the caller, who waits for it
-            opened.set_exception(error)
-            return
+            if not (self._patient and isinstance(error, StoreBusy)):
+                opened.set_exception(error)
+                return
         opened.set_result(None)
         ending = False
         while not ending:
