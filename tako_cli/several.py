@@ -1,22 +1,24 @@
 """The servers of an environment as one app: what is in the store that they share, and what each has of its own.
 
-The first of them answers for the shared store. The others are asked for the runs of local workflows, which are in each
-one's own: such a run says of which `server` it is. Where nothing is shared, all runs are like that.
+The first of them answers for the shared store. The others are asked for what is local, runs and schedules, which are in
+each one's own: they say of which `server` they are. Where nothing is shared, all are like that.
 """
 
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from tako_runtime.control import Json
 from tako_runtime.errors import NotFound, Refused
 from tako_runtime.feed import Event
 from tako_runtime.manifest import Declared, Manifest
 from tako_runtime.run import Found
-from tako_runtime.site import Site
+from tako_runtime.site import Schedules, Site
 
 #: What is done to a whole store: only somebody who has said which can mean one that is not shared.
-_OF_A_STORE = frozenset({"signal", "prunable", "prune", "schedules", "status"})
+_OF_A_STORE = frozenset({"signal", "status"})
 
 
 class Several:
@@ -28,6 +30,10 @@ class Several:
         self._sites, self._shared = dict(sites), shared
         self._first = next(iter(sites.values()))
         self._server_of: dict[str, str] = {}  # by the id of a run that was found
+
+    @property
+    def where(self) -> str:
+        return f"on {', '.join(self._sites)}"
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_A_STORE and not self._shared:
@@ -76,6 +82,23 @@ class Several:
         ]
         return {**found, "waiting": sorted(waiting, key=lambda wait: str(wait["signal"]))[:limit]}
 
+    def timetables(self) -> list[tuple[str | None, Schedules]]:
+        """The schedules of the shared store, and those that each server has of its own, under its name."""
+        found: list[tuple[str | None, Schedules]] = []
+        for server, site in self._sites.items():
+            asked = site.schedules()
+            own = [one for one in asked.records if one.workflow in asked.local or not self._shared]
+            if self._shared and site is self._first:
+                found.append((None, replace(asked, records=[one for one in asked.records if one not in own])))
+            found.append((server, replace(asked, records=own)))
+        return found
+
+    def prunable(self, before: int, **which: Any) -> int:
+        return sum(site.prunable(before, **{**which, **only}) for site, only in self._stores())
+
+    def prune(self, before: int, **which: Any) -> int:
+        return sum(site.prune(before, **{**which, **only}) for site, only in self._stores())
+
     def show(self, prefix: str) -> Json:
         run, site = self._of(prefix)
         return self._marked(site.show(run.id), self._server_of[run.id])
@@ -121,6 +144,11 @@ class Several:
         run = self.find(prefix)
         return run, self._site_of(run.id)
 
+    def _stores(self) -> list[tuple[Site, dict[str, Any]]]:
+        """Each site, and of which of its stores it is asked: nobody is asked twice of the shared one."""
+        once = {"local": True} if self._shared else {}
+        return [(site, {} if site is self._first else once) for site in self._sites.values()]
+
     def _site_of(self, run: str) -> Site:
         return self._sites[self._server_of[run]]
 
@@ -129,3 +157,8 @@ class Several:
 
     def _marked(self, one: Json, server: str) -> Json:
         return {**one, "server": server} if self._is_own(one) else one
+
+
+def timetables(site: Site | Several) -> list[tuple[str | None, Schedules]]:
+    """The schedules of that app, by the server to which they belong; None for what belongs to no one of several."""
+    return site.timetables() if isinstance(site, Several) else [(None, site.schedules())]

@@ -267,10 +267,13 @@ class Control:
             woken += beside.do_sync(unkept(op, local=True))
         return woken + self._store.do_sync(unkept(op) if woken else op)
 
-    def prunable(self, before: int, *, workflow: str | None = None, statuses: Sequence[str] = ()) -> int:
-        """How many runs ended before an instant. Raises `InvalidValue` for a status that is no end."""
+    def prunable(
+        self, before: int, *, workflow: str | None = None, statuses: Sequence[str] = (), local: bool = False
+    ) -> int:
+        """How many runs ended before an instant; with `local`, in this machine's own store beside a shared one alone.
+        Raises `InvalidValue` for a status that is no end."""
         op = base.CountEnded(before=before, workflow=workflow, statuses=_ends(statuses))
-        return sum(store.do_sync(op) for store, _ in self._stores())
+        return sum(store.do_sync(op) for store, own in self._stores() if own or not local)
 
     def prune(
         self,
@@ -278,13 +281,14 @@ class Control:
         *,
         workflow: str | None = None,
         statuses: Sequence[str] = (),
+        local: bool = False,
         told: Callable[[int], None] = lambda _: None,
     ) -> int:
-        """Delete the runs that ended before an instant; how many. `told` hears how many went with each batch."""
+        """Delete the runs that `prunable` counts; how many. `told` hears how many went with each batch."""
 
         async def batches() -> int:
             total = 0
-            for store, _ in self._stores():
+            for store in [store for store, own in self._stores() if own or not local]:
                 async for count in prune(store, lambda _: before, workflow=workflow, statuses=_ends(statuses)):
                     total += count
                     told(count)

@@ -307,10 +307,11 @@ def test_a_server_that_cannot_be_reached_is_an_error_and_status_shows_the_others
         shown = one.afar("status")
         assert "web-0: nowhere.invalid cannot be reached" in shown.stderr
         assert one.app in shown.stdout
-        partly = one.afar("runs", "ls")
-        assert partly.returncode == 0, partly.stderr
-        assert "what only web-0 has is not looked at" in " ".join(partly.stderr.split())
-        which = one.afar("cron", "ls")
+        for words in (("runs", "ls"), ("cron", "ls"), ("runs", "prune", "--before", "1d", "--dry-run")):
+            partly = one.afar(*words)
+            assert partly.returncode == 0, partly.stderr
+            assert "what only web-0 has is not looked at" in " ".join(partly.stderr.split())
+        which = one.afar("runs", "signal", "go")
         assert which.returncode == 1
         assert "Say which: --server web-1" in which.stderr
         assert one.afar("runs", "ls", "--server", "web-1").returncode == 0

@@ -18,6 +18,7 @@ from workers import serving
 
 from tako_cli.overview import status as overview
 from tako_cli.several import Several
+from tako_runtime import clock
 from tako_runtime.control import Control
 from tako_runtime.errors import NotFound, Refused
 from tako_runtime.manifest import Declared, Manifest
@@ -279,6 +280,45 @@ def test_whoever_starts_a_local_run_on_several_servers_has_to_say_on_which(sever
     assert both.start(ORDER, "1").local is False
 
 
+def test_old_runs_of_the_shared_store_and_of_each_servers_own_are_counted_and_pruned_once(
+    several: dict[str, Site], caller: Caller, tmp_path: Path
+) -> None:
+    before = caller.now + 1
+    caller.settle(caller.started(), Returned("1"))
+    for name, count in {"web-1": 1, "web-2": 2}.items():
+        with closing(open_store(several[name]._home.embedded())) as opened:
+            own = Caller(opened)
+            for _ in range(count):
+                own.settle(own.started(workflow="order"), Returned("1"))
+            kept = own.enqueue()
+    both = Several(several)
+    assert both.prunable(before) == 4
+    assert both.prunable(before, workflow="warm") == 0
+    assert several["web-2"].prune(before, local=True) == 2
+    assert both.prunable(before, statuses=["succeeded"]) == 2
+    assert both.prune(before, statuses=["succeeded"]) == 2
+    assert both.prunable(before) == 0
+    assert several["web-2"].show(kept)["status"] == "pending"
+    assert both.where == "on web-1, web-2"
+
+
+def test_the_schedules_of_each_server_are_listed_under_its_name_and_those_of_the_shared_store_once(
+    several: dict[str, Site], caller: Caller
+) -> None:
+    def scheduled(name: str) -> base.SetSchedules:
+        return base.SetSchedules(
+            schedules=[ScheduleRecord(name, "default", "0 9 * * *", "UTC", "latest", "allow", None)]
+        )
+
+    caller.do(scheduled("order"))
+    for site in several.values():
+        with closing(open_store(site._home.embedded())) as opened:
+            opened.do_sync(scheduled("warm"))
+    found = Several(several).timetables()
+    told = [(server, [one.workflow for one in each.records]) for server, each in found]
+    assert told == [(None, ["order"]), ("web-1", ["warm"]), ("web-2", ["warm"])]
+
+
 @pytest.mark.parametrize("dialect", ["sqlite"])
 def test_servers_that_share_nothing_are_listed_together_and_changed_one_by_one(
     opened: StoreThread, caller: Caller, home: Home, tmp_path: Path
@@ -291,7 +331,12 @@ def test_servers_that_share_nothing_are_listed_together_and_changed_one_by_one(
         both = Several(sites, shared=False)
         assert {run["id"]: run["server"] for run in both.list_runs()} == {run: name for name, run in ids.items()}
         assert both.show(ids["web-2"])["server"] == "web-2"
-        for refused in (lambda: both.signal("go"), lambda: both.prune(0), lambda: both.start(WARM, "1")):
+        assert [server for server, _ in both.timetables()] == ["web-1", "web-2"]
+        for site in sites.values():
+            [run] = site.list_runs()
+            site.cancel(run["id"])
+        assert both.prune(clock.SystemClock().now() + clock.SECOND) == 2
+        for refused in (lambda: both.signal("go"), lambda: both.start(WARM, "1")):
             with pytest.raises(Refused) as error:
                 refused()
             assert "--server web-1" in error.value.hint

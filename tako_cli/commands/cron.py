@@ -20,7 +20,8 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The scheduled workflo
 def ls(env: AtEnv = None, server: AtServer = None, as_json: Json = False) -> None:
     """List when each schedule fires next, and what it did last.
 
-    Times are shown as in the schedule's own time zone, and in UTC. Ends with 1 if a file cannot be imported.
+    Those of local workflows are listed for each server, under its name. Times are shown as in the schedule's own time
+    zone, and in UTC. Ends with 1 if a file cannot be imported.
 
     \b
     Example:
@@ -29,26 +30,34 @@ def ls(env: AtEnv = None, server: AtServer = None, as_json: Json = False) -> Non
     import msgspec
 
     from tako_cli import context, wording
+    from tako_cli.several import timetables
     from tako_runtime import timetable
 
     with context.site(env, server) as site:
-        asked = site.schedules()
+        asked = timetables(site)
+        mistakes = list(dict.fromkeys(mistake for _, each in asked for mistake in each.mistakes))
         found = [
-            {**timetable.standing(one, asked.runs, wording.now()), "local": one.workflow in asked.local}
-            for one in asked.records
+            {
+                **timetable.standing(one, each.runs, wording.now()),
+                "local": one.workflow in each.local,
+                **({"server": name} if name else {}),
+            }
+            for name, each in asked
+            for one in each.records
         ]
+        found.sort(key=lambda one: str(one["workflow"]) if "server" in one else "")
         if as_json:
-            output.document({"schedules": found, "mistakes": msgspec.to_builtins(asked.mistakes)})
+            output.document({"schedules": found, "mistakes": msgspec.to_builtins(mistakes)})
         else:
             for one in found:
                 output.show(*_standing(one))
-            context.tell(asked.mistakes)
+            context.tell(mistakes)
             if found:
                 context.note_if_nothing_runs(site, "schedules fire while tako dev runs")
                 context.note_if_scaled(site)
-            elif not asked.mistakes:
+            elif not mistakes:
                 output.note('no workflow has a schedule; one gets it with @workflow(NAME, schedule="0 9 * * *")')
-    if asked.mistakes:
+    if mistakes:
         raise typer.Exit(1)
 
 
@@ -116,7 +125,9 @@ def fire(name: Name, env: AtEnv = None, server: AtServer = None, as_json: Json =
 def _standing(one: dict[str, Any]) -> "list[Text]":
     from tako_cli import wording
 
-    parts = [_title(wording.named(one["workflow"], one.get("local", False)), one["expression"], one["timezone"])]
+    parts = [
+        _title(wording.named(one["workflow"], one["local"], one.get("server")), one["expression"], one["timezone"])
+    ]
     now = wording.now()
     if one["error"]:
         parts += _lines("", [one["error"]])

@@ -313,7 +313,8 @@ def prune(
 ) -> None:
     """Delete runs that ended long ago, with their steps.
 
-    Live ones stay, whatever their age. It goes in small batches: nobody has to wait for it.
+    Live ones stay, whatever their age. It goes in small batches: nobody has to wait for it. On several servers it
+    reaches what each has of its own, too.
 
     \b
     Examples:
@@ -328,12 +329,13 @@ def prune(
         if count and not dry_run:
             _confirm("delete", _counted(count, statuses, workflow), site, yes)
             count = site.prune(moment, workflow=workflow, statuses=statuses)
+        where = f" {site.where}" if site.at else ""
     if as_json:
         output.document({"pruned": {"runs": 0 if dry_run else count, "found": count, "dry_run": dry_run}})
     elif dry_run or not count:
-        output.text(f"{_counted(count, statuses, workflow)} ended before then; none deleted")
+        output.text(f"{_counted(count, statuses, workflow)} ended before then{where}; none deleted")
     else:
-        output.text(f"{_counted(count, statuses, workflow)} deleted")
+        output.text(f"{_counted(count, statuses, workflow)} deleted{where}")
 
 
 # --- what they share -------------------------------------------------------------------------------------------------
