@@ -84,7 +84,7 @@ def explained(config: Config, env: str, remote: Remote, done: Done) -> TakoError
             f"{remote.name}: the release that is current there has no runtime any more",
             hint=f"Deploy it anew: tako deploy --env {env}",
         )
-    if done.code == 2 and "invalid choice" in done.err:
+    if done.code == 2 and ("invalid choice" in done.err or "unrecognized arguments" in done.err):
         return Refused(
             f"{remote.name}: the release there has an older tako, which cannot do that",
             hint=f"Deploy with the tako of here: tako deploy --env {env}",

@@ -68,8 +68,10 @@ def main(argv: list[str] | None = None) -> int:
     migrate = commands.add_parser("migrate", help="bring the store to this tako's version")
     migrate.add_argument("--breaking", action="store_true", help="also to what older ones cannot work with")
     commands.add_parser("switch", help="switch a server to a release, as the JSON on stdin says")
-    commands.add_parser("backup", help="print a copy of the store, made while others work with it")
-    commands.add_parser("restore", help="make what is on stdin the store; nobody may have that open")
+    backup = commands.add_parser("backup", help="print a copy of the store, made while others work with it")
+    restore = commands.add_parser("restore", help="make what is on stdin the store; nobody may have that open")
+    for command in (backup, restore):
+        command.add_argument("--local", action="store_true", help="this machine's own, beside a shared one")
     operate = commands.add_parser("operate", help="answer what an operator asks, JSON lines from stdin to stdout")
     operate.add_argument("--server", help="the name under [servers] whose settings hold here")
     script = commands.add_parser("run", help="a script, as python would, with secrets")
@@ -226,8 +228,12 @@ def _operate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _backup(_: argparse.Namespace) -> int:
-    home = store.locate()
+def _home(args: argparse.Namespace) -> store.Home:
+    return store.locate().embedded() if args.local else store.locate()
+
+
+def _backup(args: argparse.Namespace) -> int:
+    home = _home(args)
     copy = home.app_dir / f".backup.{os.getpid()}"
     try:
         store.backup(home, copy)
@@ -239,8 +245,8 @@ def _backup(_: argparse.Namespace) -> int:
     return 0
 
 
-def _restore(_: argparse.Namespace) -> int:
-    found, aside = store.restore(store.locate(), sys.stdin.buffer)
+def _restore(args: argparse.Namespace) -> int:
+    found, aside = store.restore(_home(args), sys.stdin.buffer)
     told = {"path": str(found.path), "runs": found.runs, "aside": None if aside is None else str(aside.path)}
     sys.stdout.write(json.dumps(told) + "\n")
     return 0

@@ -16,6 +16,12 @@ from tako_runtime.errors import NotFound, Refused, StoreError
 from tako_runtime.store import Home
 from tako_runtime.store.copying import checked
 
+LOCAL = """
+    @workflow("warm", local=True)
+    async def warm(payload, step):
+        return payload
+"""
+
 
 def runs_in(file: Path) -> int:
     with sqlite3.connect(file) as db:
@@ -100,6 +106,29 @@ def test_a_projects_own_store_is_copied_and_put_back(tmp_path: Path) -> None:
     assert told["runs"] == 1
     assert [one["id"] for one in document("runs", "ls", cwd=project)["runs"]] == [run]
     assert runs_in(Path(told["aside"])) == 2
+
+
+@pytest.mark.parametrize("dialect", ["postgres"])
+def test_local_runs_beside_a_database_are_copied_and_put_back_by_themselves(home: Home, tmp_path: Path) -> None:
+    config = f'name = "shop"\n[storage]\nurl = "{home.url}"\n'
+    project = make_project(tmp_path / "shop", FLOWS + LOCAL, config)
+    where = ("--env", "development")
+    nothing = tako("backup", "--local", *where, cwd=project)
+    assert nothing.returncode == 4, nothing.stderr
+    local, shared = start(project, "warm", "Ada"), start(project, "greet", "Bob")
+    refused = tako("backup", *where, cwd=project)
+    assert refused.returncode == 1
+    assert "pg_dump --format=custom" in refused.stderr
+    assert "local workflows here: say --local" in " ".join(refused.stderr.split())
+    made = document("backup", "--local", "--output", "own.db", *where, cwd=project)["backup"]
+    assert made["runs"] == runs_in(project / "own.db") == 1
+    start(project, "warm", "Eve")
+    told = document("restore", "own.db", "--local", "--yes", *where, cwd=project)["restored"]
+    assert (told["runs"], runs_in(Path(told["aside"]))) == (1, 2)
+    assert {one["id"] for one in document("runs", "ls", cwd=project)["runs"]} == {local, shared}
+    without = tako("restore", "own.db", "--yes", *where, cwd=project)
+    assert without.returncode == 1
+    assert "--local" in without.stderr
 
 
 @pytest.fixture

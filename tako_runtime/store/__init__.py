@@ -365,7 +365,8 @@ def _embedded(home: Home, command: str) -> None:
     if home.is_shared:
         told = {"file": f"{home.app}-{home.env}.dump", "schema": f'"{home.schema}"', "database": _database(home).plain}
         words = command.format(**{name: shlex.quote(value) for name, value in told.items()})
-        raise Refused(f"{where(home)} is no file of tako's own", hint=f"The database's own tools do it: {words}")
+        own = f"\n{home.file} has the runs of local workflows here: say --local." if home.file.exists() else ""
+        raise Refused(f"{where(home)} is no file of tako's own", hint=f"The database's own tools do it: {words}{own}")
 
 
 class _Current:
