@@ -4,12 +4,17 @@ import json
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import until
 from deploying import Shop
-from machines import machines
+from machines import Machine, machines
 from postgres import NoPostgres, Server
+
+from tako_runtime import store
+from tako_runtime.control import Control
+from tako_runtime.store import Home
 
 pytestmark = pytest.mark.lasting
 
@@ -180,3 +185,105 @@ def test_what_a_deploy_asks_it_asks_the_shared_store_and_a_server_that_was_down_
         )
         assert server.attempt("sh", "-c", hidden).stdout == ""
         assert PASSWORD not in server.run("journalctl", "--no-pager")
+
+
+# --- what stays on each server ---------------------------------------------------------------------------------------
+
+LOCAL = """
+    @workflow("tidy", local=True)
+    async def tidy(payload, step):
+        first = await step.run("first", here)
+        await step.wait_for("tidy")
+        return [first, await step.run("second", here)]
+
+    @workflow("ticks", local=True, schedule="* * * * * *")
+    async def ticks(step):
+        return here()
+"""
+
+#: The last local run of a schedule that has ended.
+LAST = """
+    import json
+    from tako_runtime import store
+    from tako_runtime.control import Control
+    runs = Control(store.current(local=True)).list_runs(workflow="ticks", statuses=["succeeded"], limit=1)
+    print(json.dumps(runs[0] if runs else {"id": "", "result": None}))
+"""
+
+
+def told(shop: Shop, *words: str) -> Any:
+    done = shop.tako(*words, "--env", "production", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+def test_each_servers_local_runs_stay_there_over_a_deploy_and_what_is_asked_of_them_all_reaches_each(
+    shared: tuple[Shop, Server],
+) -> None:
+    shop, database = shared
+    shop.write("workflows/flows.py", FLOWS + LOCAL)
+    first = shop.release()
+    parked = {name: shop.start("tidy", server) for name, server in shop.servers.items()}
+
+    def shown(run: str) -> dict[str, Any]:
+        return dict(told(shop, "runs", "show", run)["run"])
+
+    for name, run in parked.items():
+        until(lambda run=run: shown(run)["reason"] == "waiting")
+        assert shown(run)["server"] == name
+    second = shop.release()
+    for name, run in parked.items():
+        assert told(shop, "runs", "signal", "tidy", "--server", name)["signal"]["woken"] == 1
+        until(lambda run=run: shown(run)["status"] == "succeeded")
+        assert shown(run)["result"] == [[name, first], [name, second]]
+        assert shown(run)["attempt"] == 1
+
+    schedules = told(shop, "cron", "ls")["schedules"]
+    assert [(one["workflow"], one["server"], one["local"]) for one in schedules] == [
+        ("ticks", "web", True), ("ticks", "api", True),
+    ]  # fmt: skip
+    people = shop.tako("cron", "ls", "--env", "production").stdout
+    assert "ticks (local, web)" in people
+    assert "ticks (local, api)" in people
+
+    refused = shop.tako("backup")
+    assert refused.returncode == 1
+    assert "pg_dump --format=custom" in refused.stderr
+    assert "say --local" in refused.stderr
+    copies = told(shop, "backup", "--local")["servers"]
+    assert [one["server"] for one in copies] == ["web", "api"]
+    for name, copy in zip(parked, copies, strict=True):
+        kept = Control(store.open_store(Home("shop", _put(shop.folder / copy["backup"]["file"]))))
+        assert kept.show(parked[name])["status"] == "succeeded"
+
+    asked = shop.tako("runs", "prune", "--before", "1s", "--env", "production")
+    assert asked.returncode == 2
+    assert "on web, api" in asked.stderr
+    assert told(shop, "runs", "prune", "--before", "1s", "--workflow", "tidy", "--yes")["pruned"]["runs"] == 2
+    for run in parked.values():
+        assert shop.tako("runs", "show", run, "--env", "production").returncode == 4
+
+    def last(server: Machine) -> dict[str, Any]:
+        return dict(json.loads(shop.python(LAST, server=server)))
+
+    api = shop.servers["api"]
+    database.stop()
+    api.reboot()
+    before = last(api)["id"]
+    until(lambda: last(api)["id"] > before, 60)
+    assert last(api)["result"] == ["api", second]
+    assert shop.units(api)[second] == "active"
+    said = api.run("journalctl", "--boot", "--no-pager", "--unit", f"tako-shop@{second}")
+    assert "cannot be reached" in said
+    assert PASSWORD not in said
+    assert "Scheduled restart job" not in said
+    database.start()
+    until(lambda: places(shop) == {"web": {second}, "api": {second}}, 60)
+
+
+def _put(copy: Path) -> Path:
+    """A data folder in which that copy is the store of the app."""
+    folder = copy.parent / f"{copy.stem}-data"
+    (folder / "apps" / "shop").mkdir(parents=True)
+    copy.rename(folder / "apps" / "shop" / "runs.db")
+    return folder
