@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, util
 from pathlib import Path
 
@@ -230,6 +232,25 @@ def test_a_password_of_an_index_is_in_no_error(shop: Path, monkeypatch: pytest.M
     with pytest.raises(TakoError, match="cannot be locked") as caught:
         pack(shop)
     assert "hunter22" not in str(caught.value)
+
+
+def test_deploys_that_get_the_same_wheels_at_once_have_them_both(
+    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, pip, both = make_wheel(index, "widgets", "1"), lock._pip, threading.Barrier(2)
+    digest = hashlib.sha256(made.read_bytes()).hexdigest()
+    needed = lock.Locked({"widgets==1": [f"sha256:{digest}"]}, [])
+
+    def together(words: list[str], what: str) -> None:
+        pip(words, what)
+        both.wait(60)
+
+    monkeypatch.setattr(lock, "_pip", together)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(lock.wheelhouse, needed, [], SERVER, tmp_path / "kept") for _ in range(2)]
+        found = [each.result() for each in asked]
+    assert [list(each) for each in found] == [[made.name]] * 2
+    assert all(path.read_bytes() == made.read_bytes() for each in found for path in each.values())
 
 
 def test_a_uv_lock_is_what_counts_and_without_uv_it_is_refused(

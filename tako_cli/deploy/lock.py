@@ -5,7 +5,6 @@ runtime needs. uv finds the versions where it is there, else pip does. An answer
 same requirements give the same versions at the next deploy, until somebody asks for new ones.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -200,8 +199,11 @@ def wheelhouse(locked: Locked, options: Sequence[str], target: Target, kept: Pat
             words = ["download", "--quiet", "--no-deps", "--require-hashes", "--only-binary", ":all:", *target.for_pip]
             _pip([*words, "--dest", f"{scratch}/wheels", "-r", f"{scratch}/in.txt"], "the wheels cannot be got")
             (Path(scratch) / "wheels").mkdir(exist_ok=True)
-            with contextlib.suppress(FileExistsError, IsADirectoryError):
+            try:
                 (Path(scratch) / "wheels").rename(place)
+            except OSError:  # another deploy of this project's has brought the same ones meanwhile
+                if not place.is_dir():
+                    raise
     os.utime(place)
     _prune(kept)
     return {path.name: path for path in sorted(place.glob("*.whl"))}
