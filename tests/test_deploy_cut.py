@@ -153,8 +153,8 @@ def test_a_power_cut_in_the_switch_leaves_the_old_release_and_the_next_deploy_me
 def test_a_power_cut_as_the_release_that_has_proved_itself_is_enabled_leaves_one_that_starts_at_boot(
     shop: Shop, web: Machine, moment: str
 ) -> None:
-    """Had `current` named it by then, none would: no unit but that one may start, and it is not among those of a boot."""
-    good = shop.release()
+    """Had `current` named it before it was enabled, none would: a unit that `current` does not name may not start."""
+    shop.release()
     systemctl = web.root / "usr/local/bin/systemctl"
     systemctl.write_text(textwrap.dedent(HELD.format(moment=moment)).lstrip())
     systemctl.chmod(0o755)
@@ -165,5 +165,5 @@ def test_a_power_cut_as_the_release_that_has_proved_itself_is_enabled_leaves_one
     deploying.communicate(timeout=120)
     web.boot()
     systemctl.unlink()
-    shop.runs_on(good)
+    shop.runs_on(shop.current())
     shop.runs_on(shop.release())
