@@ -21,7 +21,7 @@ import msgspec
 
 from tako_runtime import clock, log, store
 from tako_runtime.child import NOTHING_TO_RUN
-from tako_runtime.errors import TakoError
+from tako_runtime.errors import StoreError, TakoError
 from tako_runtime.guard import ORPHAN_GRACE
 from tako_runtime.manifest import IMPORT_LIMIT, Manifest, declares, discover, imported
 from tako_runtime.masking import guarded, masked_json
@@ -65,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     manifest.add_argument("--telling", action="store_true", help="first, a line for each file that is to be imported")
     manifest.add_argument("--without", action="append", default=[], metavar="FILE", help="leave it out")
     commands.add_parser("fit", help="which live runs would not fit the release in the working folder, as JSON")
+    commands.add_parser("serves", help="which version a tako has to know to work with the shared store, as JSON")
     migrate = commands.add_parser("migrate", help="bring the store to this tako's version")
     migrate.add_argument("--breaking", action="store_true", help="also to what older ones cannot work with")
     commands.add_parser("switch", help="switch a server to a release, as the JSON on stdin says")
@@ -175,6 +176,17 @@ def _fit(_: argparse.Namespace) -> int:
     if local is not None:
         local.close()
     sys.stdout.write(json.dumps(found) + "\n")
+    return 0
+
+
+def _serves(_: argparse.Namespace) -> int:
+    """With the secrets that it is handed, it answers for a database that the app does not have yet."""
+    receive()
+    try:
+        told: dict[str, object] = {"serves": store.serves(store.locate())}
+    except StoreError as error:
+        told = {"error": str(error), "hint": error.hint}
+    sys.stdout.write(json.dumps(told) + "\n")
     return 0
 
 
@@ -431,8 +443,8 @@ def _end_now() -> None:
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "worker": _worker, "serve": _serve, "manifest": _manifest, "fit": _fit, "migrate": _migrate,
-    "switch": _switch, "operate": _operate, "backup": _backup, "restore": _restore,
+    "worker": _worker, "serve": _serve, "manifest": _manifest, "fit": _fit, "serves": _serves,
+    "migrate": _migrate, "switch": _switch, "operate": _operate, "backup": _backup, "restore": _restore,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import textwrap
 import threading
 
 import pytest
@@ -10,6 +11,18 @@ from deploying import Shop, stage
 from machines import Machine
 
 pytestmark = pytest.mark.lasting
+
+
+#: The server's own systemctl, which stops for ever as it is to enable a release's unit: before it does, or after.
+HELD = """
+    #!/bin/sh
+    case "$*" in "enable tako-shop@"*)
+        [ {moment} = before ] || /usr/bin/systemctl "$@"
+        touch /run/held
+        exec sleep infinity
+    esac
+    exec /usr/bin/systemctl "$@"
+"""
 
 
 # --- cut off ---------------------------------------------------------------------------------------------------------
@@ -134,3 +147,23 @@ def test_a_power_cut_in_the_switch_leaves_the_old_release_and_the_next_deploy_me
     shop.runs_on(release)
     shop.signal("go")
     assert shop.ended(run_id) == [good, release]
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_a_power_cut_as_the_release_that_has_proved_itself_is_enabled_leaves_one_that_starts_at_boot(
+    shop: Shop, web: Machine, moment: str
+) -> None:
+    """Had `current` named it before it was enabled, none would: a unit that `current` does not name may not start."""
+    shop.release()
+    systemctl = web.root / "usr/local/bin/systemctl"
+    systemctl.write_text(textwrap.dedent(HELD.format(moment=moment)).lstrip())
+    systemctl.chmod(0o755)
+    shop.change()
+    deploying = shop.begin("deploy", "--yes")
+    until(lambda: web.attempt("test", "-e", "/run/held").returncode == 0, 120)
+    web.power_cut()
+    deploying.communicate(timeout=120)
+    web.boot()
+    systemctl.unlink()
+    shop.runs_on(shop.current())
+    shop.runs_on(shop.release())

@@ -14,7 +14,7 @@ from postgres import NoPostgres, Server
 
 from tako_runtime import store
 from tako_runtime.control import Control
-from tako_runtime.store import Home
+from tako_runtime.store import Home, version
 
 pytestmark = pytest.mark.lasting
 
@@ -66,10 +66,15 @@ def shared(tmp_path: Path) -> Iterator[tuple[Shop, Server]]:
             database.ask("CREATE DATABASE shop OWNER shop")
             shop = Shop(tmp_path / "shop", {"web": web, "api": api}, more=CONFIG)
             shop.write("workflows/flows.py", FLOWS)
-            url = f"postgresql://shop:{PASSWORD}@{web.gateway}:{PORT},{api.gateway}:{PORT}/shop"
-            kept = shop.tako("secrets", "set", "DATABASE_URL", "--env", "production", stdin=url)
-            assert kept.returncode == 0, kept.stderr
+            keep(shop, f"{web.gateway}:{PORT},{api.gateway}:{PORT}")
             yield shop, database
+
+
+def keep(shop: Shop, hosts: str) -> None:
+    """Have the database there from the next deploy on."""
+    url = f"postgresql://shop:{PASSWORD}@{hosts}/shop"
+    kept = shop.tako("secrets", "set", "DATABASE_URL", "--env", "production", stdin=url)
+    assert kept.returncode == 0, kept.stderr
 
 
 def places(shop: Shop, count: int = 12) -> dict[str, set[str]]:
@@ -121,10 +126,78 @@ def test_servers_that_share_a_database_roll_over_one_after_the_other_with_both_r
     assert places(shop) == {"web": {first}, "api": {first}}
 
 
-def test_what_a_deploy_asks_it_asks_the_shared_store_and_a_server_that_was_down_is_made_up_for(
+def sent(shop: Shop) -> list[str]:
+    """All that deploys have put onto the servers."""
+    folders = [f"{shop.base}/{name}" for name in ("releases", "incoming")]
+    return [server.run("find", *folders, "-mindepth", "1", "-maxdepth", "1") for server in shop.servers.values()]
+
+
+def test_a_shared_store_that_is_not_for_this_tako_or_cannot_be_asked_stops_a_deploy_before_anything_is_sent(
     shared: tuple[Shop, Server],
 ) -> None:
     shop, database = shared
+    web, api = shop.servers.values()
+    shop.deploy("--parallel")
+    first, there = shop.current(web), sent(shop)
+    url = database.url("shop")
+    database.ask("CREATE TABLE kept AS SELECT version, serves FROM tako_shop_production.store", url)
+    database.ask("UPDATE tako_shop_production.store SET version = 99, serves = 99", url)
+    newer = f"its store is for a newer tako: it takes version 99, and this one knows {version.newest('postgres')}"
+    shop.change()
+    for words in (["deploy", "--yes"], ["deploy", "--dry-run"], ["deploy", "--yes", "--keep-going"]):
+        refused = shop.tako(*words)
+        assert refused.returncode == 1
+        rows = refused.stdout.splitlines()
+        assert [row.split()[0] for row in rows] == ["server", "web", "api"], "only the table"
+        assert all(first in row and "its store is for a newer tako" in row for row in rows[1:])
+        assert f"web: {newer}\napi: {newer}\nNothing was changed." in refused.stderr.replace("error: ", "")
+        assert "Upgrade tako here." in refused.stderr
+        assert "uploads" not in refused.stderr
+    checked = shop.tako("servers", "check", "--json")
+    assert checked.returncode == 1
+    assert [one["problems"][0]["problem"] for one in json.loads(checked.stdout)["servers"]] == [newer, newer]
+    assert sent(shop) == there
+
+    back = shop.tako("rollback", first, "--yes")
+    assert back.returncode == 1
+    assert "for a tako that knows version 99" in back.stderr
+    assert "nothing was switched" in back.stderr
+
+    runtime = f"{shop.base}/releases/{first}/.venv/lib/python3.11/site-packages/tako_runtime/__main__.py"
+    for server in (web, api):  # one that does not know the question
+        server.run("sed", "-i", 's/"serves"/"of_later"/', runtime)
+    later = shop.tako("deploy", "--yes")
+    assert later.returncode == 1
+    assert "for a tako that knows version 99" in later.stderr
+    assert "nothing was switched" in later.stderr
+    assert sent(shop) != there, "the new release is the one that can tell"
+    for server in (web, api):
+        server.run("sed", "-i", 's/"of_later"/"serves"/', runtime)
+        shop.is_up(first, server)
+    database.ask("UPDATE tako_shop_production.store SET (version, serves) = (SELECT version, serves FROM kept)", url)
+
+    there = sent(shop)
+    shop.change()
+    keep(shop, f"{web.gateway}:1")
+    away = shop.tako("deploy", "--yes")
+    assert away.returncode == 1
+    for server in ("web", "api"):
+        assert f"{server}: the database {web.gateway}:1/shop cannot be reached" in away.stderr.replace("error: ", "")
+    assert "Nothing was changed." in away.stderr
+    assert PASSWORD not in away.stdout + away.stderr
+    assert sent(shop) == there
+
+    pushed = shop.tako("secrets", "push", "--no-roll")
+    assert pushed.returncode == 0, pushed.stderr
+    keep(shop, f"{web.gateway}:{PORT},{api.gateway}:{PORT}")
+    assert shop.tako("servers", "check").returncode == 1, "what the servers have leads to nobody"
+    assert [one["state"] for one in shop.deploy()] == ["taken", "taken"], "the new one is not held up by that"
+
+
+def test_what_a_deploy_asks_it_asks_the_shared_store_and_a_server_that_was_down_is_made_up_for(
+    shared: tuple[Shop, Server],
+) -> None:
+    shop, _ = shared
     web, api = shop.servers.values()
     assert [one["state"] for one in shop.deploy("--parallel")] == ["taken", "taken"]
     first = shop.current(web)
@@ -136,17 +209,6 @@ def test_what_a_deploy_asks_it_asks_the_shared_store_and_a_server_that_was_down_
     assert asked.returncode == 1
     assert asked.stderr.count(f"run {parked} (ask) has finished first") == 1
     assert "web, api: run" in asked.stderr
-
-    url = database.url("shop")
-    database.ask("CREATE TABLE kept AS SELECT version, serves FROM tako_shop_production.store", url)
-    database.ask("UPDATE tako_shop_production.store SET version = 99, serves = 99", url)
-    newer = shop.tako("deploy", "--yes")
-    assert newer.returncode == 1
-    assert "for a tako that knows version 99" in newer.stderr
-    assert "nothing was switched" in newer.stderr
-    database.ask("UPDATE tako_shop_production.store SET (version, serves) = (SELECT version, serves FROM kept)", url)
-    for server in (web, api):
-        shop.is_up(first, server)
 
     shop.write("workflows/flows.py", FLOWS.replace('"ask"', '"question"'))
     api.cut()

@@ -23,6 +23,7 @@ from tako_cli.remote import Remote
 from tako_runtime import clock, config
 from tako_runtime.config import Config
 from tako_runtime.manifest import Declared, Manifest
+from tako_runtime.store.version import newest
 from tako_runtime.switch import Spec
 
 CONFIG = """
@@ -84,7 +85,7 @@ def asked(shop: Config, answer: Mapping[str, Any], env: str = "production", here
 
 
 def test_a_server_that_is_fit_has_no_problems(shop: Config) -> None:
-    for answer in (told(), of_user()):
+    for answer in (told(), of_user(), told(shared={}), told(shared={"serves": None}), told(shared={"serves": 1})):
         found = asked(shop, answer)
         assert found.problems == ()
         assert found.target == Target("3.11", "x86_64", "2.36")
@@ -104,6 +105,8 @@ def test_a_server_that_is_fit_has_no_problems(shop: Config) -> None:
         (told(time=910.0), "its clock is 90 s behind", "timedatectl"),
         (told(free_data=100 << 20), "only 100 MiB are free", "Make room"),
         (told(schema=99), "for a newer tako: it takes version 99", "Upgrade tako"),
+        (told(shared={"serves": 99}), f"it takes version 99, and this one knows {newest('postgres')}", "Upgrade tako"),
+        (told(shared={"error": "the database db:5432/shop is away", "hint": "Look at it."}), "db:5432", "Look at it"),
         (told(lock={"user": "ada", "host": "pc", "since": 940.0}), "a deploy of ada on pc is under way, for 1m", ""),
     ],
 )  # fmt: skip

@@ -1,7 +1,10 @@
 """The shared store: what happens when the connection to it goes, and what its schema is."""
 
+import json
+import os
 import shlex
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +29,7 @@ from tako_runtime.clock import SECOND
 from tako_runtime.control import Control
 from tako_runtime.errors import ConfigError, Refused, StoreUnreachable
 from tako_runtime.run import StepRecord
+from tako_runtime.secrets import envelope
 from tako_runtime.state import Returned
 from tako_runtime.store import Home, base, database, open_store, queries, version
 from tako_runtime.store.commit import StoreThread
@@ -425,6 +429,29 @@ def test_a_process_that_writes_nothing_more_is_forgotten(opened: StoreThread, ho
         other.do_sync(base.GiveBackSpace())
     [(left,)] = server.ask(f'SELECT count(*) FROM "{home.schema}".writers', home.url)
     assert left == 1, "the one that forgot the others"
+
+
+def test_a_runtime_tells_which_tako_the_store_is_for_of_the_database_that_it_is_handed_and_writes_nothing(
+    home: Home, server: Server
+) -> None:
+    def told(url: str) -> dict[str, object]:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "tako_runtime", "serves"], input=envelope({"DATABASE_URL": url}),
+            capture_output=True, check=True, timeout=60,
+            env={**os.environ, **home._replace(url="postgres").environment(), "TAKO_SECRETS_FD": "0"},
+        )  # fmt: skip
+        assert b"pass-7c1" not in done.stdout + done.stderr
+        return dict(json.loads(done.stdout))
+
+    assert told(home.url) == {"serves": None}
+    made = server.ask(f"SELECT count(*) FROM pg_namespace WHERE nspname = '{home.schema}'", home.url)
+    assert made == [(0,)]
+    open_store(home).close()
+    assert told(home.url) == {"serves": 1}
+    server.ask(f'UPDATE "{home.schema}".store SET serves = 99', home.url)
+    assert told(home.url) == {"serves": 99}
+    away = told("postgresql://ada:pass-7c1@127.0.0.1:1/shop")
+    assert "the database 127.0.0.1:1/shop cannot be reached" in str(away["error"])
 
 
 def test_the_store_is_examined_without_being_made_or_brought_up_to_date(

@@ -62,7 +62,7 @@ def deploy(
     refuse_to_share(config, names)
     secrets = _secrets(config, env)
     remotes = connected(config, names)
-    facts = [one for one in preflight(config, env, remotes, as_json=as_json, keep_going=keep_going) if one.target]
+    facts = preflight(config, env, remotes, as_json=as_json, keep_going=keep_going, secrets=secrets or {})
     left_out = [name for name in names if name not in [one.server for one in facts]]
     output.passing("packs the release")
     release = pack(config, env, [one.target for one in facts if one.target], secrets=secrets)
@@ -108,15 +108,21 @@ def connected(config: "Config", names: "Sequence[str]") -> "dict[str, Remote]":
 
 
 def preflight(
-    config: "Config", env: str, remotes: "Mapping[str, Remote]", *, as_json: bool, keep_going: bool = False
+    config: "Config",
+    env: str,
+    remotes: "Mapping[str, Remote]",
+    *,
+    as_json: bool,
+    keep_going: bool = False,
+    secrets: "Mapping[str, str] | None" = None,
 ) -> "list[Facts]":
-    """What every server answers. Raises `Refused` where one cannot take it, after a table of all; those that can are
-    enough with `keep_going`."""
+    """What every server answers, with `secrets` also of the shared store (`ask_all`). Raises `Refused` where one cannot
+    take it, after a table of all; those that can are enough with `keep_going`."""
     from tako_cli.deploy.facts import ask_all
     from tako_runtime.errors import Refused
 
     output.passing(f"asks {', '.join(remotes)}")
-    facts = ask_all(config, env, list(remotes.values()))
+    facts = ask_all(config, env, list(remotes.values()), secrets=secrets)
     output.passing("")
     bad = [one for one in facts if one.problems]
     if not bad:

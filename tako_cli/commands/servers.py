@@ -68,7 +68,7 @@ def check(
         context.servers(env, name)
     chosen = [name for name in theirs if not names or name in names]
     output.passing(f"asks {', '.join(chosen)}")
-    found = ask_all(config, env, context.remotes_of(config, chosen))
+    found = ask_all(config, env, context.remotes_of(config, chosen), secrets={})
     output.passing("")
     if as_json:
         output.document({"servers": [_row(one) for one in found]})

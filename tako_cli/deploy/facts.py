@@ -12,6 +12,8 @@ from tako_cli.remote import Remote
 from tako_runtime import clock
 from tako_runtime.config import Config
 from tako_runtime.errors import TakoError
+from tako_runtime.secrets import VARIABLE, envelope
+from tako_runtime.store import DATABASE_URL, EMBEDDED
 
 #: The oldest Python and systemd that will do.
 PYTHON, SYSTEMD = (3, 11), 249
@@ -118,13 +120,16 @@ def slug(config: Config, env: str) -> str:
     return config.name if env == "production" else f"{config.name}.{env}"
 
 
-def ask_all(config: Config, env: str, remotes: Sequence[Remote]) -> list[Facts]:
-    """Every server at once, in the order given. Nothing is changed."""
+def ask_all(
+    config: Config, env: str, remotes: Sequence[Remote], *, secrets: Mapping[str, str] | None = None
+) -> list[Facts]:
+    """Every server at once, in the order given. Nothing is changed. The shared store is asked too where there are
+    `secrets`: with those, else with the server's own."""
     with ThreadPoolExecutor(max(len(remotes), 1)) as pool:
-        return list(pool.map(lambda remote: ask(config, env, remote), remotes))
+        return list(pool.map(lambda remote: ask(config, env, remote, secrets=secrets), remotes))
 
 
-def ask(config: Config, env: str, remote: Remote) -> Facts:
+def ask(config: Config, env: str, remote: Remote, *, secrets: Mapping[str, str] | None = None) -> Facts:
     source = Path(__file__).with_name("asked.py").read_bytes()
     words = ["sh", "-c", _FIND, "ask", slug(config, env), config.name, env, config.deploy.data_dir or ""]
     try:
@@ -133,16 +138,38 @@ def ask(config: Config, env: str, remote: Remote) -> Facts:
         done = remote.run(words, input=source, timeout=60)
         after = clock.SystemClock().now()
     except TakoError as error:
-        return Facts(
-            remote.name, remote.host, problems=(str(error).removeprefix(f"{remote.name}: "),), hints=(error.hint,)
-        )
+        return _unreachable(remote, error)
     try:
         answer = dict(json.loads(done.out.splitlines()[-1]))
     except (ValueError, IndexError, TypeError):
         said = (done.err or done.out).strip().splitlines()
         why = f"it cannot be asked: {said[-1] if said else f'sh ended with {done.code}'}"
         return Facts(remote.name, remote.host, problems=(why,))
+    if secrets is not None and config.storage.url != EMBEDDED and answer.get("current"):
+        try:
+            answer["shared"] = _ask_shared(config, env, remote, secrets)
+        except TakoError as error:
+            return _unreachable(remote, error)
     return read(config, env, remote, answer, (before + after) / 2 / clock.SECOND)
+
+
+def _ask_shared(config: Config, env: str, remote: Remote, secrets: Mapping[str, str]) -> Mapping[str, Any]:
+    """What the current release there, whose environment speaks to databases, finds out about the store that this deploy
+    is to work with: the app may have had another one. Empty where that release cannot tell; the new one will."""
+    from tako_cli.afar import runtime, there
+
+    told = ["env", f"TAKO_STORAGE={config.storage.url}", f"{VARIABLE}=0"]
+    given = envelope({name: secrets[name] for name in (DATABASE_URL,) if name in secrets})
+    done = remote.run(there(config, env, [*told, *runtime("serves")]), input=given, timeout=60)
+    try:
+        return dict(json.loads(done.out.splitlines()[-1]))
+    except (ValueError, IndexError, TypeError):
+        return {}
+
+
+def _unreachable(remote: Remote, error: TakoError) -> Facts:
+    why = str(error).removeprefix(f"{remote.name}: ")
+    return Facts(remote.name, remote.host, problems=(why,), hints=(error.hint,))
 
 
 def read(config: Config, env: str, remote: Remote, answer: Mapping[str, Any], here: float) -> Facts:
@@ -178,9 +205,13 @@ def read(config: Config, env: str, remote: Remote, answer: Mapping[str, Any], he
                 "Wait for it to end. A deploy that was killed lets go within a minute.",
             )
         )
-    if (answer["schema"] or 0) > schema():
-        why = f"its store is for a newer tako: it takes version {answer['schema']}, and this one knows {schema()}"
-        problems.append((why, "Upgrade tako here."))
+    shared = answer.get("shared", {})
+    for takes, knows in ((answer["schema"], schema()), (shared.get("serves"), schema("postgres"))):
+        if (takes or 0) > knows:
+            why = f"its store is for a newer tako: it takes version {takes}, and this one knows {knows}"
+            problems.append((why, "Upgrade tako here."))
+    if "error" in shared:
+        problems.append((shared["error"], shared["hint"]))
     target = Target(".".join(answer["python"][1].split(".")[:2]), answer["machine"], answer["glibc"])
     place = Place(
         name, config.name, env, answer["base"], answer["data_dir"], user, answer["user"] if user else "tako",
@@ -193,11 +224,11 @@ def read(config: Config, env: str, remote: Remote, answer: Mapping[str, Any], he
     )  # fmt: skip
 
 
-def schema() -> int:
-    """The version of the embedded store that this tako writes."""
+def schema(dialect: str = "sqlite") -> int:
+    """The version of the embedded store, or the other kind, that this tako writes."""
     from tako_runtime.store.version import newest
 
-    return newest("sqlite")
+    return newest(dialect)
 
 
 def locked(lock: Mapping[str, Any], now: float) -> str:

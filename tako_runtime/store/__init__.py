@@ -316,6 +316,15 @@ def where(home: Home) -> str:
     return f"{home.schema} in {_database(home).where}"
 
 
+def serves(home: Home) -> int | None:
+    """The version that a tako has to know to work with a shared store, which is not written to; None where there is no
+    store yet. Raises `StoreError` where its database lets nobody look."""
+    database = _database(home)
+    from tako_runtime.store.schema import serves
+
+    return serves(database, home.schema)
+
+
 def examine(home: Home) -> "Examined | None":
     """The health of the store, looked at without writing to it, also while others work; None where there is none yet.
     Raises `StoreError` where it cannot be opened."""

@@ -46,6 +46,16 @@ def _version(db: "psycopg.Connection[Any]", schema: str) -> Version:
     return Version(*(db.execute(f'SELECT version, serves FROM "{schema}".store').fetchone() or ()))  # noqa: S608
 
 
+def serves(database: Database, schema: str) -> int | None:
+    """The version that a tako has to know to work with it; None where there is none yet. Nothing is written."""
+    try:
+        with database.connect() as db:
+            there = _version(db, schema)
+    except psycopg.Error as error:
+        raise translated(error, database) from error
+    return there.serves if there.number else None
+
+
 def examine(database: Database, schema: str) -> Examined | None:
     """As `file.examine`; what a database is sound by, it sees to itself."""
     try:
