@@ -167,6 +167,7 @@ def _fit(_: argparse.Namespace) -> int:
     from tako_runtime.control import Control
     from tako_runtime.fit import unfit
 
+    receive()  # the database may be another one than the app has yet
     declared = msgspec.json.decode(Path(".release/manifest.json").read_bytes(), type=Manifest)
     home = store.locate()
     opened, local = store.open_store(home), store.local_of(home)
@@ -212,6 +213,9 @@ def _switch(_: argparse.Namespace) -> int:
         say(taken=True, **switch(spec, lambda stage: say(stage=stage)))
     except NotSwitched as error:
         say(taken=False, error=str(error), last_lines=error.last_lines)
+        return 1
+    except OSError as error:
+        say(taken=False, error=f"the switch could not be carried out: {error}", last_lines=[])
         return 1
     return 0
 

@@ -9,7 +9,7 @@ import asyncio
 import difflib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +120,14 @@ class Control:
         found = [_found(run, local) for store, local in self._stores() for run in store.do_sync(op)]
         newest = sorted(found, key=lambda run: run.id, reverse=True) if self._local is not None else found
         return [run_json(run) for run in newest[:limit]]
+
+    def live(self) -> Iterator[tuple[base.Live, bool]]:
+        """All runs that have not ended, and whether each is in this machine's own store beside a shared one."""
+        for store, own in self._stores():
+            after = ""
+            while page := store.do_sync(base.LiveRuns(after=after)):
+                yield from ((run, own) for run in page)
+                after = page[-1].id
 
     def show(self, prefix: str) -> Json:
         """One run with its `steps`, its `attempts` (the one under way included) and what it is `waiting_for`."""

@@ -1,7 +1,7 @@
 """The switch to another release, on a server, in one go: whoever asked for it may be gone by the next line.
 
-    write the units -> start the release's own, which proves itself and takes over (`rollover.py`)
-    -> it may start at boot -> `current` names it -> the one before may not any more -> old releases go
+    write the units -> start the release's own, with the secrets that came along, which proves itself and takes over
+    (`rollover.py`) -> it may start at boot -> `current` names it -> the one before may not any more -> old releases go
 
 `current`, a link that is replaced in one rename, is the one truth: the unit of a release starts only if that names it,
 or while it is on trial. So whatever cuts this off, a power cut too, the next boot starts exactly one release.
@@ -22,6 +22,7 @@ import msgspec
 
 from tako_runtime.errors import TakoError
 from tako_runtime.rollover import LINES, Report
+from tako_runtime.rotation import tried
 
 #: How often systemd is asked how far a unit is, and how long a release may take to be taken, in seconds.
 _LOOK, PATIENCE = 0.1, 300.0
@@ -44,6 +45,8 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True):
     user: bool = False
     files: Mapping[str, str] = {}
     keep: int = 5
+    secrets: str | None = None  # the envelope of those that it comes with; None leaves those that are there
+    account: str = ""  # whom their file is to belong to, where that is not who switches
 
 
 class NotSwitched(TakoError):
@@ -57,20 +60,22 @@ class NotSwitched(TakoError):
 
 
 def switch(spec: Spec, say: Say) -> dict[str, Any]:
-    """Carry it out. Raises `NotSwitched`. Gives what was before, and the releases that still drain."""
+    """Carry it out. Gives what was before, and the releases that still drain. Raises `NotSwitched`, or `OSError` where
+    the disk is full or broken."""
     with _alone(spec.base / "switch.lock", say):
         before = _linked(spec, "current")
         files = dict(spec.files) or _kept(spec)
         say("writes the units")
         _place(spec, files)
         try:
-            if before == spec.release and _state(spec, spec.release)["ActiveState"] == "active":
-                say("runs already")
-            else:
-                _try(spec, say)
-            _systemctl(spec, "enable", _unit(spec, spec.release))  # of those that are, `current` picks one at a boot
+            with _secrets(spec):
+                if before == spec.release and _state(spec, spec.release)["ActiveState"] == "active":
+                    say("runs already")
+                else:
+                    _try(spec, say)
+                _systemctl(spec, "enable", _unit(spec, spec.release))  # of those that are, `current` picks one
             _make_current(spec, before)
-        except NotSwitched:
+        except (NotSwitched, OSError):
             _restore(spec, before, say)
             raise
         finally:
@@ -121,6 +126,12 @@ def _try(spec: Spec, say: Say) -> None:
         time.sleep(_LOOK)
 
 
+def _secrets(spec: Spec) -> contextlib.AbstractContextManager[None]:
+    if spec.secrets is None:
+        return contextlib.nullcontext()
+    return tried(spec.app_dir, spec.secrets.encode(), spec.account)
+
+
 def _restore(spec: Spec, before: str | None, say: Say) -> None:
     """The one before runs on. Where the new one had got as far as to take over, it is started again."""
     if before is None or before == spec.release:
@@ -131,7 +142,9 @@ def _restore(spec: Spec, before: str | None, say: Say) -> None:
 
 
 def _make_current(spec: Spec, before: str | None) -> None:
-    """In one rename, synced: a power cut leaves the one or the other."""
+    """In one rename, synced: a power cut leaves the one or the other. The units, enabled as they are by now, may be on
+    another disk, and have to be there before."""
+    subprocess.run(["sync", "-f", spec.units_dir], check=False)
     links = (
         {"current": spec.release} if before in (None, spec.release) else {"current": spec.release, "previous": before}
     )

@@ -87,6 +87,8 @@ def test_a_cable_that_is_cut_in_the_upload_is_noticed_and_the_next_deploy_mends_
 
 def test_a_disk_that_fills_up_stops_the_deploy_and_the_next_one_mends_it(shop: Shop, web: Machine) -> None:
     shop.configure(deploy='vendor = true\nmax_size = "1GiB"')
+    first = shop.release()
+    shop.change()
     good = shop.release()
     (shop.folder / "large.txt").write_bytes(bytes(260_000_000))
     web.fill_disk(leave=230_000_000)
@@ -94,11 +96,14 @@ def test_a_disk_that_fills_up_stops_the_deploy_and_the_next_one_mends_it(shop: S
     assert done.returncode == 1
     assert "No space left on device" in done.stderr
     shop.runs_on(good)
-    web.fill_disk()
+    web.fill_disk(leave=100_000_000)
     asked = shop.tako("deploy", "--yes")
     assert asked.returncode == 1
     assert "MiB are free" in asked.stderr
     assert "Nothing was changed." in asked.stderr
+    assert good in shop.tako("releases", "ls").stdout
+    assert shop.tako("rollback", "--yes").returncode == 0, "what sends nothing needs no room"
+    shop.runs_on(first)
     web.empty_disk()
     shop.deploy()
     shop.runs_on(shop.current())

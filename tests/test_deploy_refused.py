@@ -61,3 +61,24 @@ def test_a_release_that_does_not_prove_itself_is_not_taken(
     shop.write("app.py", APP)
     shop.write("workflows/flows.py", FLOWS)
     shop.runs_on(shop.release())
+
+
+@pytest.mark.lasting
+def test_a_release_that_is_not_taken_leaves_the_secrets_that_were_there(shop: Shop, web: Machine) -> None:
+    path = f"{shop.data_dir}/apps/shop/secrets.json"
+    assert shop.tako("secrets", "set", "KEY", "--env", "production", stdin="sk_before_4711").returncode == 0
+    good = shop.release()
+    before = web.run("stat", "-c", "%a %U %y", path)
+    assert shop.tako("secrets", "set", "KEY", "--env", "production", stdin="sk_after_0815").returncode == 0
+    shop.write("workflows/flows.py", AT_IMPORT)
+    assert shop.tako("deploy", "--yes").returncode == 1
+    assert "sk_before_4711" in web.run("cat", path)
+    assert web.run("stat", "-c", "%a %U %y", path) == before
+    shop.runs_on(good)
+    shop.write("workflows/flows.py", FLOWS)
+    shop.runs_on(shop.release())
+    assert "sk_after_0815" in web.run("cat", path)
+    assert shop.tako("secrets", "rm", "KEY", "--env", "production").returncode == 0
+    shop.release()
+    assert web.run("cat", path) == '{"secrets":{}}', "the last one is taken away too"
+    assert web.run("sh", "-c", f"ls -A {shop.data_dir}/apps/shop").count("secrets.json") == 1

@@ -276,26 +276,24 @@ def test_the_switch_is_told_all_that_it_needs(shop: Config, release: Release) ->
 
 def test_secrets_are_in_no_command_and_no_unit(shop: Config, release: Release) -> None:
     made = planned(shop, release, told(), secrets={"STRIPE_KEY": "sk_live_4711"})
-    [step] = [step for step in made.steps if step.name == "secrets"]
-    assert b"sk_live_4711" in step.given
-    assert step.text.endswith("< [REDACTED]")
+    assert b"sk_live_4711" in made.switch.given
+    assert made.switch.text.endswith("< [REDACTED]")
     assert not any("sk_live_4711" in step.text for step in made.steps)
-    assert b"sk_live_4711" not in made.switch.given
+    assert not any(b"sk_live_4711" in step.given for step in made.steps if step is not made.switch)
 
 
-def test_secrets_that_are_the_same_as_before_keep_their_time_and_others_do_not(tmp_path: Path) -> None:
-    """By which it is known who has old ones."""
-    path = tmp_path / "secrets.json"
-
-    def put(text: bytes) -> int:
-        subprocess.run(["sh", "-c", plan._SECRETS, "secrets", str(path), ""], input=text, check=True, timeout=60)
-        assert path.read_bytes() == text
-        assert path.stat().st_mode & 0o777 == 0o600
-        return path.stat().st_mtime_ns
-
-    first = put(b"one")
-    assert put(b"one") == first
-    assert put(b"two") > first
+def test_the_runs_are_looked_for_in_the_database_that_the_release_is_to_have(shop: Config, release: Release) -> None:
+    """Until the switch the server has the secrets of the release before."""
+    url = "postgresql://shop:pg-pass-4711@db/shop"
+    there = told(schema=1)
+    made = planned(shop, release, there, secrets={"DATABASE_URL": url, "STRIPE_KEY": "sk_live_4711"})
+    assert made.fit is not None
+    assert json.loads(made.fit.given) == {"secrets": {"DATABASE_URL": url}}
+    assert "TAKO_SECRETS_FD=0" in made.fit.words
+    assert "pg-pass" not in made.fit.text
+    own = planned(shop, release, there)
+    assert own.fit is not None
+    assert (own.fit.given, "TAKO_SECRETS_FD=0" in own.fit.words) == (b"", False)
 
 
 def test_what_the_app_is_asked_is_asked_as_the_user_who_runs_it(shop: Config, release: Release) -> None:
@@ -304,7 +302,7 @@ def test_what_the_app_is_asked_is_asked_as_the_user_who_runs_it(shop: Config, re
 
 
 @pytest.mark.parametrize("script", [plan._FOLDERS_OF_ROOT, plan._FOLDERS_OF_USER, plan._ENVIRONMENT_BY_PIP,
-                                    plan._ENVIRONMENT_BY_UV, plan._SECRETS, plan._UNPACK])  # fmt: skip
+                                    plan._ENVIRONMENT_BY_UV, plan._UNPACK])  # fmt: skip
 def test_the_scripts_are_ones_that_any_shell_reads(script: str) -> None:
     done = subprocess.run(["sh", "-n", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -2,6 +2,9 @@
 
 import json
 import stat
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +12,10 @@ import pytest
 from afar import Web, deployed
 from cli import is_alive
 from conftest import until
+
+from tako_runtime import rotation
+from tako_runtime.errors import TakoError
+from tako_runtime.secrets import envelope, stored
 
 pytestmark = pytest.mark.slow
 
@@ -127,3 +134,54 @@ def test_what_is_not_there_to_be_pushed_is_an_error_and_nothing_is_sent(web: Web
     assert "not set for production: OTHER" in missing.stderr
     assert not (web.app_dir / "secrets.json").exists()
     assert list(web.app_dir.iterdir()) == []
+
+
+# --- a release on trial ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """The file with the secrets of the release that runs."""
+    rotation.put(tmp_path, {"KEY": OLD})
+    return tmp_path / "secrets.json"
+
+
+def test_a_release_that_is_taken_leaves_its_secrets_and_no_others(kept: Path) -> None:
+    with rotation.tried(kept.parent, envelope({"KEY": NEW})):
+        assert stored(kept.parent) == {"KEY": NEW}
+    assert stored(kept.parent) == {"KEY": NEW}
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+def test_the_same_secrets_keep_their_time_by_which_it_is_known_who_has_others(kept: Path) -> None:
+    before = rotation.version(kept.parent)
+    with rotation.tried(kept.parent, envelope({"KEY": OLD})):
+        assert rotation.version(kept.parent) == before
+    assert rotation.version(kept.parent) == before
+
+
+@pytest.mark.parametrize("value", [OLD, NEW])
+def test_a_release_that_is_not_taken_leaves_those_of_before_and_their_time(kept: Path, value: str) -> None:
+    before = rotation.version(kept.parent)
+    with pytest.raises(TakoError), rotation.tried(kept.parent, envelope({"KEY": value})):
+        raise TakoError("not taken")
+    assert stored(kept.parent) == {"KEY": OLD}
+    assert rotation.version(kept.parent) == before
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("value", [NEW, "sk_live_after_three"])
+def test_a_try_that_was_cut_off_does_not_become_what_the_next_one_comes_back_to(kept: Path, value: str) -> None:
+    code = f"""
+        import os
+        from pathlib import Path
+        from tako_runtime.rotation import tried
+        from tako_runtime.secrets import envelope
+        with tried(Path({str(kept.parent)!r}), envelope({{"KEY": {NEW!r}}})):
+            os._exit(9)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == 9
+    assert stored(kept.parent) == {"KEY": NEW}
+    with pytest.raises(TakoError), rotation.tried(kept.parent, envelope({"KEY": value})):
+        raise TakoError("not taken")
+    assert stored(kept.parent) == {"KEY": OLD}

@@ -114,20 +114,22 @@ def preflight(
     *,
     as_json: bool,
     keep_going: bool = False,
+    sends: bool = True,
     secrets: "Mapping[str, str] | None" = None,
 ) -> "list[Facts]":
     """What every server answers, with `secrets` also of the shared store (`ask_all`). Raises `Refused` where one cannot
-    take it, after a table of all; those that can are enough with `keep_going`."""
+    take it, after a table of all; those that can are enough with `keep_going`. Where nothing is sent, whoever answers
+    can."""
     from tako_cli.deploy.facts import ask_all
     from tako_runtime.errors import Refused
 
     output.passing(f"asks {', '.join(remotes)}")
     facts = ask_all(config, env, list(remotes.values()), secrets=secrets)
     output.passing("")
-    bad = [one for one in facts if one.problems]
+    bad = [one for one in facts if (one.problems if sends else one.place is None)]
     if not bad:
         return facts
-    good = [one for one in facts if not one.problems]
+    good = [one for one in facts if one not in bad]
     if not as_json:
         output.show(*table(facts))
     message = "\n".join(f"{one.server}: {problem}" for one in bad for problem in one.problems)
@@ -152,17 +154,18 @@ def table(facts: "Sequence[Facts]") -> "list[Text]":
 
 
 def _secrets(config: "Config", env: str) -> "dict[str, str] | None":
-    """Those of the environment; None where nobody keeps any here. Raises where a required one is missing."""
-    from tako_cli.vault import reveal
+    """Those of the environment; None where nobody has ever kept one here. Raises where a required one is missing."""
+    from tako_cli.vault import Vault
     from tako_runtime.errors import ConfigError
 
-    given = reveal(config.root, env)
+    vault = Vault(config.root, env)
+    given = vault.reveal()
     if missing := [name for name in config.secrets.required if name not in given]:
         raise ConfigError(
             f"required secrets that are not set for {env}: {', '.join(missing)}",
             hint=f"Nothing was sent. Set them: tako secrets set {missing[0]} --env {env}",
         )
-    return given or None
+    return given if vault.file.exists() else None
 
 
 def _by(release: "Release") -> "dict[str, Any]":
@@ -224,7 +227,7 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
     from tako_runtime.errors import Refused
 
     def go_on(unfit: "Mapping[str, Mapping[str, Any]]") -> bool:
-        strange = []
+        strange, more = [], 0
         for server, found in _together(unfit):
             if found["orphaned"]:
                 named = ", ".join(f"{flow}: {count}" for flow, count in found["orphaned"].items())
@@ -239,6 +242,7 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
             if found["unread"]:
                 note(f"{server}: {found['unread']} runs may have finished steps that are not in this release: their "
                      "workflows' code computes the names of steps, so only running it would tell")  # fmt: skip
+            more += found["more"]
             strange += [
                 f"{server}: run {run['id']} ({run['workflow']}) has finished {', '.join(run['steps'])}"
                 for run in found["strange"]
@@ -248,8 +252,8 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
         note("this release's code does not name steps that parked runs have finished; what took their place will run:")
         for line in strange[:_NAMED]:
             note(f"  {line}")
-        if len(strange) > _NAMED:
-            note(f"  and {len(strange) - _NAMED} more")
+        if (others := more + len(strange) - _NAMED) > 0:
+            note(f"  and {others} more")
         if yes:
             return True
         if not output.can_ask():

@@ -34,7 +34,7 @@ def ls(env: Env = "production", as_json: Json = False) -> None:
     from tako_cli import context
 
     config, names = context.servers(env)
-    facts = preflight(config, env, connected(config, names), as_json=as_json, keep_going=True)
+    facts = preflight(config, env, connected(config, names), as_json=as_json, keep_going=True, sends=False)
     rows = [row for one in facts for row in _rows(one)]
     if as_json:
         output.document({"releases": rows})
@@ -72,7 +72,7 @@ def rollback(
 
     config, names = context.servers(env)
     remotes = connected(config, names)
-    facts = preflight(config, env, remotes, as_json=as_json)
+    facts = preflight(config, env, remotes, as_json=as_json, sends=False)
     wanted = {one.server: _chosen(one, release) for one in facts}
     if release is None and len(set(wanted.values())) > 1:
         raise Refused(

@@ -132,12 +132,13 @@ def push(
       tako secrets push --env staging --no-roll
     """
     from tako_cli import afar, context
-    from tako_cli.vault import reveal
+    from tako_cli.vault import Vault
     from tako_runtime.errors import ConfigError, NotFound, TakoError
 
     config, names = context.servers(env, server)
-    values = reveal(config.root, env)
-    if not values:
+    vault = Vault(config.root, env)
+    values = vault.reveal()
+    if not vault.file.exists():
         raise NotFound(f"no secret is kept for {env} here", hint=f"Keep one: tako secrets set NAME --env {env}")
     if missing := [name for name in config.secrets.required if name not in values]:
         hint = f"Nothing was sent. Set them: tako secrets set {missing[0]} --env {env}"

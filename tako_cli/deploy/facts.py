@@ -21,7 +21,7 @@ PYTHON, SYSTEMD = (3, 11), 249
 #: How far a server's clock may be off, in seconds: leases and schedules go by it.
 SKEW = 5.0
 
-#: So many bytes have to stay free on a server beside what is sent.
+#: So many bytes have to be free on a server: a release, its environment, and what the store writes meanwhile.
 ROOM = 200 << 20
 
 #: Finds a Python that will do; where there is none, says which there is.

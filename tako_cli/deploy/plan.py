@@ -17,7 +17,8 @@ from tako_cli.deploy.release import Release
 from tako_cli.deploy.units import units
 from tako_runtime.config import Config
 from tako_runtime.manifest import Manifest
-from tako_runtime.secrets import envelope
+from tako_runtime.secrets import VARIABLE, envelope
+from tako_runtime.store import DATABASE_URL
 
 #: What a deploy that was cut off has left is removed too: nobody else is at it, since we have the lock.
 _FOLDERS_OF_ROOT = """
@@ -60,15 +61,6 @@ rm -rf ../.venv
     -r "../$requirements"
 sync -f ../.venv
 touch ../.venv/.ready
-"""
-
-#: The same ones as before keep their time, by which it is known who has others.
-_SECRETS = """
-set -e; umask 077; cat > "$1.new"
-[ -z "$2" ] || chown "$2:$2" "$1.new"
-if cmp -s "$1.new" "$1"; then touch -r "$1" "$1.new"; fi
-sync "$1.new"
-mv -f "$1.new" "$1"
 """
 
 #: Holds the lock for as long as its input says now and then that somebody is there. Who holds it is named in the file,
@@ -158,14 +150,10 @@ def plan(
         ]
     if known is None or not known["ready"]:
         prepare.append(_environment(place, name, release, target))
-    if secrets is not None:
-        path = f"{place.app_dir}/secrets.json"
-        words = ["sh", "-c", _SECRETS, "secrets", path, "" if place.user else place.account]
-        prepare.append(Step("secrets", "puts the secrets there", words, given=envelope(secrets), secret=True))
     files = units(config, facts.server, place, name)
     return Plan(
-        facts.server, place, name, prepare, switch(place, name, files, config.deploy.keep_releases),
-        fit(place, name) if _has_runs(config, facts) else None,
+        facts.server, place, name, prepare, switch(place, name, files, config.deploy.keep_releases, secrets),
+        fit(place, name, secrets) if _has_runs(config, facts) else None,
     )  # fmt: skip
 
 
@@ -188,9 +176,14 @@ def _name(release: Release, facts: Facts) -> str:
     return release.id if known is None or known.get("digest") == release.digest else release.other_id
 
 
-def fit(place: Place, release: str) -> Step:
-    """Which live runs the release would not know any more."""
-    return Step("fit", "looks which runs it would not know", _as_app(place, release, "fit"))
+def fit(place: Place, release: str, secrets: Mapping[str, str] | None = None) -> Step:
+    """Which live runs the release would not know any more, in the store that these `secrets` lead to: until the switch
+    the server has others."""
+    title = "looks which runs it would not know"
+    if secrets is None or DATABASE_URL not in secrets:
+        return Step("fit", title, _as_app(place, release, "fit"))
+    words = _as_app(place, release, "fit", told=[f"{VARIABLE}=0"])
+    return Step("fit", title, words, given=envelope({DATABASE_URL: secrets[DATABASE_URL]}), secret=True)
 
 
 def migrate(place: Place, release: str, *, breaking: bool) -> Step:
@@ -198,23 +191,28 @@ def migrate(place: Place, release: str, *, breaking: bool) -> Step:
     return Step("migrate", "migrates the store", _as_app(place, release, "migrate", *["--breaking"] * breaking))
 
 
-def _as_app(place: Place, release: str, verb: str, *words: str) -> list[str]:
+def _as_app(place: Place, release: str, verb: str, *words: str, told: Sequence[str] = ()) -> list[str]:
     """A release's own runtime, as the app runs it, though it is not the one that does."""
-    told = ["env", f"TAKO_APP_NAME={place.app}", f"TAKO_DATA_DIR={place.data_dir}", f"TAKO_ENV={place.env}"]
-    run = [*told, ".venv/bin/python", "-P", "-m", "tako_runtime", verb, *words]
+    home = [f"TAKO_APP_NAME={place.app}", f"TAKO_DATA_DIR={place.data_dir}", f"TAKO_ENV={place.env}"]
+    run = ["env", *home, *told, ".venv/bin/python", "-P", "-m", "tako_runtime", verb, *words]
     return place.as_account(["sh", "-c", 'cd "$1" && shift && exec "$@"', verb, place.release(release), *run])
 
 
-def switch(place: Place, release: str, files: Mapping[str, str], keep: int) -> Step:
-    """The switch, in one process there. Without `files`, the release's own units are taken."""
+def switch(
+    place: Place, release: str, files: Mapping[str, str], keep: int, secrets: Mapping[str, str] | None = None
+) -> Step:
+    """The switch, in one process there. Without `files`, the release's own units are taken; without `secrets`, those
+    that are there."""
     spec = {
         "release": release, "base": place.base, "app_dir": place.app_dir, "units_dir": place.units_dir,
         "unit": place.unit, "trial": place.trial, "user": place.user, "files": dict(files), "keep": keep,
+        "secrets": None if secrets is None else envelope(secrets).decode(),
+        "account": "" if place.user else place.account,
     }  # fmt: skip
     python = f"{place.release(release)}/.venv/bin/python"
     told = ["env", f"XDG_RUNTIME_DIR={place.runtime_dir}"] if place.user else []
     words = ["sh", "-c", 'cd / && exec "$@"', "switch", *told, python, "-P", "-m", "tako_runtime", "switch"]
-    return Step("switch", "switches to it", words, given=json.dumps(spec).encode())
+    return Step("switch", "switches to it", words, given=json.dumps(spec).encode(), secret=secrets is not None)
 
 
 def lock(place: Place, who: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ only while that claim holds, and says whether it did.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -357,6 +357,22 @@ class ListRuns(Operation[list[Run]], frozen=True):
     workflow: str | None = None
     since_id: str | None = None
     limit: int = 50
+
+
+class Live(NamedTuple):
+    """A run that has not ended, and the names of what it has finished, steps and waits, in the order of their calls."""
+
+    id: str
+    workflow: str
+    finished: Sequence[str]
+
+
+class LiveRuns(Operation[list[Live]], frozen=True):
+    """The oldest of those whose ids are after `after`: all of them, page by page."""
+
+    writes = False
+    after: str = ""
+    limit: int = 1_000
 
 
 class Steps(Operation[list[StepRecord]], frozen=True):

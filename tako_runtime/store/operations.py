@@ -395,6 +395,16 @@ class SqlStore(Store):
         found.sort(key=lambda run: run.id, reverse=True)
         return found[: op.limit]
 
+    def _live_runs(self, op: base.LiveRuns, topics: Topics) -> list[base.Live]:
+        bound = {"after": op.after, "limit": op.limit}
+        found = [
+            row for status in ("pending", "running") for row in self._all("live_runs", {**bound, "status": status})
+        ]
+        page = sorted(found, key=itemgetter(1))[: op.limit]
+        finished = self._all("finished_of", {"runs": self._listed([row[0] for row in page])}) if page else []
+        names = {run: [name for _, name in own] for run, own in groupby(finished, key=_place)}
+        return [base.Live(run_id, flow, names.get(seq, ())) for seq, run_id, flow in page]
+
     def _steps(self, op: base.Steps, topics: Topics) -> list[StepRecord]:
         return list(self._steps_of([op.seq]).get(op.seq, ()))
 
@@ -530,6 +540,7 @@ class SqlStore(Store):
         base.FindRuns: _find_runs,
         base.NextDue: _next_due_run,
         base.ListRuns: _list_runs,
+        base.LiveRuns: _live_runs,
         base.Steps: _steps,
         base.Attempts: _attempts,
         base.OpenWaits: _open_waits,

@@ -301,6 +301,15 @@ SELECT {run} FROM runs
 -- name: list_runs_by_workflow_and_status
 SELECT {run} FROM runs WHERE workflow = :workflow AND {any_index}status = :status AND id >= :since_id ORDER BY id DESC LIMIT :limit;
 
+-- name: live_runs
+SELECT seq, id, workflow FROM runs
+ WHERE status = :status AND status <> 'succeeded' AND id > :after ORDER BY id LIMIT :limit;
+
+-- name: finished_of
+-- The names of what several runs have finished, in the order of the calls.
+SELECT run, name FROM steps
+ WHERE run {in_runs} AND kind IN ('run', 'wait') AND status = 'done' ORDER BY run, position, name;
+
 -- name: attempts_of
 SELECT n, worker, started_at, finished_at, outcome, error FROM attempts WHERE run = :seq ORDER BY n;
 
