@@ -12,7 +12,7 @@ from tako_runtime.config import Config
 from tako_runtime.errors import StoreBusy
 from tako_runtime.log import emit
 from tako_runtime.run import Status
-from tako_runtime.store.base import EndedGroups, ExpireSignals, GiveBackSpace, Prune
+from tako_runtime.store.base import DataVersion, EndedGroups, ExpireSignals, GiveBackSpace, Prune
 from tako_runtime.store.commit import StoreThread
 
 #: How often it looks, in seconds.
@@ -65,6 +65,7 @@ class Retention:
 
     async def prune(self) -> None:
         """Let go what is too old now. A group that only a workflow names keeps its runs as long as the base does."""
+        await self._store.do(DataVersion())  # a shared store that is opened only now says by how much the clock is off
         now, runs, signals = self._clock.now(), 0, 0
         while gone := await self._store.do(ExpireSignals(now=now, limit=BATCH)):
             signals += gone

@@ -10,15 +10,15 @@ import fcntl
 import itertools
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from tako_runtime.errors import TakoError
-from tako_runtime.secrets import envelope, stored
+from tako_runtime.secrets import envelope, file_of, stored
 from tako_runtime.workflow import release
 
 SUPERVISOR = "the supervisor"
@@ -29,7 +29,7 @@ _numbers = itertools.count()
 def version(app_dir: Path) -> int:
     """Which secrets the app's file has: another number whenever they are put there. 0 where there is none."""
     try:
-        return (app_dir / "secrets.json").stat().st_mtime_ns
+        return file_of(app_dir).stat().st_mtime_ns
     except OSError:
         return 0
 
@@ -126,31 +126,43 @@ def put(app_dir: Path, values: dict[str, str]) -> list[str]:
     changed = sorted(name for name in {*before, *values} if before.get(name) != values.get(name))
     if changed or not (app_dir / "secrets.json").exists():
         _write(app_dir / "secrets.json", data)
+    for path in _brought(app_dir):  # these are for whoever is on trial, too
+        path.unlink(missing_ok=True)
     return changed
 
 
-@contextlib.contextmanager
-def tried(app_dir: Path, data: bytes, account: str = "") -> Iterator[None]:
-    """Within, the app's file is this envelope, for a release that has to prove itself; those before are back where that
-    fails, and where it was cut off they are what the next try comes back to. The same ones keep their time, by which it
-    is known who has others. The file is to be `account`'s, and else of whoever asks."""
-    path, before = app_dir / "secrets.json", app_dir / "secrets.json.before"
+def bring(app_dir: Path, release: str, data: bytes, account: str = "") -> None:
+    """The envelope that a release comes with: its own, while it has to prove itself (`settle`). The same as are there
+    already are not brought: they keep their time, by which it is known who has others. The file is to be `account`'s,
+    and else of whoever asks."""
+    if _content(app_dir / "secrets.json") != data:
+        _write(app_dir / f"secrets.{release}.json", data, account)
+
+
+def settle(app_dir: Path, current: str | None) -> None:
+    """What the current release has come with is the app's; what another one has, that was not taken or was cut off, is
+    gone. Whatever cuts this off: a release reads its own as long as there are any (`secrets.file_of`)."""
+    own = f"secrets.{current}.json"
+    for path in _brought(app_dir):
+        if path.name == own:
+            path.replace(app_dir / "secrets.json")
+        else:
+            path.unlink(missing_ok=True)
+    _sync(app_dir)
+
+
+def _brought(app_dir: Path) -> list[Path]:
+    return list(app_dir.glob("secrets.*.json"))
+
+
+def _content(path: Path) -> bytes | None:
+    """The folder may be another user's: no link is followed, and no pipe is waited for."""
     try:
-        same = path.read_bytes() == data
-    except FileNotFoundError:
-        same = False
-    else:
-        if not same and not before.exists():
-            os.link(path, before, follow_symlinks=False)
-    if not same:
-        _write(path, data, account)
-    try:
-        yield
-    except BaseException:
-        if before.exists():
-            before.replace(path)
-        raise
-    before.unlink(missing_ok=True)
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else None
 
 
 def _write(path: Path, data: bytes, account: str = "") -> None:
@@ -168,3 +180,12 @@ def _write(path: Path, data: bytes, account: str = "") -> None:
     except BaseException:
         fresh.unlink()
         raise
+    _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

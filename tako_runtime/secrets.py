@@ -242,13 +242,20 @@ def _decoded(data: bytes) -> dict[str, str] | None:
 # --- where the supervisor has them from ------------------------------------------------------------------------------
 
 
+def file_of(app_dir: Path) -> Path:
+    """Where an app's secrets are on this machine: `{app_dir}/secrets.json`; for the processes of a release that came
+    with others, and is not the current one yet, `secrets.<release>.json` beside it (`rotation.bring`)."""
+    own = app_dir / f"secrets.{os.environ.get('TAKO_RELEASE', '')}.json"
+    return own if own.exists() else app_dir / "secrets.json"
+
+
 def stored(app_dir: Path) -> dict[str, str]:
-    """The secrets of an app on this machine: the envelope in `{app_dir}/secrets.json`; none where there is no file.
+    """The secrets of an app on this machine: the envelope in its file (`file_of`); none where there is none.
 
     Raises `ConfigError`, which shows no part of the content, for a file that others may read, that somebody else could
     have put there, or that is no envelope.
     """
-    path = app_dir / "secrets.json"
+    path = file_of(app_dir)
     try:
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)  # a FIFO must not hold us up
     except (FileNotFoundError, NotADirectoryError):

@@ -225,6 +225,7 @@ class Supervisor:
             now, away = self._clock.now(), False
             try:
                 version = await self._store.do(DataVersion())
+                now = self._clock.now()  # a shared store that is opened only now says by how much this clock is off
                 if now >= reclaim_at:
                     reclaim_at = now + RECLAIM_EVERY
                     await self._lost.look()

@@ -1,7 +1,8 @@
 """The switch to another release, on a server, in one go: whoever asked for it may be gone by the next line.
 
-    write the units -> start the release's own, with the secrets that came along, which proves itself and takes over
-    (`rollover.py`) -> it may start at boot -> `current` names it -> the one before may not any more -> old releases go
+    write the units -> start the release's own, with the secrets that it came with, which proves itself and takes over
+    (`rollover.py`) -> it may start at boot -> `current` names it -> the one before may not any more -> its secrets are
+    the app's -> old releases go
 
 `current`, a link that is replaced in one rename, is the one truth: the unit of a release starts only if that names it,
 or while it is on trial. So whatever cuts this off, a power cut too, the next boot starts exactly one release.
@@ -22,7 +23,7 @@ import msgspec
 
 from tako_runtime.errors import TakoError
 from tako_runtime.rollover import LINES, Report
-from tako_runtime.rotation import tried
+from tako_runtime.rotation import bring, settle
 
 #: How often systemd is asked how far a unit is, and how long a release may take to be taken, in seconds.
 _LOOK, PATIENCE = 0.1, 300.0
@@ -67,19 +68,23 @@ def switch(spec: Spec, say: Say) -> dict[str, Any]:
         files = dict(spec.files) or _kept(spec)
         say("writes the units")
         _place(spec, files)
+        settle(spec.app_dir, before)
         try:
-            with _secrets(spec):
-                if before == spec.release and _state(spec, spec.release)["ActiveState"] == "active":
-                    say("runs already")
-                else:
-                    _try(spec, say)
-                _systemctl(spec, "enable", _unit(spec, spec.release))  # of those that are, `current` picks one
+            if spec.secrets is not None:
+                bring(spec.app_dir, spec.release, spec.secrets.encode(), spec.account)
+            if before == spec.release and _state(spec, spec.release)["ActiveState"] == "active":
+                say("runs already")
+            else:
+                _try(spec, say)
+            _systemctl(spec, "enable", _unit(spec, spec.release))  # of those that are, `current` picks one at a boot
             _make_current(spec, before)
         except (NotSwitched, OSError):
-            _restore(spec, before, say)
+            if _linked(spec, "current") != spec.release:
+                _restore(spec, before, say)
             raise
         finally:
             spec.trial.unlink(missing_ok=True)
+            settle(spec.app_dir, _linked(spec, "current"))
         if before is not None and before != spec.release:
             _systemctl(spec, "disable", _unit(spec, before), check=False)
         if f"{spec.unit}.socket" not in files:
@@ -126,15 +131,10 @@ def _try(spec: Spec, say: Say) -> None:
         time.sleep(_LOOK)
 
 
-def _secrets(spec: Spec) -> contextlib.AbstractContextManager[None]:
-    if spec.secrets is None:
-        return contextlib.nullcontext()
-    return tried(spec.app_dir, spec.secrets.encode(), spec.account)
-
-
 def _restore(spec: Spec, before: str | None, say: Say) -> None:
-    """The one before runs on. Where the new one had got as far as to take over, it is started again."""
-    if before is None or before == spec.release:
+    """The one before runs on. Where the new one had got as far as to take over, it is ended, and that started again."""
+    _systemctl(spec, "disable", "--now", _unit(spec, spec.release), check=False)
+    if before is None:
         return
     if _state(spec, before)["ActiveState"] not in ("active", "activating", "reloading"):
         say(f"starts {before} again")
@@ -145,9 +145,9 @@ def _make_current(spec: Spec, before: str | None) -> None:
     """In one rename, synced: a power cut leaves the one or the other. The units, enabled as they are by now, may be on
     another disk, and have to be there before."""
     subprocess.run(["sync", "-f", spec.units_dir], check=False)
-    links = (
-        {"current": spec.release} if before in (None, spec.release) else {"current": spec.release, "previous": before}
-    )
+    links = {"current": spec.release}
+    if before is not None and before != spec.release:
+        links["previous"] = before
     for link, release in links.items():
         fresh = spec.base / f".{link}"
         fresh.unlink(missing_ok=True)

@@ -68,10 +68,13 @@ class Cron:
 
     async def _declare(self) -> None:
         async with self._declaring:
-            if (manifest := self._undeclared) is not None:
-                await self._set(manifest)
-                if self._undeclared is manifest:
-                    self._undeclared = None
+            manifest, self._undeclared = self._undeclared, None
+            if manifest is not None:
+                try:
+                    await self._set(manifest)
+                except StoreBusy:
+                    self._undeclared = self._undeclared or manifest
+                    raise
 
     async def _set(self, manifest: Manifest) -> None:
         scheduled = {flow.name: flow for flow in manifest.workflows if flow.schedule is not None}

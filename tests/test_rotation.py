@@ -1,10 +1,8 @@
 """Secrets that change while an app runs: put on the server from the laptop, and who has the old ones until when."""
 
 import json
+import os
 import stat
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +12,6 @@ from cli import is_alive
 from conftest import until
 
 from tako_runtime import rotation
-from tako_runtime.errors import TakoError
 from tako_runtime.secrets import envelope, stored
 
 pytestmark = pytest.mark.slow
@@ -146,42 +143,55 @@ def kept(tmp_path: Path) -> Path:
     return tmp_path / "secrets.json"
 
 
-def test_a_release_that_is_taken_leaves_its_secrets_and_no_others(kept: Path) -> None:
-    with rotation.tried(kept.parent, envelope({"KEY": NEW})):
-        assert stored(kept.parent) == {"KEY": NEW}
-    assert stored(kept.parent) == {"KEY": NEW}
+def of(release: str, kept: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, str], int]:
+    """What a process of that release has from the file, and which ones they are."""
+    monkeypatch.setenv("TAKO_RELEASE", release)
+    return stored(kept.parent), rotation.version(kept.parent)
+
+
+def test_a_release_on_trial_has_the_secrets_that_it_came_with_and_the_one_that_runs_its_own(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = of("old", kept, monkeypatch)
+    rotation.bring(kept.parent, "new", envelope({"KEY": NEW}))
+    fresh = of("new", kept, monkeypatch)
+    assert fresh[0] == {"KEY": NEW}
+    assert of("old", kept, monkeypatch) == before
+    rotation.settle(kept.parent, "new")
+    assert of("new", kept, monkeypatch) == of("old", kept, monkeypatch) == fresh
     assert list(kept.parent.iterdir()) == [kept]
 
 
-def test_the_same_secrets_keep_their_time_by_which_it_is_known_who_has_others(kept: Path) -> None:
-    before = rotation.version(kept.parent)
-    with rotation.tried(kept.parent, envelope({"KEY": OLD})):
-        assert rotation.version(kept.parent) == before
-    assert rotation.version(kept.parent) == before
-
-
-@pytest.mark.parametrize("value", [OLD, NEW])
-def test_a_release_that_is_not_taken_leaves_those_of_before_and_their_time(kept: Path, value: str) -> None:
-    before = rotation.version(kept.parent)
-    with pytest.raises(TakoError), rotation.tried(kept.parent, envelope({"KEY": value})):
-        raise TakoError("not taken")
-    assert stored(kept.parent) == {"KEY": OLD}
-    assert rotation.version(kept.parent) == before
+def test_what_a_release_that_was_not_taken_came_with_is_gone(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = of("old", kept, monkeypatch)
+    rotation.bring(kept.parent, "new", envelope({"KEY": NEW}))
+    rotation.settle(kept.parent, "old")
+    assert of("new", kept, monkeypatch) == of("old", kept, monkeypatch) == before
     assert list(kept.parent.iterdir()) == [kept]
 
 
-@pytest.mark.parametrize("value", [NEW, "sk_live_after_three"])
-def test_a_try_that_was_cut_off_does_not_become_what_the_next_one_comes_back_to(kept: Path, value: str) -> None:
-    code = f"""
-        import os
-        from pathlib import Path
-        from tako_runtime.rotation import tried
-        from tako_runtime.secrets import envelope
-        with tried(Path({str(kept.parent)!r}), envelope({{"KEY": {NEW!r}}})):
-            os._exit(9)
-    """
-    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == 9
+def test_the_same_secrets_keep_their_time_by_which_it_is_known_who_has_others(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = of("old", kept, monkeypatch)
+    rotation.bring(kept.parent, "new", envelope({"KEY": OLD}))
+    assert of("new", kept, monkeypatch) == before
+    rotation.settle(kept.parent, "new")
+    assert of("new", kept, monkeypatch) == before
+
+
+def test_secrets_that_are_put_there_in_a_trial_are_the_ones_that_stay(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rotation.bring(kept.parent, "new", envelope({"KEY": NEW}))
+    rotation.put(kept.parent, {"KEY": "sk_live_after_three"})
+    rotation.settle(kept.parent, "new")
+    assert of("new", kept, monkeypatch)[0] == {"KEY": "sk_live_after_three"}
+
+
+def test_what_is_no_file_in_the_place_of_the_secrets_holds_nobody_up(kept: Path, tmp_path: Path) -> None:
+    kept.unlink()
+    os.mkfifo(kept)
+    rotation.bring(kept.parent, "new", envelope({"KEY": NEW}))
+    rotation.settle(kept.parent, "new")
     assert stored(kept.parent) == {"KEY": NEW}
-    with pytest.raises(TakoError), rotation.tried(kept.parent, envelope({"KEY": value})):
-        raise TakoError("not taken")
-    assert stored(kept.parent) == {"KEY": OLD}

@@ -242,7 +242,7 @@ def _asking(yes: bool) -> "Callable[[Mapping[str, Mapping[str, Any]]], bool]":
             if found["unread"]:
                 note(f"{server}: {found['unread']} runs may have finished steps that are not in this release: their "
                      "workflows' code computes the names of steps, so only running it would tell")  # fmt: skip
-            more += found["more"]
+            more += found.get("more", 0)  # an older release, that one goes back to, counts none
             strange += [
                 f"{server}: run {run['id']} ({run['workflow']}) has finished {', '.join(run['steps'])}"
                 for run in found["strange"]

@@ -396,11 +396,7 @@ class SqlStore(Store):
         return found[: op.limit]
 
     def _live_runs(self, op: base.LiveRuns, topics: Topics) -> list[base.Live]:
-        bound = {"after": op.after, "limit": op.limit}
-        found = [
-            row for status in ("pending", "running") for row in self._all("live_runs", {**bound, "status": status})
-        ]
-        page = sorted(found, key=itemgetter(1))[: op.limit]
+        page = self._all("live_runs", {"after": op.after, "limit": op.limit})
         finished = self._all("finished_of", {"runs": self._listed([row[0] for row in page])}) if page else []
         names = {run: [name for _, name in own] for run, own in groupby(finished, key=_place)}
         return [base.Live(run_id, flow, names.get(seq, ())) for seq, run_id, flow in page]

@@ -302,8 +302,15 @@ SELECT {run} FROM runs
 SELECT {run} FROM runs WHERE workflow = :workflow AND {any_index}status = :status AND id >= :since_id ORDER BY id DESC LIMIT :limit;
 
 -- name: live_runs
-SELECT seq, id, workflow FROM runs
- WHERE status = :status AND status <> 'succeeded' AND id > :after ORDER BY id LIMIT :limit;
+-- In one statement, so that a run that is claimed meanwhile is neither missed nor found twice.
+SELECT seq, id, workflow FROM (
+    SELECT seq, id, workflow FROM runs
+     WHERE status = 'pending' AND status <> 'succeeded' AND id > :after ORDER BY id LIMIT :limit) AS pending
+UNION ALL
+SELECT seq, id, workflow FROM (
+    SELECT seq, id, workflow FROM runs
+     WHERE status = 'running' AND status <> 'succeeded' AND id > :after ORDER BY id LIMIT :limit) AS running
+ ORDER BY id LIMIT :limit;
 
 -- name: finished_of
 -- The names of what several runs have finished, in the order of the calls.
