@@ -1171,6 +1171,22 @@ def test_what_workers_have_in_hand_is_counted(caller: Caller) -> None:
     assert caller.do(base.InHand()) == {"w-1": 1, "w-2": 2}
 
 
+def test_live_runs_come_page_by_page_with_what_they_have_finished(caller: Caller) -> None:
+    taken = caller.started()
+    for position, name in enumerate(["b", "a", "a#2"], 1):
+        caller.save(taken, name, position)
+    caller.save(taken, "failed", 4, "failed", result=None, error="{}")
+    ended = caller.started()
+    caller.do(base.Apply(change=settle(ended, Returned("1"), caller.now)))
+    waiting = [caller.enqueue(workflow="order" if number % 2 else "other") for number in range(4)]
+    whole = [base.Live(taken.id, "order", ["b", "a", "a#2"])]
+    whole += [base.Live(one, "order" if number % 2 else "other", ()) for number, one in enumerate(waiting)]
+    assert caller.do(base.LiveRuns()) == whole
+    assert caller.do(base.LiveRuns(limit=2)) == whole[:2]
+    assert caller.do(base.LiveRuns(after=whole[1].id, limit=2)) == whole[2:4]
+    assert caller.do(base.LiveRuns(after=whole[-1].id)) == []
+
+
 # --- who is told -----------------------------------------------------------------------------------------------------
 
 
