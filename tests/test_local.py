@@ -321,6 +321,7 @@ def test_new_secrets_replace_the_workers_of_both_stores_at_their_next_step(
         server.process.send_signal(signals.SIGHUP)
         until(lambda: not rotation.standing(app_dir)["unread"])
         until(lambda: {each["pid"] for each in rotation.standing(app_dir)["old"]} == set(server.spawned[:2]))
+        until(lambda: len(server.events("worker.draining")) == 2)  # both have heard that their next step is another's
         gate.touch()
         [run] = both[0].ended("here")
         [other] = until(lambda: both[0].control.list_runs(workflow="there", statuses=["succeeded"]))
