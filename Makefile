@@ -57,8 +57,8 @@ types: setup
 	@npm install --prefix .bench/node --ignore-scripts --no-audit --no-fund --silent || echo "CANNOT BE INSTALLED: restate-server"
 	@touch $@
 
-bench: .bench/ready  ## tako beside its peers and the floor (QUICK=1, HISTORY=1, RESUME=1: docs/measured.md)
-	.bench/venv/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(HISTORY),--history) $(if $(RESUME),--resume)
+bench: .bench/ready  ## tako beside its peers and the floor (QUICK=1, LONG=1, RESUME=1: docs/measured.md)
+	.bench/venv/bin/python -m benchmarks $(if $(QUICK),--quick) $(if $(LONG),--long) $(if $(RESUME),--resume)
 
 screens: setup  ## the screens of the documentation, from a real terminal
 	$(BIN)/python tests/screens.py

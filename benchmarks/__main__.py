@@ -18,7 +18,7 @@ from benchmarks.about import about
 from benchmarks.peer import Peer
 from benchmarks.peers import NAMES, load
 from benchmarks.place import ROOT
-from benchmarks.rounds import WANTED, Cell, Record, measure, plan
+from benchmarks.rounds import LONG, WANTED, Cell, Record, measure, plan
 
 if TYPE_CHECKING:
     from postgres import Server
@@ -29,7 +29,7 @@ WORKLOADS = list(dict.fromkeys(one.workload for one in WANTED))
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
-    parser.add_argument("--history", action="store_true", help="among 1,000,000 ended runs, too: some minutes a peer")
+    parser.add_argument("--long", action="store_true", help=f"also what takes minutes a peer: {', '.join(LONG)}")
     parser.add_argument("--quick", action="store_true", help="one round of a third of the work, the main workloads")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, metavar="WORKLOAD", help=", ".join(WORKLOADS))
     parser.add_argument("--peers", nargs="+", choices=NAMES, default=list(NAMES), metavar="PEER", help=", ".join(NAMES))
@@ -48,7 +48,7 @@ def main() -> int:
             for of_another_run in (cells, folder / "about.json"):
                 of_another_run.unlink(missing_ok=True)
         short = list(dict.fromkeys(one.workload for one in WANTED if one.quick))
-        whole = [one for one in WORKLOADS if one != "history" or args.history]
+        whole = [one for one in WORKLOADS if one not in LONG or args.long]
         run(args.peers, args.only or (short if args.quick else whole), args.quick, cells)
     report.write(folder)
     if args.write:

@@ -50,8 +50,8 @@ WANTED = (
     Wanted("drain", concurrency=BEST, rounds=3, quick=True),
     Wanted("latency", rounds=3, quick=True),
     Wanted("steps", rounds=3, quick=True, scale=1),
-    Wanted("fan-out", rounds=2, quick=True),
-    Wanted("kill", rounds=3, quick=True),
+    Wanted("fan-out", rounds=2),
+    Wanted("kill", rounds=3),
     Wanted("cold", rounds=2),
     Wanted("enqueue", rounds=2),
     Wanted("flushes", quick=True),
@@ -66,6 +66,10 @@ WANTED = (
     Wanted("wake", concurrency=ASLEEP, limit=150, scale=1),
     Wanted("history", limit=300, scale=1),
 )
+
+
+#: The workloads that take as long as all others together: they are measured where they are asked for.
+LONG = ("wake", "history")
 
 
 @dataclass(frozen=True, slots=True)
