@@ -124,10 +124,10 @@ class Control:
     def live(self) -> Iterator[tuple[base.Live, bool]]:
         """All runs that have not ended, and whether each is in this machine's own store beside a shared one."""
         for store, own in self._stores():
-            after = ""
+            after = None
             while page := store.do_sync(base.LiveRuns(after=after)):
                 yield from ((run, own) for run in page)
-                after = page[-1].id
+                after = page[-1]
 
     def show(self, prefix: str) -> Json:
         """One run with its `steps`, its `attempts` (the one under way included) and what it is `waiting_for`."""

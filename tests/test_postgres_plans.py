@@ -142,6 +142,8 @@ CASES: dict[str, tuple[int, dict[str, Any] | list[Any]]] = {
     "promote": (30, {"now": 0}),
     "holder_of_key": (30, {"workflow": "w0", "unique_key": "x"}),
     "steps_of": (60, {"runs": array(HAND[:10])}),
+    "live_runs": (500, {"status": "pending", "after": "", "limit": 50}),
+    "finished_of": (60, {"runs": array(HAND[:10])}),
     "step": (30, {"seq": 5, "kind": "run", "name": "a"}),
     "holds_claim": (30, {"seq": HAND[0], "claim": 1}),
     "save_steps": (

@@ -1179,12 +1179,12 @@ def test_live_runs_come_page_by_page_with_what_they_have_finished(caller: Caller
     ended = caller.started()
     caller.do(base.Apply(change=settle(ended, Returned("1"), caller.now)))
     waiting = [caller.enqueue(workflow="order" if number % 2 else "other") for number in range(4)]
-    whole = [base.Live(taken.id, "order", ["b", "a", "a#2"])]
-    whole += [base.Live(one, "order" if number % 2 else "other", ()) for number, one in enumerate(waiting)]
+    whole = [base.Live(one, "order" if number % 2 else "other", "pending", ()) for number, one in enumerate(waiting)]
+    whole += [base.Live(taken.id, "order", "running", ["b", "a", "a#2"])]
     assert caller.do(base.LiveRuns()) == whole
     assert caller.do(base.LiveRuns(limit=2)) == whole[:2]
-    assert caller.do(base.LiveRuns(after=whole[1].id, limit=2)) == whole[2:4]
-    assert caller.do(base.LiveRuns(after=whole[-1].id)) == []
+    assert caller.do(base.LiveRuns(after=whole[2], limit=2)) == whole[3:]
+    assert caller.do(base.LiveRuns(after=whole[-1])) == []
 
 
 # --- who is told -----------------------------------------------------------------------------------------------------

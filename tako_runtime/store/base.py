@@ -364,15 +364,17 @@ class Live(NamedTuple):
 
     id: str
     workflow: str
+    status: str
     finished: Sequence[str]
 
 
 class LiveRuns(Operation[list[Live]], frozen=True):
-    """The oldest of those whose ids are after `after`: all of them, page by page."""
+    """All of them page by page, pending ones first, the oldest first: those after `after`. One that changes its status
+    between two pages may come twice, or not at all."""
 
     writes = False
-    after: str = ""
-    limit: int = 1_000
+    after: Live | None = None
+    limit: int = 10_000
 
 
 class Steps(Operation[list[StepRecord]], frozen=True):

@@ -396,10 +396,11 @@ class SqlStore(Store):
         return found[: op.limit]
 
     def _live_runs(self, op: base.LiveRuns, topics: Topics) -> list[base.Live]:
-        page = self._all("live_runs", {"after": op.after, "limit": op.limit})
+        status, after = (op.after.status, op.after.id) if op.after else ("pending", "")
+        page = self._all("live_runs", {"status": status, "after": after, "limit": op.limit})
         finished = self._all("finished_of", {"runs": self._listed([row[0] for row in page])}) if page else []
         names = {run: [name for _, name in own] for run, own in groupby(finished, key=_place)}
-        return [base.Live(run_id, flow, names.get(seq, ())) for seq, run_id, flow in page]
+        return [base.Live(run_id, flow, status, names.get(seq, ())) for seq, run_id, flow, status in page]
 
     def _steps(self, op: base.Steps, topics: Topics) -> list[StepRecord]:
         return list(self._steps_of([op.seq]).get(op.seq, ()))

@@ -302,15 +302,10 @@ SELECT {run} FROM runs
 SELECT {run} FROM runs WHERE workflow = :workflow AND {any_index}status = :status AND id >= :since_id ORDER BY id DESC LIMIT :limit;
 
 -- name: live_runs
--- In one statement, so that a run that is claimed meanwhile is neither missed nor found twice.
-SELECT seq, id, workflow FROM (
-    SELECT seq, id, workflow FROM runs
-     WHERE status = 'pending' AND status <> 'succeeded' AND id > :after ORDER BY id LIMIT :limit) AS pending
-UNION ALL
-SELECT seq, id, workflow FROM (
-    SELECT seq, id, workflow FROM runs
-     WHERE status = 'running' AND status <> 'succeeded' AND id > :after ORDER BY id LIMIT :limit) AS running
- ORDER BY id LIMIT :limit;
+-- In the order of the index: by ids alone, all that have ended would be walked over. From 'pending' on, there are only
+-- 'running' and 'succeeded'.
+SELECT seq, id, workflow, status FROM runs
+ WHERE status <> 'succeeded' AND (status, id) > (:status, :after) ORDER BY status, id LIMIT :limit;
 
 -- name: finished_of
 -- The names of what several runs have finished, in the order of the calls.
