@@ -124,9 +124,10 @@ def put(app_dir: Path, values: dict[str, str]) -> list[str]:
     except TakoError:  # what cannot be read is put right
         before = {}
     changed = sorted(name for name in {*before, *values} if before.get(name) != values.get(name))
-    if changed or not (app_dir / "secrets.json").exists():
+    brought = _brought(app_dir)
+    if changed or brought or not (app_dir / "secrets.json").exists():
         _write(app_dir / "secrets.json", data)
-    for path in _brought(app_dir):  # these are for whoever is on trial, too
+    for path in brought:  # these are for whoever is on trial, too
         path.unlink(missing_ok=True)
     return changed
 

@@ -189,6 +189,16 @@ def test_secrets_that_are_put_there_in_a_trial_are_the_ones_that_stay(
     assert of("new", kept, monkeypatch)[0] == {"KEY": "sk_live_after_three"}
 
 
+def test_secrets_that_a_release_has_brought_and_that_are_put_there_too_are_not_lost(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The power went after `current` named it, and before what it has brought was the app's."""
+    rotation.bring(kept.parent, "new", envelope({"KEY": NEW}))
+    monkeypatch.setenv("TAKO_RELEASE", "new")
+    rotation.put(kept.parent, {"KEY": NEW})
+    assert of("new", kept, monkeypatch)[0] == {"KEY": NEW}
+
+
 def test_what_is_no_file_in_the_place_of_the_secrets_holds_nobody_up(kept: Path, tmp_path: Path) -> None:
     kept.unlink()
     os.mkfifo(kept)
