@@ -1,5 +1,6 @@
-"""What kind of disk a store is on, and why it cannot be there."""
+"""What kind of disk a store is on, why it cannot be there, and what has to be done there so that it stays."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -59,6 +60,15 @@ def make_private(folder: Path) -> None:
     for one in (*reversed(folder.parents), folder):  # `parents=True` would leave those to the umask
         if not one.exists():
             one.mkdir(mode=0o700, exist_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """What was renamed in it outlives a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def unusable(error: OSError, file: Path) -> StoreError:

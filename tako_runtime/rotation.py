@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from tako_runtime import disk
 from tako_runtime.errors import TakoError
 from tako_runtime.secrets import envelope, file_of, stored
 from tako_runtime.workflow import release
@@ -149,7 +150,7 @@ def settle(app_dir: Path, current: str | None) -> None:
             path.replace(app_dir / "secrets.json")
         else:
             path.unlink(missing_ok=True)
-    _sync(app_dir)
+    disk.sync(app_dir)
 
 
 def _brought(app_dir: Path) -> list[Path]:
@@ -181,12 +182,4 @@ def _write(path: Path, data: bytes, account: str = "") -> None:
     except BaseException:
         fresh.unlink()
         raise
-    _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    disk.sync(path.parent)

@@ -11,7 +11,6 @@ or while it is on trial. So whatever cuts this off, a power cut too, the next bo
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 import subprocess
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import msgspec
 
+from tako_runtime import disk
 from tako_runtime.errors import TakoError
 from tako_runtime.rollover import LINES, Report
 from tako_runtime.rotation import bring, settle
@@ -153,11 +153,7 @@ def _make_current(spec: Spec, before: str | None) -> None:
         fresh.unlink(missing_ok=True)
         fresh.symlink_to(f"releases/{release}")
         fresh.rename(spec.base / link)
-    folder = os.open(spec.base, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    disk.sync(spec.base)
 
 
 def _draining(spec: Spec) -> list[str]:
