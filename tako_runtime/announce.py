@@ -6,7 +6,7 @@ from tako_runtime import clock
 from tako_runtime.clock import Pace
 from tako_runtime.log import emit
 from tako_runtime.run import Run, Status, StepKey, StepRecord
-from tako_runtime.state import Change, Failed, Outcome, Raised
+from tako_runtime.state import Change, Failed, Outcome, Raised, Returned
 
 History = Mapping[StepKey, StepRecord]
 
@@ -51,9 +51,10 @@ def settled(
 ) -> None:
     """`began` is when this pass did; `parked_for` the sleep or wait that it parks for."""
     ms = (change.now - (run.started_at or change.now)) / 1_000
+    if isinstance(outcome, Returned):
+        emit("run.succeeded", ms=ms)
+        return
     match change.status:
-        case Status.SUCCEEDED:
-            emit("run.succeeded", ms=ms)
         case Status.CANCELLED:
             emit("run.cancelled", reason=change.reason, ms=ms)
         case Status.DEAD:

@@ -40,7 +40,7 @@ from tako_runtime.state import (
 from tako_runtime.step import NotBegun, Step, Suspension, SyncStep
 from tako_runtime.store.base import Apply, ExpireWait, GetRun, OpenWait, Operation, SaveStep, Steps
 from tako_runtime.store.commit import StoreThread
-from tako_runtime.workflow import Workflow, is_text
+from tako_runtime.workflow import Workflow, names_something
 
 R = TypeVar("R")
 
@@ -165,15 +165,16 @@ class Attempt:
     def _outcome(self, value: Any, raised: BaseException | None) -> Outcome | None:
         if self._lost:
             return None
-        stop = self._stop
-        if isinstance(stop, Bailed | Failed | Sleeps | Waits):
-            return stop
-        if stop is not None and (self._refused or isinstance(raised, Suspension | asyncio.CancelledError)):
+        if (stop := self._stop) is not None and (
+            isinstance(stop, Bailed | Failed | Sleeps | Waits)
+            or self._refused
+            or isinstance(raised, Suspension | asyncio.CancelledError)
+        ):
             return stop
         if raised is not None:
             return self._raised(raised)
         try:
-            return Returned(codec.encode(value, f"the result of {self.run.workflow!r}", limit=self.max_value))
+            return Returned(codec.encode(value, self._workflow.its_result, limit=self.max_value))
         except NotCarried as error:
             return Failed(failure.describe(error))
 
@@ -235,7 +236,7 @@ class Attempt:
                 f"step {name!r} was called inside the body of step {outer!r}",
                 hint="A step is a leaf: call both from the handler, one after the other.",
             )
-        if not is_text(name) or "#" in name or not name.isprintable():
+        if not (isinstance(name, str) and names_something(name)):
             raise StepMisuse(f"a step's name is printable text of 1 to 500 characters without '#', not {name!r}")
         if secret := named_in(name):
             raise StepMisuse(f"the step's name has the value of secret {secret} in it", hint=NOT_IN_NAMES)

@@ -26,8 +26,8 @@ from tako_runtime.masking import masked_json
 MAX_VALUE = 1 << 20
 
 
-def encode(value: object, what: str, *, limit: int = MAX_VALUE) -> str:
-    """JSON text of `value`; `what` names it in errors ("step 'charge'", "the payload of 'fulfill-order'").
+def encode(value: object, what: object, *, limit: int = MAX_VALUE) -> str:
+    """JSON text of `value`; the text of `what` names it in errors ("step 'charge'", "the payload of 'fulfill-order'").
 
     Carries what msgspec can encode (dataclasses, datetime, Decimal, UUID, enums, sets, TypedDict, Struct, attrs) and
     pydantic models. Raises `NotCarried` for any other type and for NaN or infinity (JSON would turn them into null),
@@ -45,9 +45,10 @@ def encode(value: object, what: str, *, limit: int = MAX_VALUE) -> str:
     data = masked_json(data, what)
     if len(data) > limit:
         raise TooLarge(f"{what}: the value takes {len(data):,} bytes as JSON; the limit is {limit:,}")
-    if b"null" in data and _has_lost_float(msgspec.to_builtins(value, enc_hook=_encode_foreign)):
+    text = data.decode()
+    if "null" in text and _has_lost_float(msgspec.to_builtins(value, enc_hook=_encode_foreign)):
         raise NotCarried(f"{what}: NaN and infinity cannot be stored", hint="Use None or a text for 'no number'.")
-    return data.decode()
+    return text
 
 
 def decode(text: str | bytes, annotation: object = Any) -> Any:
@@ -70,7 +71,7 @@ def shown(text: bytes) -> Any:
         return text.decode(errors="replace")
 
 
-def carry(value: object, annotation: object, what: str, *, limit: int = MAX_VALUE) -> tuple[str, Any]:
+def carry(value: object, annotation: object, what: object, *, limit: int = MAX_VALUE) -> tuple[str, Any]:
     """The stored text of `value` and the value as every replay will see it.
 
     >>> carry((1, 2), Any, "an example")

@@ -9,13 +9,16 @@ believed.
 import fcntl
 import mmap
 import os
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from tako_runtime.run import WorkerRecord
 
-_SLOT = 256
+#: A slot: which run, since when in its step, and that step's name, or as much of it as there is room for.
+_SLOT = struct.Struct("<qq240s")
+_EMPTY = bytes(8)
 
 
 class InFlight:
@@ -27,9 +30,9 @@ class InFlight:
         self._path = folder / worker
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(self._file, bytes(_SLOT * room))  # not a hole: on a full disk, writing into one would be our end
-        self._map = mmap.mmap(self._file, _SLOT * room)
-        self._free = [_SLOT * n for n in range(room)]
+        os.write(self._file, bytes(_SLOT.size * room))  # not a hole: on a full disk, writing into one would be our end
+        self._map = mmap.mmap(self._file, _SLOT.size * room)
+        self._free = [_SLOT.size * n for n in range(room)]
 
     def take(self, seq: int) -> "Slot":
         """A slot for a claimed run. Beyond the room that there is, a run goes without."""
@@ -53,15 +56,12 @@ class Slot:
     def note(self, step: str, now: int) -> None:
         """The run has come to that step."""
         if self._at >= 0:
-            text = f"{self._seq} {now} in step {step}\0".encode()
-            if len(text) > _SLOT:
-                text = text[: _SLOT - 1] + b"\0"
-            self._map[self._at : self._at + len(text)] = text
+            _SLOT.pack_into(self._map, self._at, self._seq, now, step.encode())
 
     def give_up(self) -> None:
         """The run is in hand no more."""
         if self._at >= 0:
-            self._map[self._at] = 0
+            self._map[self._at : self._at + len(_EMPTY)] = _EMPTY
             self._free.append(self._at)
             self._at = -1
 
@@ -101,12 +101,10 @@ def places(app_dir: Path, worker: str) -> Callable[[int], Place]:
     except OSError:
         return lambda seq: Place("", None)
     found = {}
-    for at in range(0, len(data), _SLOT):
-        seq, _, rest = data[at : at + _SLOT].split(b"\0")[0].decode(errors="replace").partition(" ")
-        since, _, where = rest.partition(" ")
-        if since.isdigit():
-            found[seq] = Place(where, int(since))
-    return lambda seq: found.get(str(seq), Place("before its first step", None))
+    for seq, since, step in _SLOT.iter_unpack(data[: len(data) // _SLOT.size * _SLOT.size]):
+        name = step.rstrip(b"\0").decode(errors="ignore")  # cut within a character, if at all
+        found[seq] = Place(f"in step {name}", since)
+    return lambda seq: found.get(seq, Place("before its first step", None))
 
 
 def forget(app_dir: Path, worker: str) -> None:

@@ -58,10 +58,10 @@ def masked(text: str, place: str) -> str:
     return text
 
 
-def masked_json(data: bytes, place: str) -> bytes:
+def masked_json(data: bytes, place: object) -> bytes:
     """The same for JSON, which is JSON still."""
     for mask in _masks:
-        data = mask.json(data.decode(errors="replace"), log.place(place)).encode()
+        data = mask.json(data.decode(errors="replace"), log.place(str(place))).encode()
     return data
 
 

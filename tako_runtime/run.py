@@ -3,7 +3,6 @@
 import os
 import threading
 from enum import StrEnum
-from typing import NamedTuple
 
 import msgspec
 
@@ -31,11 +30,14 @@ class Reason(StrEnum):
     WAITING = "waiting"
 
 
-class StepKey(NamedTuple):
+class StepKey(msgspec.Struct, frozen=True):
     """What names a step within its run. The kind is part of it, so a run, a sleep and a wait never collide."""
 
     kind: str  # "run", "sleep" or "wait"
     name: str  # "send", or "send#2" for its second use
+
+    def __str__(self) -> str:
+        return f"step {self.name!r}"
 
     @property
     def label(self) -> str:
@@ -143,7 +145,7 @@ class Found(Run, frozen=True):
     local: bool = False
 
 
-class Claimed(NamedTuple):
+class Claimed(msgspec.Struct, frozen=True):
     """A run that this worker may write now, and the steps it has done so far."""
 
     run: Run

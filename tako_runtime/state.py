@@ -161,8 +161,8 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
 def settle(run: Run, outcome: Outcome, now: int, pace: Pace = REAL_TIME) -> Change:
     """What `outcome` makes of `run` at the instant `now`; the pause before a retry passes at `pace`."""
     match outcome:
-        case Returned(result):
-            return _ended(run, now, Status.SUCCEEDED, "returned", outcome="succeeded", result=result)
+        case Returned():  # the commonest by far, and a positional pattern takes ten times as long
+            return _ended(run, now, Status.SUCCEEDED, "returned", outcome="succeeded", result=outcome.result)
         case Bailed(reason):
             return _ended(run, now, Status.CANCELLED, reason, outcome="cancelled")
         case Cancelled(reason):
@@ -285,7 +285,7 @@ def _ended(
         max_attempts=run.max_attempts,
         cancelling=None,
         result=result,
-        error=error if error is not None else run.error if status is Status.CANCELLED else None,
+        error=run.error if result is None and error is None else error,  # cancelled: why its last attempt failed
         used=_used(run, now, outcome, error),
         rerun=rerun,
     )

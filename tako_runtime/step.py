@@ -179,7 +179,7 @@ class Step:
                     raise StepFailed(f"step {key.name!r} called for the end of its process: {error!r}") from None
                 finally:
                     in_step.reset(token)
-                text, carried = codec.carry(value, wanted, f"step {key.name!r}", limit=attempt.max_value)
+                text, carried = codec.carry(value, wanted, key, limit=attempt.max_value)
             except NotBegun:
                 tries -= 1
                 await attempt.not_begun(key)

@@ -278,7 +278,7 @@ class Worker:
         run = claimed.run
         attempt = Attempt(claimed, self._workflows[run.workflow], self)
         self._busy += 1
-        attempt.task = self._attempts[attempt] = asyncio.Task(attempt.perform())
+        attempt.task = self._attempts[attempt] = asyncio.Task(attempt.perform(), name=run.id)
         if claimed.run.cancelling is not None:
             attempt.cancel(claimed.run.cancelling)
 
@@ -310,7 +310,8 @@ class Worker:
             self.stop("broken")
         del self._attempts[attempt]
         attempt.slot.give_up()
-        self._active_at = self.clock.now()
+        if not self._attempts:
+            self._active_at = self.clock.now()
         self._wake.set()
 
     # --- news from outside ---

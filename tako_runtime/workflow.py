@@ -9,6 +9,7 @@
 An enqueue is done when it returns: the run is on disk, synced, whatever happens to this process next.
 """
 
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -100,6 +101,7 @@ class Workflow(Generic[P, R]):
         check_count(retries, f"retries of {name!r}")
         check_backoff(backoff, f"backoff of {name!r}")
         self.name, self.handler, self.group = name, handler, group
+        self.its_result = f"the result of {name!r}"  # in errors
         self.retries, self.backoff = retries, backoff
         self.schedule, self.timezone, self.catchup, self.overlap = schedule, timezone, catchup, overlap
         self.timeout = None if timeout is None else clock.duration(timeout, f"timeout of {name!r}", least=1_000)
@@ -313,10 +315,16 @@ def release() -> str:
 
 
 def check_signal_name(name: str) -> None:
-    if not is_text(name) or "#" in name or not name.isprintable():
+    if not (isinstance(name, str) and names_something(name)):
         raise InvalidValue(f"a signal's name is printable text of 1 to 500 characters without '#', not {name!r}")
     if secret := named_in(name):
         raise InvalidValue(f"the signal's name has the value of secret {secret} in it", hint=NOT_IN_NAMES)
+
+
+@functools.lru_cache(1_024)
+def names_something(text: str) -> bool:
+    """Whether it may name a step or a signal: `#` is for the numbers of a name's uses."""
+    return is_text(text) and "#" not in text and text.isprintable()
 
 
 def is_text(value: object) -> bool:

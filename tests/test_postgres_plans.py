@@ -125,6 +125,7 @@ def walk(node: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 #: Runs that are in hand.
 HAND = list(range(ENDED + PARKED + DUE + 1, ENDED + PARKED + DUE + 51))
+SAVED = [(run, 1, "run", "x", 1, "done", 1, 1, 1, None, b"1", None, False) for run in HAND]
 
 #: query -> the most blocks that it may touch, and what it is asked. What it looks for is little, of 44,500 runs.
 CASES: dict[str, tuple[int, dict[str, Any] | list[Any]]] = {
@@ -148,11 +149,11 @@ CASES: dict[str, tuple[int, dict[str, Any] | list[Any]]] = {
     "holds_claim": (30, {"seq": HAND[0], "claim": 1}),
     "save_steps": (
         800,
-        _columns_of("save_steps", [(s, "run", "x", 1, "done", 1, 1, 1, None, b"1", None, 1) for s in HAND]),
+        _columns_of("save_steps", SAVED),
     ),
     "all of save_steps": (
         800,
-        [*_columns_of("save_steps", [(s, "run", "x", 1, "done", 1, 1, 1, None, b"1", None, 1) for s in HAND]), 50],
+        [*_columns_of("save_steps", SAVED), 50],
     ),
     "apply": (
         1500,

@@ -352,7 +352,7 @@ def pooled(home: Home, server: Server) -> Iterator[Home]:
         server.own(path)
     try:
         pooler = server.spawn("pgbouncer", str(own / "ini"))
-    except FileNotFoundError:
+    except (FileNotFoundError, PermissionError):  # where the server's user may not look into a folder of the PATH
         pytest.skip("NO PGBOUNCER: apt-get install pgbouncer")
     until((own / ".s.PGSQL.6432").exists)
     name = home.url.partition("?")[0].rpartition("/")[2]

@@ -931,7 +931,7 @@ BUSY_PROCESS = """
         async def works():
             claim = dict(worker=worker, group="default", workflows=["order"])
             while time.monotonic() < end:
-                for run, _ in await opened.do(base.ClaimRuns(limit=5, now=now(), **claim)):
+                for run in [each.run for each in await opened.do(base.ClaimRuns(limit=5, now=now(), **claim))]:
                     step = StepRecord("run", "a", 1, "done", run.attempt, now(), now(), result=b"1")
                     assert await opened.do(base.SaveStep(seq=run.seq, claim=run.claim, step=step)) == step
                     assert await opened.do(base.Apply(change=settle(run, Returned("1"), now())))

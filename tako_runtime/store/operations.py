@@ -164,11 +164,11 @@ class SqlStore(Store):
         if ended:
             topics.add("ended")
             self._change("drop_waits", {"runs": self._listed(ended)})
-        parked = [(change.seq, name) for change in changes if change.goes_on for name in change.open_waits]
+        parked = [(change.seq, name) for change in changes for name in change.open_waits]
         answered = {seq for (seq,) in self._found("answered", parked)} if parked else set()
         for change in changes:
-            for kind, name in change.rerun:
-                self._change("mark_rerun", {"seq": change.seq, "kind": kind, "name": name})
+            for key in change.rerun:
+                self._change("mark_rerun", {"seq": change.seq, "kind": key.kind, "name": key.name})
             if change.finished_at is None:
                 self._go_on(change, change.seq in answered, topics)
 

@@ -92,10 +92,10 @@ _ALL_OF_THEM = (
     "FROM written"
 )
 
-#: The types of what `{rows}` stands for.
+#: The types of what `{rows}` stands for. A `value` is bytes here and text there.
 _ROWS = {
     "insert_runs": "text text text text int8 int8 int8 int8 int8 int8 text text int8 int8",
-    "save_steps": "int8 text text int8 text int8 int8 int8 int8 text text int8",
+    "save_steps": "int8 int8 text text int8 text int8 int8 int8 int8 value text bool",
     "apply": "text text int8 int8 text int8 int8 int8 int8 text text text int8 int8 text",
     "insert_attempts": "int8 int8 text int8 int8 text text",
     "answered": "int8 text",
@@ -128,7 +128,7 @@ def _translated(schema: str, name: str, text: str) -> Query:
         return f"${names.setdefault(found[1], len(kinds) + len(names) + 1)}"
 
     text = re.sub(r"(?<!:):(\w+)", numbered, text)
-    arrays = ", ".join(f"${n}::{kind}[]" for n, kind in enumerate(kinds, 1))
+    arrays = ", ".join(f"${n}::{'text' if kind == 'value' else kind}[]" for n, kind in enumerate(kinds, 1))
     text = _TABLES.sub(rf'\1 "{schema}".\2', text).replace("{rows}", f"SELECT * FROM unnest({arrays})")  # noqa: S608
     return Query(text.encode(), tuple(names))
 
@@ -356,8 +356,8 @@ class _Patience:
 
 
 def _columns_of(query: str, rows: Sequence[tuple[Any, ...]]) -> list[bytes]:
-    """One parameter for each column, however many rows there are. Values are text to the database, and bytes here."""
+    """One parameter for each column, however many rows there are."""
     return [
-        array([value.decode() if isinstance(value, bytes) else value for value in column] if kind == "text" else column)
+        array([None if value is None else value.decode() for value in column] if kind == "value" else column)
         for column, kind in zip(zip(*rows, strict=True), _ROWS[query].split(), strict=True)
     ]

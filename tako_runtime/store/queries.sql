@@ -50,7 +50,7 @@ SELECT 1 FROM runs WHERE seq = :seq AND claim = :claim AND {any_index}status = '
 
 -- name: save_steps
 -- The first write wins; a failure that the next attempt may mend counts as not written.
-WITH new (seq, kind, name, position, status, attempt, started_at, finished_at, due_at, result, error, claim) AS ({rows})
+WITH new (seq, claim, kind, name, position, status, attempt, started_at, finished_at, due_at, result, error, rerun) AS ({rows})
 INSERT INTO steps (run, kind, name, position, status, attempt, started_at, finished_at, due_at, result, error)
 SELECT seq, kind, name, position, status, attempt, started_at, finished_at, due_at, {result}, error
   FROM new

@@ -34,13 +34,13 @@ def new_row(run: NewRun, ready: bool) -> tuple[Any, ...]:
 
 def step_row(op: SaveStep | OpenWait) -> tuple[Any, ...]:
     """For `save_steps`."""
-    return (op.seq, *astuple(op.step)[:-1], op.claim)
+    return (op.seq, op.claim) + astuple(op.step)  # noqa: RUF005 -- takes half the time
 
 
 def change_row(change: Change) -> tuple[Any, ...]:
     """For `apply`."""
     ready = None
-    if change.goes_on:
+    if change.finished_at is None and change.goes_on:
         ready = int(change.due_at is not None and change.due_at <= change.now)
     return (
         change.status, change.reason, ready, change.due_at, change.worker, change.attempt_started_at,
