@@ -103,6 +103,7 @@ class Worker:
         self._wake = asyncio.Event()
         self._topics: set[str] = set()
         self._more = True  # there may be due runs that were not claimed yet
+        self._again = False  # it is claimed for a second time, as something was left that is due
 
     async def run(self) -> str:
         """Work until told to stop; why it stopped: "drained", "idle" or "lost lease"."""
@@ -264,7 +265,12 @@ class Worker:
         if len(claimed) == free:
             self._more = True
             return None
-        return (await self.store.do(Demand(now=now))).next_at
+        due = await self.store.do(Demand(now=now))
+        # A claim passes over what another transaction has in hand. That one may not have wanted it, and rings no bell
+        # then: so what is still there is asked for a second time.
+        self._again = not self._again and self.settings.group in due.groups
+        self._more = self._more or self._again
+        return due.next_at
 
     async def _hand_back(self) -> None:
         """A claim whose answer never came may have taken runs that nobody does now."""

@@ -1,5 +1,6 @@
 """The shared store: what happens when the connection to it goes, and what its schema is."""
 
+import asyncio
 import json
 import os
 import shlex
@@ -22,7 +23,7 @@ from postgres import NoPostgres, Server, programs
 from scenarios.flows import orders
 from scenarios.lasting import ticking
 from wire import Cut, Wire, wire
-from workers import shown, status, worker_process, workers
+from workers import shown, status, work, worker_process, workers
 
 from tako_runtime import store
 from tako_runtime.clock import SECOND
@@ -34,7 +35,8 @@ from tako_runtime.state import Returned
 from tako_runtime.store import Home, base, database, open_store, queries, version
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.pipeline import Query
-from tako_runtime.store.postgres import PostgresStore
+from tako_runtime.store.postgres import PostgresStore, queries_of
+from tako_runtime.worker import Worker
 
 STORES = ("postgres",)
 NEWEST = queries.migrations("postgres")[-1][0]
@@ -373,6 +375,41 @@ def test_stores_that_claim_at_once_share_the_runs_and_none_waits_for_another(ope
     assert len(taken) == len(set(taken)) == 400
     for thread in others:
         thread.close()
+
+
+def test_who_begins_to_wait_for_a_runs_end_does_not_keep_it_from_being_claimed(opened: StoreThread, home: Home) -> None:
+    """A claim passes over what somebody else has locked, and nobody would ring for it once more."""
+    caller = Caller(opened)
+    caller.enqueue()
+    [run] = opened.do_sync(base.ListRuns())
+    with psycopg.connect(home.url, autocommit=True) as db, db.transaction():
+        psycopg.RawCursor(db).execute(queries_of(home.schema)["await_end"].text.decode(), [run.seq])
+        assert [claimed.run.id for claimed in caller.claim()] == [run.id]
+
+
+def test_a_run_that_somebody_else_had_in_hand_for_a_moment_is_claimed_without_a_look(
+    opened: StoreThread, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever promotes what has become due locks it, and rings no bell after that."""
+    monkeypatch.setattr("tako_runtime.worker.LOOK", 600.0)
+    execute, passed_over = PostgresStore.execute, threading.Event()
+
+    def in_other_hands(store: PostgresStore, batch: Any) -> Any:
+        if passed_over.is_set() or not any(isinstance(op, base.ClaimRuns) for op in batch):
+            return execute(store, batch)
+        passed_over.set()
+        with psycopg.connect(home.url) as db:
+            db.execute(f'SELECT 1 FROM "{home.schema}".runs FOR UPDATE')
+            return execute(store, batch)
+
+    run_id = orders.answers.enqueue_sync("x")
+    monkeypatch.setattr(PostgresStore, "execute", in_other_hands)
+
+    async def wait(worker: Worker) -> None:
+        await asyncio.to_thread(until, lambda: status(opened, run_id)[0] == "succeeded")
+
+    work(opened, home, wait)
+    assert passed_over.is_set()
 
 
 def test_a_claim_does_not_wait_for_rows_that_somebody_holds(opened: StoreThread, home: Home) -> None:

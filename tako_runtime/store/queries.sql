@@ -413,9 +413,8 @@ DELETE FROM writers WHERE at < now() - CAST(:age AS interval);
 SELECT set_config('synchronous_commit', 'off', true), pg_notify(:channel, :message);
 
 -- name: await_end
--- Not where it has ended; and who is just ending it is waited for.
-INSERT INTO awaited (run) SELECT seq FROM runs WHERE seq = :seq AND finished_at IS NULL FOR SHARE
-    ON CONFLICT DO NOTHING;
+-- Not where it has ended. It locks no run: a claim would pass over that one. Who asks looks at the run after this.
+INSERT INTO awaited (run) SELECT seq FROM runs WHERE seq = :seq AND finished_at IS NULL ON CONFLICT DO NOTHING;
 
 -- name: ring_for_ends
 -- Only where somebody waits for one of these.
