@@ -122,7 +122,9 @@ def decoder(annotation: object) -> Callable[[str | bytes], Any]:
 
 def returns(fn: Callable[..., Any]) -> Any:
     """The type that `fn`'s value is read back into: its return annotation without `Awaitable`, or `Any`."""
-    if type(fn) is not types.FunctionType:
+    if type(fn) is types.FunctionType:
+        annotation = fn.__annotations__.get("return", Any)
+    else:
         while isinstance(fn, functools.partial):
             fn = fn.func
         if inspect.isclass(fn):
@@ -130,7 +132,7 @@ def returns(fn: Callable[..., Any]) -> Any:
         if not inspect.isroutine(fn):
             fn = type(fn).__call__
         fn = getattr(fn, "__func__", fn)
-    annotation = getattr(fn, "__annotations__", {}).get("return", Any)
+        annotation = getattr(fn, "__annotations__", {}).get("return", Any)
     if annotation is Any or type(annotation) is type:  # every lambda, every plain class: nothing to look up
         return annotation
     try:
