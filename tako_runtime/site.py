@@ -153,6 +153,10 @@ OPERATIONS = frozenset(
 )  # fmt: skip
 
 
+#: The hint where what is asked for came with a later tako.
+OLDER = "Deploy with the tako of here."
+
+
 class Asked(msgspec.Struct, frozen=True):
     """One request."""
 
@@ -203,10 +207,10 @@ def answer(site: Site, lines: Iterable[bytes], say: Callable[[bytes], object]) -
         try:
             request = msgspec.json.decode(line, type=Asked)
             if request.ask not in OPERATIONS:
-                raise NotFound(
-                    f"the tako there knows no operation {request.ask!r}", hint="Deploy with the tako of here."
-                )
+                raise NotFound(f"the tako there knows no operation {request.ask!r}", hint=OLDER)
             types = _types(request.ask)
+            if unknown := sorted(request.given.keys() - types.keys()):
+                raise NotFound(f"the tako there knows no {unknown[0]!r} of operation {request.ask!r}", hint=OLDER)
             given = {
                 name: msgspec.json.decode(value, type=types[name], dec_hook=_built)
                 for name, value in request.given.items()
