@@ -12,11 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import apsw
 import pytest
 from hypothesis import settings
 from postgres import NoPostgres, Server
 
 from tako_runtime import clock, store
+from tako_runtime.failure import Failure
 from tako_runtime.run import Claimed, NewRun, Run, StepRecord, WorkerRecord, new_id
 from tako_runtime.state import Change, Outcome, settle
 from tako_runtime.store import Home, base, open_store
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from machines import Machine
 
 T = TypeVar("T")
+
+#: What a run failed with, where it does not matter what that was.
+BROKE = Failure("ValueError", "no such card")
 
 settings.register_profile("tako", deadline=None)  # a slow machine is no failure
 settings.load_profile("tako")
@@ -119,6 +124,11 @@ class Caller:
         return self.apply(settle(run, outcome, self.now))
 
 
+def ids(runs: list[Run]) -> list[str]:
+    """The ids of the runs, in their order."""
+    return [run.id for run in runs]
+
+
 def until(condition: Callable[[], T], seconds: float = 20) -> T:
     """What `condition` gives once that is true; a failure after `seconds`. In an event loop, `asyncio.to_thread` it.
 
@@ -145,6 +155,14 @@ def script(code: str, *args: object, home: Home | None = None, cwd: Path | None 
         text=True,
         start_new_session=True,
     )
+
+
+def healthy(path: Path) -> bool:
+    """Whether SQLite finds no damage in the file."""
+    with apsw.Connection(str(path)) as connection:
+        found = connection.pragma("integrity_check")
+    connection.close()
+    return bool(found == "ok")
 
 
 @contextmanager
@@ -243,6 +261,12 @@ def home(request: pytest.FixtureRequest, dialect: str) -> Iterator[Home]:
         url = server.database()
         yield Home("shop", Path(folder), url)
         server.drop(url)
+
+
+@pytest.fixture
+def path(home: Home) -> Path:
+    """The embedded store's file."""
+    return home.app_dir / "runs.db"
 
 
 @pytest.fixture

@@ -46,11 +46,6 @@ def asked(path: Path, what: str) -> Any:
         db.close()
 
 
-@pytest.fixture
-def path(home: Home) -> Path:
-    return home.app_dir / "runs.db"
-
-
 @pytest.mark.slow
 def test_a_prune_of_100_000_runs_lets_a_writer_in_after_every_batch_and_gives_the_space_back(
     home: Home, path: Path, opened: StoreThread

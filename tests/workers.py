@@ -15,7 +15,7 @@ import apsw
 import msgspec
 from conftest import until
 
-from tako_runtime import clock
+from tako_runtime import Backoff, clock
 from tako_runtime.control import Control
 from tako_runtime.store import Home
 from tako_runtime.store.base import Demand, ListWorkers
@@ -25,6 +25,8 @@ from tako_runtime.workflow import registry
 
 HERE = Path(__file__).parent
 FLOWS = "scenarios/flows"
+#: Tried again without a pause.
+AT_ONCE = Backoff(base=0, max=0)
 
 
 class LaterClock:
@@ -94,6 +96,13 @@ def status(opened: StoreThread, run_id: str) -> tuple[str, str]:
 
 def steps(run: dict[str, Any]) -> dict[str, str]:
     return {step["name"]: step["status"] for step in run["steps"]}
+
+
+def finished(opened: StoreThread, run_id: str, expected: str = "succeeded") -> dict[str, Any]:
+    """The run, whose status is `expected`."""
+    run = shown(opened, run_id)
+    assert run["status"] == expected, run
+    return run
 
 
 def tamper(home: Home, statement: str) -> None:
