@@ -22,6 +22,9 @@ from workers import gone
 
 from tako_runtime.store import Home, project_home
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 APP = Path(__file__).parent / "scenarios" / "app.py"
 
 
@@ -270,7 +273,6 @@ def test_an_app_is_healthy_once_it_answers_200(home: Home, tmp_path: Path) -> No
         server.wait_for("app.healthy")
 
 
-@pytest.mark.slow
 def test_an_app_that_never_gets_healthy_is_told_with_what_it_answers_and_left_running(
     home: Home, tmp_path: Path
 ) -> None:
@@ -307,7 +309,6 @@ def test_an_app_that_crashes_is_started_again_and_nobody_who_connects_meanwhile_
         assert dev.wait_for("app.started")["pid"] == second != first["pid"]
 
 
-@pytest.mark.slow
 def test_the_pauses_grow_while_it_keeps_failing_and_a_reload_makes_nobody_wait(home: Home, tmp_path: Path) -> None:
     project = configured(tmp_path / "shop", "fd", free_port())
     (project / "do").write_text("fail no database")
@@ -372,7 +373,6 @@ def test_a_second_ctrl_c_ends_the_app_at_once(tmp_path: Path) -> None:
         assert in_group(started["pid"]) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("does", ["start", "ignore"])
 def test_a_killed_supervisor_leaves_nothing_of_the_app_after_five_seconds(does: str, tmp_path: Path) -> None:
     """What it has started goes too, and what ignores SIGTERM."""

@@ -16,6 +16,9 @@ from tako_runtime.errors import NotFound, Refused, StoreError
 from tako_runtime.store import Home
 from tako_runtime.store.copying import checked
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 LOCAL = """
     @workflow("warm", local=True)
     async def warm(payload, step):
@@ -137,7 +140,6 @@ def web() -> Iterator[Web]:
         yield one
 
 
-@pytest.mark.slow
 def test_a_servers_store_is_copied_while_it_runs_and_put_back_once_it_is_stopped(web: Web) -> None:
     serving = web.serve()
     run = web.start("ask", {})

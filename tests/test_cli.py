@@ -16,6 +16,9 @@ from cli import at_terminal, developing, document, done, environment, make_proje
 
 from tako_cli.app import app
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 RUN_KEYS = {
     "id", "workflow", "group", "status", "reason", "attempt", "max_attempts", "created_at", "run_at", "started_at",
     "finished_at", "payload", "result", "error", "unique_key", "release",
@@ -559,7 +562,6 @@ def test_start_with_wait_ends_as_the_run_does(project: Path) -> None:
         assert "no such card" in told.stdout
 
 
-@pytest.mark.slow
 def test_retry_keeps_finished_steps_and_from_forgets_them(project: Path) -> None:
     run = start(project, "fail", {})
     assert tako("dev", "--once", cwd=project).returncode == 1
@@ -576,7 +578,6 @@ def test_retry_keeps_finished_steps_and_from_forgets_them(project: Path) -> None
     assert bodies.read_text().split() == ["prepare", "prepare"]
 
 
-@pytest.mark.slow
 def test_bulk_retry_counts_and_asks_before_it_does_anything(project: Path) -> None:
     runs = {start(project, "fail", {}) for _ in range(2)}
     other = start(project, "greet", {"not": "text"})

@@ -12,6 +12,9 @@ from workers import now
 from tako_runtime import clock, cron, timetable
 from tako_runtime.run import ScheduleRecord
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 FLOWS = """
     from tako_runtime import Step, workflow
 

@@ -32,6 +32,9 @@ from tako_runtime.clock import HOUR, SECOND
 from tako_runtime.store import open_store, project_home
 from tako_runtime.store.base import KeptSignals, ListWorkers
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
@@ -71,7 +74,6 @@ def test_once_ends_with_1_if_a_run_ended_dead(project: Path) -> None:
     assert tako("dev", "--once", cwd=project).returncode == 0  # that one was dead before
 
 
-@pytest.mark.slow
 def test_once_waits_for_what_is_due_later_and_says_so(project: Path) -> None:
     run = start(project, "greet", "Ada", "--in", "4s")
     with developing(project, "--once") as dev:
@@ -91,7 +93,6 @@ def test_once_gives_up_on_runs_that_nobody_can_take(project: Path) -> None:
     assert "no file declares 'greet' in group default" in ended.stdout
 
 
-@pytest.mark.slow
 def test_once_gives_up_on_a_group_whose_workers_do_not_start(project: Path) -> None:
     run = start(project, "greet", "Ada")
     flows = project / "workflows" / "flows.py"

@@ -13,6 +13,9 @@ from conftest import finished, script
 from tako_runtime.store import examine, open_store, project_home
 from tako_runtime.store.base import CountRuns
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
@@ -81,7 +84,6 @@ def test_it_is_refused_while_another_tako_dev_runs_and_that_one_keeps_its_runs(p
     assert listed(project) == [run]
 
 
-@pytest.mark.slow
 def test_it_is_refused_with_the_process_that_has_the_store_open_which_would_go_on_in_the_old_one(project: Path) -> None:
     run = start(project, "nap", {})
     with closing(open_store(project_home("shop", project))) as opened:

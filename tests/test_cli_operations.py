@@ -13,6 +13,9 @@ from cli import TAKO, at_terminal, developing, document, done, environment, make
 
 from tako_runtime.why import CAUSES
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
@@ -254,7 +257,6 @@ def test_tail_without_a_supervisor_tells_what_the_store_has(worked: tuple[Path, 
 # --- tako runs prune -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_prune_counts_asks_and_deletes_only_what_has_ended(project: Path) -> None:
     start(project, "fail", {})
     start(project, "greet", "Ada")

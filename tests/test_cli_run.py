@@ -14,6 +14,9 @@ from serving import keep_secrets
 
 from tako_runtime.store import Home
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 KEY = "sk_live_51Hx+/=vT9"
 DIGEST = hashlib.sha256(KEY.encode()).hexdigest()
 LOOK = Path(__file__).with_name("scenarios_secrets") / "look.py"

@@ -18,6 +18,9 @@ from terminal import Terminal, at_terminal
 from tako_runtime.store import open_store, project_home
 from tako_runtime.store.base import ListWorkers
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 ORDERS = """
     from dataclasses import dataclass
     import subprocess
@@ -95,7 +98,6 @@ def is_taken(port: int) -> bool:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("columns", [60, 100, 200])
 def test_start_signal_break_mend_and_quit_leave_no_child_and_no_port(columns: int, tmp_path: Path) -> None:
     port = free_port()
@@ -251,7 +253,6 @@ def test_a_pause_holds_claims_up_is_told_of_and_ends_with_this_dev(project: Path
     assert status(project)["paused"] is None
 
 
-@pytest.mark.slow
 def test_a_pause_lapses_when_its_dev_is_killed(project: Path) -> None:
     with at_terminal("dev", cwd=project) as dev:
         dev.wait_for_foot("for keys")

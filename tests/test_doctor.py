@@ -28,6 +28,9 @@ from tako_runtime.disk import of_mounts
 from tako_runtime.store import Home, project_home
 from tako_runtime.store.queries import migrations
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 MACHINE = ["python", "sqlite", "zones", "clock", "ssh", "completions"]
 PROJECT = ["tako.toml", "environment", "disk", "space", "store", "sockets", "secrets", "workflows"]
 

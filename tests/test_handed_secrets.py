@@ -25,6 +25,9 @@ from tako_runtime.store import Home, base
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import new_run
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 KEY = "sk_live_51Hx+/=vT9"
 SPELLED = [KEY, quote(KEY, safe=""), base64.b64encode(KEY.encode()).decode(), json.dumps(KEY)[1:-1]]
 LOOK = Path(__file__).with_name("scenarios_secrets") / "look.py"
@@ -376,7 +379,6 @@ def test_what_a_broken_module_says_is_masked_in_the_log_of_the_server_and_of_its
 # --- nothing blocks --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_mebibyte_reaches_the_worker_and_one_that_never_reads_it_holds_nobody_up(
     opened: StoreThread, home: Home, tmp_path: Path
 ) -> None:

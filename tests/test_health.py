@@ -24,6 +24,9 @@ from tako_runtime.store import Home
 from tako_runtime.store.base import ListHealth, ListRuns, ReportHealth, Unhealthy
 from tako_runtime.store.commit import StoreThread
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 WELL = """
     from tako_runtime import workflow
 
@@ -98,7 +101,6 @@ def test_a_worker_that_ends_before_it_claims_makes_its_group_unhealthy_until_the
         assert [event["group"] for event in supervisor.events("group.healthy")] == ["default"]
 
 
-@pytest.mark.slow
 def test_a_worker_that_hangs_so_that_its_own_limit_cannot_end_it_is_ended_and_says_where_it_was(
     opened: StoreThread, home: Home, project: Path
 ) -> None:
@@ -113,7 +115,6 @@ def test_a_worker_that_hangs_so_that_its_own_limit_cannot_end_it_is_ended_and_sa
         well(opened, run_id)
 
 
-@pytest.mark.slow
 def test_an_interpreter_that_is_missing_makes_the_group_unhealthy_until_it_is_there(
     opened: StoreThread, home: Home, project: Path
 ) -> None:
@@ -129,7 +130,6 @@ def test_an_interpreter_that_is_missing_makes_the_group_unhealthy_until_it_is_th
         well(opened, run_id)
 
 
-@pytest.mark.slow
 def test_the_pauses_grow_and_the_reason_is_said_once(opened: StoreThread, home: Home, project: Path) -> None:
     write(project, "import nowhere_at_all\n")
     orders.answers.enqueue_sync("x")
@@ -141,7 +141,6 @@ def test_the_pauses_grow_and_the_reason_is_said_once(opened: StoreThread, home: 
         assert unhealthy(opened)[0].since < now()
 
 
-@pytest.mark.slow
 def test_many_workers_that_fail_together_are_one_failure_and_then_one_at_a_time_tries(
     opened: StoreThread, home: Home, project: Path
 ) -> None:
@@ -155,7 +154,6 @@ def test_many_workers_that_fail_together_are_one_failure_and_then_one_at_a_time_
         until(lambda: not unhealthy(opened))
 
 
-@pytest.mark.slow
 def test_a_group_is_not_healthy_because_its_worker_is_up_but_because_it_has_claimed(
     opened: StoreThread, home: Home, project: Path
 ) -> None:
@@ -257,7 +255,6 @@ def test_what_an_earlier_supervisor_of_this_host_has_left_is_cleared_at_the_star
 # --- progress --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_worker_that_is_frozen_while_runs_are_due_is_replaced_and_the_log_says_why(
     opened: StoreThread, home: Home
 ) -> None:
@@ -274,7 +271,6 @@ def test_a_worker_that_is_frozen_while_runs_are_due_is_replaced_and_the_log_says
         until(lambda: not unhealthy(opened))
 
 
-@pytest.mark.slow
 def test_a_worker_whose_event_loop_hangs_while_its_lease_is_renewed_is_replaced_and_says_where_it_hangs(
     opened: StoreThread, home: Home
 ) -> None:
@@ -293,7 +289,6 @@ def test_a_worker_whose_event_loop_hangs_while_its_lease_is_renewed_is_replaced_
     assert bodies(log) == ["loop", "loop", "b"]
 
 
-@pytest.mark.slow
 def test_a_worker_all_of_whose_slots_are_busy_is_left_alone_however_much_is_due(
     opened: StoreThread, home: Home
 ) -> None:

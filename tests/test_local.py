@@ -24,6 +24,9 @@ from tako_runtime.store import Home, Local, base, open_store
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import Workflow, signal, signal_sync, workflow
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 STORES = ("postgres",)
 
 

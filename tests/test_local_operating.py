@@ -30,6 +30,9 @@ from tako_runtime.store import Home, Local, base, open_store
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.file import examine
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 STORES = ("postgres",)
 
 WARM = Declared("warm", "default", 2, 1, 1, None, "flows.py", 1, local=True)

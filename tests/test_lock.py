@@ -20,6 +20,9 @@ from tako_cli.deploy import lock, wheels
 from tako_cli.deploy.lock import Target
 from tako_runtime.errors import ConfigError, NotFound, TakoError
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 __all__ = ["index", "shop", "tool"]  # fixtures
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,8 @@ from tako_runtime.errors import ConfigError, Refused, TakoError
 
 __all__ = ["index", "shop"]  # fixtures
 
-pytestmark = pytest.mark.usefixtures("index")
+# They run processes of their own.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("index")]
 
 SAFE = r"[a-z0-9][a-z0-9-]{1,62}"
 
@@ -454,7 +455,6 @@ def test_the_manifest_is_read_with_the_variables_and_secrets_of_the_environment(
         release.pack(load(shop), "production", [SERVER])
 
 
-@pytest.mark.slow
 def test_what_is_packed_installs_on_a_server_with_nothing_but_python_and_declares_the_same(
     shop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

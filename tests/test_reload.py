@@ -14,6 +14,9 @@ import pytest
 from cli import TAKO, Dev, Event, developing, done, environment, is_alive, make_project, run_of, start, tako
 from conftest import until
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 FLOWS = """
     import os
     from tako_runtime import Step, workflow
@@ -200,7 +203,6 @@ def test_a_run_stops_at_its_next_step_boundary_and_goes_on_under_the_new_code(tm
     assert [attempt["outcome"] for attempt in ended["attempts"]] == ["succeeded"], "no attempt was used up"
 
 
-@pytest.mark.slow
 def test_a_step_that_does_not_stop_within_five_seconds_is_cut_off_named_and_run_again(tmp_path: Path) -> None:
     project = make_project(tmp_path / "shop", LONG.replace("VERSION", "1"))
     with developing(project) as dev:

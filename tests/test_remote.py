@@ -20,6 +20,9 @@ from sshd import Sshd
 from tako_cli.remote import CommandFailed, HostKeyRefused, LinkLost, Remote, Unreachable
 from tako_runtime.errors import InvalidValue
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sshd(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sshd]:
@@ -147,7 +150,6 @@ def test_a_file_of_theirs_comes_back_byte_for_byte(web: Remote, tmp_path: Path) 
     assert (tmp_path / "ours").read_bytes() == data
 
 
-@pytest.mark.slow
 def test_a_dead_link_is_noticed_within_seconds(web: Remote, sshd: Sshd) -> None:
     lines = web.lines(["sh", "-c", "echo up; exec sleep 600"])
     next(lines)

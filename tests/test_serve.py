@@ -25,6 +25,9 @@ from tako_runtime.store.base import Enqueue
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.workflow import new_run
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 FLOWS = """
     import subprocess
     import time
@@ -169,7 +172,6 @@ def test_user_code_is_imported_by_the_manifest_and_the_workers_and_never_by_the_
         assert server.pid not in {pid for pid, _ in importers}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flow", ["hold", "hangs"])
 def test_a_killed_supervisor_leaves_no_orphan_and_the_next_one_has_n_workers_and_not_one_more(
     opened: StoreThread, home: Home, project: Path, flow: str
@@ -192,7 +194,6 @@ def test_a_killed_supervisor_leaves_no_orphan_and_the_next_one_has_n_workers_and
             assert len(second.spawned) == 2
 
 
-@pytest.mark.slow
 def test_an_import_that_hangs_does_not_outlive_its_supervisor(opened: StoreThread, home: Home, project: Path) -> None:
     (project / "workflows" / "flows.py").write_text("import sys, time\nif 'worker' in sys.argv: time.sleep(600)\n")
     configure(project, "[workflows]\nworkers = 1\n")
@@ -335,7 +336,6 @@ def test_the_service_manager_is_told_ready_reloading_and_stopping(
         assert server.ended() == 0
 
 
-@pytest.mark.slow
 def test_the_watchdog_is_fed_while_the_supervisors_loop_goes_round_and_not_while_it_stands(
     opened: StoreThread, home: Home, project: Path
 ) -> None:

@@ -34,6 +34,9 @@ from tako_runtime.store.commit import StoreThread
 from tako_runtime.supervisor import RECLAIM_EVERY
 from tako_runtime.workflow import Workflow, workflow
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 STORES = ("postgres",)
 
 FLOWS = """

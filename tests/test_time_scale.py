@@ -31,6 +31,9 @@ from tako_runtime.store import Home, base, open_store, project_home
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.ticker import Cron
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 HOUR_A_SECOND = Pace(3600)
 NINE = clock.instant(datetime(2027, 1, 15, 9, tzinfo=UTC))
 

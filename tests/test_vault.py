@@ -22,6 +22,9 @@ from tako_cli.vault import Vault, reveal
 from tako_runtime.errors import ConfigError, InvalidValue, NotFound, Refused
 from tako_runtime.store import Home
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 KEY = "sk_live_51Hx+/=vT9"
 PASSPHRASE = "correct horse"  # noqa: S105
 
