@@ -38,6 +38,9 @@ from tako_runtime.store.pipeline import Query
 from tako_runtime.store.postgres import PostgresStore, queries_of
 from tako_runtime.worker import Worker
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 STORES = ("postgres",)
 NEWEST = queries.migrations("postgres")[-1][0]
 CUTS: list[Cut] = ["before the commit", "after the commit"]

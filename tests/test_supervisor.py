@@ -21,6 +21,9 @@ from tako_runtime.store.base import ListWorkers
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.supervisor import Seen, decide
 
+# They run processes of their own.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def log(home: Home) -> Path:
@@ -123,7 +126,6 @@ def test_a_group_that_wants_workers_has_them_and_a_killed_one_is_replaced(opened
         assert (died["pid"], died["how"]) == (first[0], "killed by SIGKILL")
 
 
-@pytest.mark.slow
 def test_at_rest_a_supervisor_and_its_worker_wake_about_as_often_as_they_look_once_a_second(
     opened: StoreThread, home: Home
 ) -> None:
@@ -183,7 +185,6 @@ def test_a_run_that_kills_its_workers_ends_dead_and_does_not_starve_its_neighbou
     assert bodies(log).count("boom") == 3
 
 
-@pytest.mark.slow
 def test_a_worker_that_is_frozen_past_its_lease_is_replaced(opened: StoreThread, home: Home, log: Path) -> None:
     gate = home.data_dir / "gate"
     os.mkfifo(gate)
@@ -196,7 +197,6 @@ def test_a_worker_that_is_frozen_past_its_lease_is_replaced(opened: StoreThread,
     assert bodies(log) == ["a", "a", "b"]
 
 
-@pytest.mark.slow
 def test_workers_that_cannot_renew_since_the_disk_is_full_are_not_ended_for_that(
     opened: StoreThread, home: Home, log: Path
 ) -> None:
