@@ -89,6 +89,7 @@ class Attempt:
         self._lost = False
         self._refused = False
         self._parked_for: StepRecord | None = None  # what it parks for, if that has an end
+        self._asking = 0  # waits that are being begun or ended
         self._began = 0  # when this pass got going: before that, there is nothing to stop
         self._handler_ended = False
 
@@ -286,7 +287,11 @@ class Attempt:
 
     async def save_wait(self, op: OpenWait | ExpireWait) -> StepRecord:
         """Begin or end a wait; the record that is stored, where a look finds it too."""
-        stored = await self.write(op)
+        self._asking += 1
+        try:
+            stored = await self.write(op)
+        finally:
+            self._asking -= 1
         if stored is None:
             self._lost_claim()
         self.history[stored.key] = stored
@@ -402,6 +407,8 @@ class Attempt:
 
     @property
     def waits_for_signals(self) -> bool:
+        if self._asking:  # its signal may be in the same batch, and ring before the answer is here
+            return True
         waiting = self.branches.waiting.values()
         return any(one.record is not None and one.record.kind == "wait" for one in waiting)
 

@@ -18,7 +18,7 @@ _LONGEST_FOLDER = 64
 
 
 #: A buffer may hold no more than ten rings (Linux). After so many at once others may have been lost, of whatever topic.
-_CROWD, _ANYTHING = 10, {"later", "signal", "cancel"}
+_CROWD, _ANYTHING = 10, {"later", "signal", "cancel", "ended"}
 
 #: How the names of those begin who wait for a run's end.
 WAITING = "c-"

@@ -64,13 +64,13 @@ class Courier:
 
     async def look(self) -> int:
         """Give what is kept to those who wait for it here; how many runs took something."""
-        waits = await self._local.do(OpenWaits(limit=AWAITED))
-        if not waits:
+        if not await self._local.do(OpenWaits(limit=1)):
             return 0
         versions = await self._local.do(DataVersion()), await self._shared.do(DataVersion())
         if versions == self._seen:
             return 0
         self._seen = versions
+        waits = await self._local.do(OpenWaits(limit=AWAITED))  # after the versions: what is newer is seen next time
         names = list(dict.fromkeys(wait.signal for wait in waits))
         if not any(await asyncio.gather(*[self._oldest(name) for name in names])):
             return 0

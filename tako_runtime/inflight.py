@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 from tako_runtime.run import WorkerRecord
 
+#: How a file begins. One of another form is none that this release can read.
+_HEAD = b"tako 2\0\0"
+
 #: A slot: which run, since when in its step, and that step's name, or as much of it as there is room for.
 _SLOT = struct.Struct("<qq240s")
 _EMPTY = bytes(8)
@@ -30,9 +33,10 @@ class InFlight:
         self._path = folder / worker
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(self._file, bytes(_SLOT.size * room))  # not a hole: on a full disk, writing into one would be our end
-        self._map = mmap.mmap(self._file, _SLOT.size * room)
-        self._free = [_SLOT.size * n for n in range(room)]
+        empty = _HEAD + bytes(_SLOT.size * room)
+        os.write(self._file, empty)  # not a hole: on a full disk, writing into one would be our end
+        self._map = mmap.mmap(self._file, len(empty))
+        self._free = [len(_HEAD) + _SLOT.size * n for n in range(room)]
 
     def take(self, seq: int) -> "Slot":
         """A slot for a claimed run. Beyond the room that there is, a run goes without."""
@@ -99,9 +103,12 @@ def places(app_dir: Path, worker: str) -> Callable[[int], Place]:
     try:
         data = (app_dir / "workers" / worker).read_bytes()
     except OSError:
+        data = b""
+    if not data.startswith(_HEAD):
         return lambda seq: Place("", None)
     found = {}
-    for seq, since, step in _SLOT.iter_unpack(data[: len(data) // _SLOT.size * _SLOT.size]):
+    for at in range(len(_HEAD), len(data) - _SLOT.size + 1, _SLOT.size):
+        seq, since, step = _SLOT.unpack_from(data, at)
         name = step.rstrip(b"\0").decode(errors="ignore")  # cut within a character, if at all
         found[seq] = Place(f"in step {name}", since)
     return lambda seq: found.get(seq, Place("before its first step", None))

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -27,9 +27,13 @@ from tako_runtime.run import new_id
 from tako_runtime.store import Home
 from tako_runtime.store.base import DataVersion, Demand, DropLease, RunsOf, TakeLease, Undeclared
 from tako_runtime.store.commit import StoreThread
+from tako_runtime.workflow import release
 
 #: The net under the bell, in seconds. At each look the supervisor also sees how its workers stand.
 LOOK = 1.0
+
+#: How soon it looks again, in seconds, where a run is due that another transaction has in hand.
+SOON = 0.005
 
 #: How often lapsed leases are looked for.
 RECLAIM_EVERY = 5 * clock.SECOND
@@ -164,11 +168,12 @@ class Supervisor:
         finally:
             listener.close()
             self._unmark()
+            if not self._succeeded:
+                with contextlib.suppress(TakoError):
+                    await self._let_go(list(self._awake))  # what drains here claims nothing: another machine may
             await self._crew.end_all()
             if not self._succeeded:
                 await self._health.forget()
-                with contextlib.suppress(TakoError):
-                    await self._keep_awake()  # nobody's worker is here any more
 
     def stop(self, *, succeeded: bool = False) -> None:
         """Drain and leave. Where another one has `succeeded` us, what is known of the groups is its to say. Call it in
@@ -241,14 +246,18 @@ class Supervisor:
                 await self._keep_awake()
             except StoreBusy as error:
                 emit("store.busy", error=str(error))
+                self._dirty, next_at = True, None  # what was to be looked at has not been
                 away = isinstance(error, StoreUnreachable)
                 if isinstance(error, StoreLocked):
                     await self._lost.end_frozen({error.holder})
             if not away:  # a worker that is started now could not begin, and its group would get the blame
                 await self._act(now)
             self.turns += 1
-            times = [at for at in (next_at, *self._health.paused_until.values()) if at is not None and at > now]
-            await self._sleep(min([LOOK, *((at - now) / clock.SECOND for at in times)]))
+            times = [at for at in self._health.paused_until.values() if at > now]
+            if next_at is not None:
+                times.append(next_at)
+            ahead = min([LOOK, *((at - self._clock.now()) / clock.SECOND for at in times)])
+            await self._sleep(ahead if ahead > 0 else SOON)
 
     async def _act(self, now: int) -> None:
         live: dict[str, int] = {}
@@ -276,7 +285,7 @@ class Supervisor:
         now = self._clock.now()
         if not self._store.shared or self._awake.get(name, 0) > now + AWAKE // 2:
             return True
-        lease = TakeLease(name=f"wake {name}", holder=self._home.server, until=now + AWAKE, now=now)
+        lease = TakeLease(name=_to_wake(name), holder=self._home.server, until=now + AWAKE, now=now)
         try:
             taken = await self._store.do(lease)
         except StoreBusy as error:
@@ -289,12 +298,14 @@ class Supervisor:
     async def _keep_awake(self) -> None:
         """Keep that lease for the groups that have a worker here, and let go of it for those that have none now."""
         here = {child.group.name for child in self._crew.children}
-        for name in list(self._awake):
-            if name in here:
-                await self._may_wake(name)
-            else:
-                await self._store.do(DropLease(name=f"wake {name}", holder=self._home.server))
-                del self._awake[name]
+        for name in here & self._awake.keys():
+            await self._may_wake(name)
+        await self._let_go(self._awake.keys() - here)
+
+    async def _let_go(self, names: Iterable[str]) -> None:
+        for name in names:
+            await self._store.do(DropLease(name=_to_wake(name), holder=self._home.server))
+            del self._awake[name]
 
     async def _sleep(self, seconds: float) -> None:
         handle = asyncio.get_running_loop().call_later(seconds, self._wake.set)
@@ -489,3 +500,8 @@ class Supervisor:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _to_wake(group: str) -> str:
+    """The lease for it. Each release has its own: another one's worker may not know what is due."""
+    return f"wake {group} {release()}"

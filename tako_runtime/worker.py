@@ -39,6 +39,9 @@ from tako_runtime.workflow import Workflow, release
 #: The net under the bell, in seconds.
 LOOK = 1.0
 
+#: How soon it claims again, in seconds, where a run is due that another transaction has in hand.
+SOON = 0.005
+
 #: How soon a lease is renewed again that could not be, since the store was busy, in seconds.
 AGAIN = 0.5
 
@@ -226,8 +229,8 @@ class Worker:
 
     async def _sleep(self, until: int | None) -> None:
         """Until something wakes it, or that instant, or it is time for a look."""
-        pause = LOOK if until is None else max(0.0, min(LOOK, (until - self.clock.now()) / clock.SECOND))
-        timer = asyncio.get_running_loop().call_later(pause, self._wake.set)
+        ahead = LOOK if until is None else (until - self.clock.now()) / clock.SECOND
+        timer = asyncio.get_running_loop().call_later(min(LOOK, ahead) if ahead > 0 else SOON, self._wake.set)
         await self._wake.wait()
         timer.cancel()
         self._wake.clear()
@@ -251,7 +254,7 @@ class Worker:
         if self._unsure:
             await self._hand_back()
         free, now = self._free, self.clock.now()
-        self._more = False
+        again, self._again, self._more = self._again, False, False
         claimed = await self.store.do(
             ClaimRuns(worker=self.id, group=self.settings.group, workflows=tuple(self._workflows), limit=free, now=now)
         )
@@ -268,7 +271,7 @@ class Worker:
         due = await self.store.do(Demand(now=now))
         # A claim passes over what another transaction has in hand. That one may not have wanted it, and rings no bell
         # then: so what is still there is asked for a second time.
-        self._again = not self._again and self.settings.group in due.groups
+        self._again = not again and self.settings.group in due.groups
         self._more = self._more or self._again
         return due.next_at
 

@@ -14,7 +14,7 @@ from tako_runtime import Step, SyncStep, clock, signal, workflow
 from tako_runtime.errors import InvalidValue
 from tako_runtime.run import Claimed
 from tako_runtime.store import Home
-from tako_runtime.store.base import KeptSignals, SendSignal
+from tako_runtime.store.base import Demand, KeptSignals, OpenWait, SendSignal
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry, signal_sync
@@ -382,3 +382,51 @@ def test_a_lease_lost_before_an_attempt_got_going_leaves_nothing_behind(opened: 
     assert asyncio.run(live()) == "lost lease"
     assert worker[0].runs_in_hand == 0
     assert bodies == []
+
+
+def test_a_signal_in_the_batch_of_the_wait_that_it_is_for_reaches_a_handler_that_cannot_park(
+    opened: StoreThread, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It rings before the worker is told that there is something to wait for."""
+    monkeypatch.setattr("tako_runtime.worker.LOOK", 600.0)
+    kind, looked, at_rest, heard = type(opened._store), threading.Event(), asyncio.Event(), asyncio.Event()
+    look, execute = Worker._look_for_signals, kind.execute
+    asked: list[type[object]] = []
+
+    async def looking(worker: Worker) -> None:
+        looked.set()
+        await look(worker)
+
+    def with_its_signal(store: Any, batch: Any) -> Any:
+        answered = execute(store, batch)
+        asked.extend(type(op) for op in batch)
+        if OpenWait in asked:
+            monkeypatch.setattr(kind, "execute", execute)
+            _, topics = execute(store, [SendSignal(name="go", payload='"gone"', now=now(), expires_at=None)])
+            looked.clear()
+            opened.bell.ring(topics)
+            assert looked.wait(20)
+        return answered
+
+    @workflow("stays")
+    async def handler(step: Step) -> str:
+        async def wait() -> str:
+            told: str = await step.wait_for("go")
+            heard.set()
+            return told
+
+        await at_rest.wait()
+        told, _ = await asyncio.gather(wait(), step.run("busy", heard.wait))
+        return told
+
+    run_id = handler.enqueue_sync()
+    monkeypatch.setattr(Worker, "_look_for_signals", looking)
+    monkeypatch.setattr(kind, "execute", with_its_signal)
+
+    async def meanwhile(worker: Worker) -> None:
+        await eventually(lambda: Demand in asked)  # it has claimed, and waits for nothing from the store any more
+        at_rest.set()
+        await eventually(lambda: status(opened, run_id)[0] == "succeeded")
+
+    work(opened, home, meanwhile)
+    assert finished(opened, run_id)["result"] == "gone"

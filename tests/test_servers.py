@@ -115,6 +115,29 @@ def test_one_server_wakes_a_group_at_rest_and_hears_at_once_of_what_another_enqu
         assert len(spawned(servers)) == 1
 
 
+def test_a_server_that_is_stopped_leaves_a_group_to_the_others_though_a_step_of_its_own_goes_on(
+    opened: StoreThread, homes: list[Home], project: Path, flows: dict[str, Workflow[..., object]], tmp_path: Path
+) -> None:
+    released = tmp_path / "released"
+    with serving(homes[1], project, "first") as first:
+        up([first])
+        flows["holds"].enqueue_sync(str(released))
+        until(lambda: spawned([first]) and wakers(homes[0]))
+        until(lambda: first.events("run.started"))
+        first.process.terminate()
+        until(lambda: first.events("worker.draining"))
+        until(lambda: not wakers(homes[0]))
+        assert first.process.poll() is None
+        released.touch()
+
+
+def wakers(home: Home) -> list[str]:
+    """Who may wake which group, as the leases say."""
+    with psycopg.connect(home.url) as db:
+        rows = db.execute(f'SELECT name FROM "{home.schema}".leases WHERE name LIKE %s', ("wake %",)).fetchall()  # noqa: S608
+    return [name for (name,) in rows]
+
+
 def test_a_group_has_its_number_of_workers_on_each_server(
     opened: StoreThread, homes: list[Home], project: Path
 ) -> None:
@@ -402,3 +425,16 @@ def test_it_says_whether_it_listens_behind_a_pooler_or_looks(pooled: Home, home:
     with serving(pooled, project) as server:
         until(lambda: server.events("relay.listening"))
         assert not server.events("relay.polling")
+
+
+def test_it_listens_as_soon_as_it_is_told_of_a_database_where_it_can(pooled: Home, home: Home, project: Path) -> None:
+    secrets = pooled.app_dir / "secrets.json"
+    with closing(open_store(pooled)) as opened:
+        events: list[str] = []
+        with log.sink(lambda line: events.append(line["event"])), opened.relay():
+            until(lambda: "relay.polling" in events)
+            secrets.parent.mkdir(parents=True, exist_ok=True)
+            secrets.write_bytes(msgspec.json.encode({"secrets": {"DATABASE_DIRECT_URL": home.url}}))
+            secrets.chmod(0o600)
+            opened.reopen()
+            until(lambda: "relay.listening" in events)

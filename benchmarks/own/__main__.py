@@ -13,10 +13,12 @@ from pathlib import Path
 
 from benchmarks.about import machine
 from benchmarks.measure import Row, Spread
-from benchmarks.own import contention, lists, postgres, reload, start
+from benchmarks.own import contention, drain, lists, postgres, reload, start
 from benchmarks.report import number
 
-BENCHMARKS = {module.__name__.rpartition(".")[2]: module for module in (contention, start, reload, lists, postgres)}
+BENCHMARKS = {
+    module.__name__.rpartition(".")[2]: module for module in (drain, contention, start, reload, lists, postgres)
+}
 
 
 def main() -> int:

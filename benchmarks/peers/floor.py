@@ -47,6 +47,7 @@ class Floor:
     """A loop that claims, writes its rows and claims again. It hears of new work by a datagram."""
 
     INSERT_RUN: ClassVar[str] = INSERT
+    tell, body = staticmethod(tell), staticmethod(body)
 
     def __init__(self, place: Place) -> None:
         self._name = f"w-{uuid.uuid4()}"
@@ -62,8 +63,13 @@ class Floor:
             self._socket.sendto(b"", str(self._bell))
 
     def work(self, concurrency: int) -> None:
-        """A claim travels with the ends before it, as the engine's do."""
         self._socket.bind(str(self._bell))
+        while True:
+            self.drain(concurrency)
+            self._socket.recv(1)
+
+    def drain(self, concurrency: int) -> None:
+        """Until nothing is due. A claim travels with the ends before it, as the engine's do."""
         ended: list[Claimed] = []
         while True:
             with self.transaction():
@@ -71,7 +77,7 @@ class Floor:
                     self.end(ended)
                 found = self.claim(concurrency)
             for _, _, _, given in found:
-                tell(BEGAN, given["run"])
+                self.tell(BEGAN, given["run"])
             for seq, claim, workflow, given in found:
                 if workflow == FAN_OUT or given["steps"] > 3:
                     self._alone(seq, claim, workflow, given)
@@ -79,20 +85,20 @@ class Floor:
             for n in range(1, 4):
                 if together:
                     for _, _, given in together:
-                        body(given, n)
+                        self.body(given, n)
                     with self.transaction():
                         self.save([(seq, claim, n) for seq, claim, _ in together])
             for _, _, _, given in found:
-                tell(ENDED, given["run"])
+                self.tell(ENDED, given["run"])
             ended = [(seq, claim, given) for seq, claim, _, given in found]
             if not found:
-                self._socket.recv(1)
+                return
 
     def _alone(self, seq: int, claim: int, workflow: str, given: Payload) -> None:
         steps = [(seq, claim, n) for n in range(1, given["steps"] + 1)]
         for some in [steps] if workflow == FAN_OUT else [[one] for one in steps]:
             for _, _, n in some:
-                body(given, n)
+                self.body(given, n)
             with self.transaction():
                 self.save(some)
 

@@ -10,6 +10,7 @@ import hashlib
 import os
 import re
 import socket
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,8 +57,9 @@ class Home(NamedTuple):
 
     @property
     def server(self) -> str:
-        """What tells this machine's part of the app from the others': two may have one host name."""
-        return f"{socket.gethostname()}:{self.app_dir}"
+        """What tells this machine's part of the app from the others': two may have one host name, and folders of one
+        name."""
+        return f"{socket.gethostname()}:{self.app_dir}:{_boot()}"
 
     @property
     def schema(self) -> str:
@@ -86,6 +88,15 @@ class Home(NamedTuple):
     def embedded(self) -> "Home":
         """This machine's own part: what a workflow with `local=True` keeps its runs in."""
         return self._replace(url=EMBEDDED)
+
+
+@cache
+def _boot() -> str:
+    """What Linux calls this start of this machine: no other one has the same, a clone of it neither."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 class Limits(NamedTuple):

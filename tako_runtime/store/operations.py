@@ -342,7 +342,8 @@ class SqlStore(Store):
         self._change("promote", {"now": op.now})
         if pause := self._one("held_lease", {"name": base.PAUSE, "now": op.now}):
             return base.Due(frozenset(), pause[1])
-        return base.Due(frozenset(self._groups("next_ready_group")), self._value("next_due", {}))
+        next_at = self._value("next_due", {})  # asked first: a run that comes due in between is in one of the two
+        return base.Due(frozenset(self._groups("next_ready_group")), next_at)
 
     def _undeclared(self, op: base.Undeclared, topics: Topics) -> dict[str, str]:
         found = {}

@@ -62,14 +62,16 @@ class Relay(AbstractContextManager[None]):
                     self._database = self._find()
                     self._anew = False
                 with self._database.connect() as db:
-                    if self._database.pooled:
-                        emit("relay.polling", database=self._database.where)
-                        return
-                    db.execute(f'LISTEN "{self._schema}"')
-                    emit("relay.listening", database=self._database.where)
-                    pause = _FIRST_PAUSE
-                    self._bell.ring(_EVERYTHING)
-                    self._pass_on(db)
+                    if not self._database.pooled:
+                        db.execute(f'LISTEN "{self._schema}"')
+                        emit("relay.listening", database=self._database.where)
+                        pause = _FIRST_PAUSE
+                        self._bell.ring(_EVERYTHING)
+                        self._pass_on(db)
+                        continue
+                emit("relay.polling", database=self._database.where)
+                while not (self._anew or self._ended.wait(_LOOK)):
+                    pass
             except (psycopg.Error, TakoError) as error:
                 if self._ended.wait(pause):
                     return

@@ -19,6 +19,12 @@ async def three_steps(payload: dict[str, str], step: Step) -> None:
         await step.run(name, nothing)
 
 
+@workflow("many-steps")
+async def many_steps(payload: int, step: Step) -> None:
+    for n in range(payload):
+        await step.run(f"step-{n}", nothing)
+
+
 @workflow("tell-time")
 async def tell_time(payload: str, step: Step) -> None:
     """Write when the first line ran into the named pipe `payload`. The clock is one for all processes."""
