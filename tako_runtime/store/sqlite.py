@@ -3,7 +3,7 @@
 
 Writers of several processes queue at a turnstile of two advisory locks around `BEGIN IMMEDIATE`. SQLite's own busy
 handler sleeps and retries: one writer in a hurry can starve the others for a second and more, which the turnstile
-bounds to each one's turn. `benchmarks/contention.py` shows both.
+bounds to each one's turn. `benchmarks/own/contention.py` shows both.
 """
 
 import errno
