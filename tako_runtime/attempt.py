@@ -89,6 +89,7 @@ class Attempt:
         self._lost = False
         self._refused = False
         self._parked_for: StepRecord | None = None  # what it parks for, if that has an end
+        self._waited = self.run.claim > 1  # an earlier pass may have
         self._asking = 0  # waits that are being begun or ended
         self._began = 0  # when this pass got going: before that, there is nothing to stop
         self._handler_ended = False
@@ -209,7 +210,7 @@ class Attempt:
 
     async def _write_end(self, outcome: Outcome, asked: bool) -> None:
         """`asked` says that the store was asked before, and that nobody has heard its answer."""
-        change = settle(self.run, outcome, self.now(), self.pace)
+        change = settle(self.run, outcome, self.now(), self.pace, waited=self._waited)
         try:
             if not await self.write(Apply(change=change)):
                 run = await self.write(GetRun(seq=self.run.seq))
@@ -287,6 +288,7 @@ class Attempt:
 
     async def save_wait(self, op: OpenWait | ExpireWait) -> StepRecord:
         """Begin or end a wait; the record that is stored, where a look finds it too."""
+        self._waited = True
         self._asking += 1
         try:
             stored = await self.write(op)

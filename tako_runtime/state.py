@@ -152,17 +152,21 @@ class Change(msgspec.Struct, frozen=True, kw_only=True):
     drop_from: int | None = None  # an operator's retry: forget the steps from this position on
     fresh_steps: bool = False  # an operator's retry: every failed step runs again
     ends_sleeps: int | None = None  # an operator's wake: the sleeps that would have ended by then are over
+    waited: bool = True  # False where it is known that nothing waits for a signal to this run, nor did
 
     @property
     def goes_on(self) -> bool:
         return self.status is Status.PENDING
 
 
-def settle(run: Run, outcome: Outcome, now: int, pace: Pace = REAL_TIME) -> Change:
-    """What `outcome` makes of `run` at the instant `now`; the pause before a retry passes at `pace`."""
+def settle(run: Run, outcome: Outcome, now: int, pace: Pace = REAL_TIME, *, waited: bool = True) -> Change:
+    """What `outcome` makes of `run` at the instant `now`; the pause before a retry passes at `pace`. `waited` is False
+    where no step of it has ever waited for a signal."""
     match outcome:
         case Returned():  # the commonest by far, and a positional pattern takes ten times as long
-            return _ended(run, now, Status.SUCCEEDED, "returned", outcome="succeeded", result=outcome.result)
+            return _ended(
+                run, now, Status.SUCCEEDED, "returned", outcome="succeeded", result=outcome.result, waited=waited
+            )
         case Bailed(reason):
             return _ended(run, now, Status.CANCELLED, reason, outcome="cancelled")
         case Cancelled(reason):
@@ -268,6 +272,7 @@ def _ended(
     error: str | None = None,
     losses: int | None = None,
     rerun: tuple[StepKey, ...] = (),
+    waited: bool = True,
 ) -> Change:
     return Change(
         seq=run.seq,
@@ -288,6 +293,7 @@ def _ended(
         error=run.error if result is None and error is None else error,  # cancelled: why its last attempt failed
         used=_used(run, now, outcome, error),
         rerun=rerun,
+        waited=waited,
     )
 
 

@@ -14,7 +14,7 @@ from tako_runtime import Step, SyncStep, clock, signal, workflow
 from tako_runtime.errors import InvalidValue
 from tako_runtime.run import Claimed
 from tako_runtime.store import Home
-from tako_runtime.store.base import Demand, KeptSignals, OpenWait, SendSignal
+from tako_runtime.store.base import Demand, KeptSignals, OpenWait, OpenWaits, SendSignal
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry, signal_sync
@@ -430,3 +430,19 @@ def test_a_signal_in_the_batch_of_the_wait_that_it_is_for_reaches_a_handler_that
 
     work(opened, home, meanwhile)
     assert finished(opened, run_id)["result"] == "gone"
+
+
+def test_a_wait_that_its_handler_has_left_open_is_closed_with_the_run(opened: StoreThread, home: Home) -> None:
+    @workflow("leaves")
+    async def handler(step: Step) -> str:
+        waiting = asyncio.ensure_future(step.wait_for("never"))
+        await step.run("a", asyncio.sleep, 0)
+        assert not waiting.done()
+        return "without it"
+
+    run_id = handler.enqueue_sync()
+    work(opened, home)
+    run = finished(opened, run_id)
+    assert (run["result"], steps(run)["never"]) == ("without it", "waiting")
+    assert opened.do_sync(OpenWaits()) == []
+    assert signal_sync("never", 1) == 0

@@ -160,10 +160,11 @@ class SqlStore(Store):
         used = [rows.attempt_row(change.seq, change.used) for change in changes if change.used is not None]
         if used:
             self._write("insert_attempts", used)
-        ended = [change.seq for change in changes if change.finished_at is not None]
+        ended = [change for change in changes if change.finished_at is not None]
         if ended:
             topics.add("ended")
-            self._change("drop_waits", {"runs": self._listed(ended)})
+        if waited := [change.seq for change in ended if change.waited]:
+            self._change("drop_waits", {"runs": self._listed(waited)})
         parked = [(change.seq, name) for change in changes for name in change.open_waits]
         answered = {seq for (seq,) in self._found("answered", parked)} if parked else set()
         for change in changes:
