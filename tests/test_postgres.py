@@ -1,6 +1,5 @@
 """The shared store: what happens when the connection to it goes, and what its schema is."""
 
-import asyncio
 import json
 import os
 import shlex
@@ -23,10 +22,10 @@ from postgres import NoPostgres, Server, programs
 from scenarios.flows import orders
 from scenarios.lasting import ticking
 from wire import Cut, Wire, wire
-from workers import FLOWS, HERE, shown, status, work, worker_process, workers
+from workers import shown, status, worker_process, workers
 
 from tako_runtime import store
-from tako_runtime.clock import SECOND, SystemClock
+from tako_runtime.clock import SECOND
 from tako_runtime.control import Control
 from tako_runtime.errors import ConfigError, Refused, StoreUnreachable
 from tako_runtime.run import StepRecord
@@ -35,9 +34,7 @@ from tako_runtime.state import Returned
 from tako_runtime.store import Home, base, database, open_store, queries, version
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.pipeline import Query
-from tako_runtime.store.postgres import PostgresStore, queries_of
-from tako_runtime.supervisor import Supervisor
-from tako_runtime.worker import Worker
+from tako_runtime.store.postgres import PostgresStore
 
 # They run processes of their own.
 pytestmark = pytest.mark.slow
@@ -381,41 +378,6 @@ def test_stores_that_claim_at_once_share_the_runs_and_none_waits_for_another(ope
         thread.close()
 
 
-def test_who_begins_to_wait_for_a_runs_end_does_not_keep_it_from_being_claimed(opened: StoreThread, home: Home) -> None:
-    """A claim passes over what somebody else has locked, and nobody would ring for it once more."""
-    caller = Caller(opened)
-    caller.enqueue()
-    [run] = opened.do_sync(base.ListRuns())
-    with psycopg.connect(home.url, autocommit=True) as db, db.transaction():
-        psycopg.RawCursor(db).execute(queries_of(home.schema)["await_end"].text.decode(), [run.seq])
-        assert [claimed.run.id for claimed in caller.claim()] == [run.id]
-
-
-def test_a_run_that_somebody_else_had_in_hand_for_a_moment_is_claimed_without_a_look(
-    opened: StoreThread, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever promotes what has become due locks it, and rings no bell after that."""
-    monkeypatch.setattr("tako_runtime.worker.LOOK", 600.0)
-    execute, passed_over = PostgresStore.execute, threading.Event()
-
-    def in_other_hands(store: PostgresStore, batch: Any) -> Any:
-        if passed_over.is_set() or not any(isinstance(op, base.ClaimRuns) for op in batch):
-            return execute(store, batch)
-        passed_over.set()
-        with psycopg.connect(home.url) as db:
-            db.execute(f'SELECT 1 FROM "{home.schema}".runs FOR UPDATE')
-            return execute(store, batch)
-
-    run_id = orders.answers.enqueue_sync("x")
-    monkeypatch.setattr(PostgresStore, "execute", in_other_hands)
-
-    async def wait(worker: Worker) -> None:
-        await asyncio.to_thread(until, lambda: status(opened, run_id)[0] == "succeeded")
-
-    work(opened, home, wait)
-    assert passed_over.is_set()
-
-
 def test_a_claim_does_not_wait_for_rows_that_somebody_holds(opened: StoreThread, home: Home) -> None:
     caller = Caller(opened)
     for _ in range(3):
@@ -508,72 +470,3 @@ def test_the_store_is_examined_without_being_made_or_brought_up_to_date(
     assert (seen.version, seen.newest, seen.runs, seen.damage) == (NEWEST, NEWEST + 1, 1, ())
     with pytest.raises(Refused, match="not put aside"):
         store.set_aside(home)
-
-
-def late(caller: Caller) -> None:
-    """A run that is due by now, and has not been promoted."""
-    due = caller.clock.advance(SECOND)
-    caller.do(base.Enqueue(runs=[caller.new(due_at=due)], now=due - 1))
-
-
-def promoting(home: Home, db: "psycopg.Connection[Any]") -> None:
-    """Begin to promote what is due, as another process does."""
-    db.execute(f'UPDATE "{home.schema}".runs SET ready = 1 WHERE ready = 0')
-
-
-def test_a_run_that_another_process_promotes_meanwhile_is_never_taken_for_one_that_is_not_due(
-    opened: StoreThread, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each query of a `Demand` sees what is committed by then."""
-    caller = Caller(opened)
-    late(caller)
-    asked: list[str] = []
-    one = PostgresStore._one
-
-    with psycopg.connect(home.url) as db:
-        promoting(home, db)
-
-        def committed_between(store: PostgresStore, query: str, bound: Any) -> Any:
-            found = one(store, query, bound)
-            if query in ("next_due", "next_ready_group"):
-                asked.append(query)
-                if len(asked) == 1:
-                    db.commit()
-            return found
-
-        monkeypatch.setattr(PostgresStore, "_one", committed_between)
-        demand = caller.do(base.Demand(now=caller.now))
-    assert len(set(asked)) == 2
-    assert demand.groups == {"default"} or (demand.next_at or caller.now + 1) <= caller.now
-
-
-def test_a_supervisor_does_not_leave_a_due_run_to_its_look_that_another_process_had_in_hand(
-    opened: StoreThread, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tako_runtime.supervisor.LOOK", 600.0)
-    execute, passed_over = PostgresStore.execute, threading.Event()
-
-    def in_other_hands(store: PostgresStore, batch: Any) -> Any:
-        if passed_over.is_set() or not any(isinstance(op, base.Demand) for op in batch):
-            return execute(store, batch)
-        passed_over.set()
-        with psycopg.connect(home.url) as db:
-            promoting(home, db)
-            answered = execute(store, batch)
-            db.rollback()
-            return answered
-
-    caller, now = Caller(opened), SystemClock().now()
-    run = caller.new(workflow="answers", payload='"x"', due_at=now)
-    caller.do(base.Enqueue(runs=[run], now=now - 1))
-    monkeypatch.setattr(PostgresStore, "execute", in_other_hands)
-
-    async def supervise() -> None:
-        supervisor = Supervisor(opened, home, HERE, FLOWS, {}, lambda *_: None)
-        running = asyncio.create_task(supervisor.run())
-        await asyncio.to_thread(until, lambda: status(opened, run.id)[0] == "succeeded")
-        supervisor.stop()
-        await running
-
-    asyncio.run(supervise())
-    assert passed_over.is_set()
