@@ -117,9 +117,9 @@ class SqlStore(Store):
             "worker": op.worker, "group": op.group, "now": op.now, "limit": op.limit, "pause": base.PAUSE,
             "workflows": self._listed(op.workflows),
         }  # fmt: skip
-        found = self._all("claim", bound)
-        runs = list(starmap(Run, found))
-        runs.sort(key=lambda run: (-run.priority, run.due_at, run.seq))
+        runs = list(starmap(Run, self._all("claimable", bound)))
+        if runs:
+            self._change("claim", {"worker": op.worker, "now": op.now, "runs": self._listed([run.seq for run in runs])})
         steps = self._steps_of([run.seq for run in runs if run.claim > 1])
         return [Claimed(run, steps.get(run.seq, ())) for run in runs]
 

@@ -29,13 +29,12 @@ from psycopg import errors
 
 from tako_runtime import clock
 from tako_runtime.errors import StoreError, StoreUnreachable
-from tako_runtime.run import RUN_COLUMNS
 from tako_runtime.store import base
 from tako_runtime.store.base import Operation, Topics
 from tako_runtime.store.database import AGAIN, SETTINGS, Database, lost, translated
 from tako_runtime.store.operations import Bound, SqlStore, contended, sort
 from tako_runtime.store.pipeline import Pipeline, Query, Sent, array
-from tako_runtime.store.queries import load
+from tako_runtime.store.queries import load, run_words
 from tako_runtime.store.schema import migrate, number
 
 #: How long a batch is tried again while the database cannot be reached, in microseconds, and how long the first pause
@@ -66,8 +65,7 @@ def _columns(names: Sequence[str]) -> str:
 
 
 _WORDS = {
-    "run": _columns(RUN_COLUMNS),
-    "claimed": _columns([name if name != "result" else "NULL" for name in RUN_COLUMNS]),
+    **run_words(_columns),
     "step": "kind, name, position, status, attempt, started_at, finished_at, due_at, convert_to(result, 'UTF8'), "
     "error, rerun",
     "payload": "convert_to(payload, 'UTF8')",

@@ -1,7 +1,33 @@
 """The queries of `queries.sql` and the numbered migrations, read once."""
 
 import re
+from collections.abc import Callable, Sequence
 from importlib import resources
+
+from tako_runtime.run import RUN_COLUMNS
+
+#: What a claim makes of a run. An attempt that is open (the run was parked, or drained) goes on under its number; else
+#: the next one begins.
+_CLAIM = {
+    "status": "'running'",
+    "reason": "'claimed'",
+    "worker": ":worker",
+    "claim": "claim + 1",
+    "attempt": "attempt + (CASE WHEN attempt_started_at IS NULL THEN 1 ELSE 0 END)",
+    "attempt_started_at": "COALESCE(attempt_started_at, :now)",
+    "started_at": "COALESCE(started_at, :now)",
+}
+
+
+def run_words(columns: Callable[[Sequence[str]], str]) -> dict[str, str]:
+    """The words for runs, of a dialect that spells their `columns` so: `{run}` as it is, `{claimed}` as a claim makes
+    it (one that may be claimed has no result), and `{claim}` for making it that."""
+    claimed = {**_CLAIM, "result": "NULL"}
+    return {
+        "run": columns(RUN_COLUMNS),
+        "claimed": ", ".join(claimed.get(name) or columns([name]) for name in RUN_COLUMNS),
+        "claim": ", ".join(f"{name} = {value}" for name, value in _CLAIM.items()),
+    }
 
 
 def load(words: dict[str, str]) -> dict[str, str]:

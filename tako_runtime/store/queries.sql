@@ -25,18 +25,16 @@ UPDATE runs SET ready = 1
  WHERE seq {those} SELECT seq FROM runs
                      WHERE ready = 0 AND due_at IS NOT NULL AND due_at <= :now ORDER BY due_at LIMIT 1000 {lock} {end};
 
+-- name: claimable
+-- What a worker may claim, the first first, each as the claim makes it; nobody else can take them before the commit.
+SELECT {claimed} FROM runs
+ WHERE ready = 1 AND "group" = :group AND {any_index}workflow {in_workflows}
+   AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND lease_until > 0)
+   AND NOT EXISTS (SELECT 1 FROM leases WHERE name = :pause AND until > :now)
+ ORDER BY priority DESC, due_at, seq LIMIT :limit {lock};
+
 -- name: claim
--- An attempt that is open (the run was parked, or drained) goes on under its number; else the next one begins.
-UPDATE runs
-   SET status = 'running', reason = 'claimed', ready = NULL, worker = :worker, claim = claim + 1,
-       attempt = attempt + (CASE WHEN attempt_started_at IS NULL THEN 1 ELSE 0 END),
-       attempt_started_at = COALESCE(attempt_started_at, :now), started_at = COALESCE(started_at, :now)
- WHERE seq {those} SELECT seq FROM runs
-                     WHERE ready = 1 AND "group" = :group AND {any_index}workflow {in_workflows}
-                       AND EXISTS (SELECT 1 FROM workers WHERE id = :worker AND lease_until > 0)
-                       AND NOT EXISTS (SELECT 1 FROM leases WHERE name = :pause AND until > :now)
-                     ORDER BY priority DESC, due_at, seq LIMIT :limit {lock} {end}
-RETURNING {claimed};
+UPDATE runs SET ready = NULL, {claim} WHERE seq {in_runs};
 
 -- name: steps_of
 -- Of several runs, in the order of their calls.

@@ -20,11 +20,10 @@ import msgspec
 
 from tako_runtime import disk
 from tako_runtime.errors import Refused, StoreBusy, StoreError
-from tako_runtime.run import RUN_COLUMNS
 from tako_runtime.store import shape, version
 from tako_runtime.store.base import Operation, Topics
 from tako_runtime.store.operations import Bound, SqlStore, sort
-from tako_runtime.store.queries import load
+from tako_runtime.store.queries import load, run_words
 from tako_runtime.store.turnstile import Turnstile
 from tako_runtime.store.version import Version
 
@@ -56,8 +55,7 @@ def _columns(names: Sequence[str]) -> str:
 
 
 _WORDS = {
-    "run": _columns(RUN_COLUMNS),
-    "claimed": _columns([name if name != "result" else "NULL" for name in RUN_COLUMNS]),
+    **run_words(_columns),
     "step": _STEP_COLUMNS,
     "payload": "CAST(payload AS BLOB)",
     "result": "CAST(result AS TEXT)",
