@@ -73,8 +73,12 @@ _WORDS = {
 
 Q = load(_WORDS)
 
-#: The most rows that one statement writes. Each count is a statement of its own, so only powers of two are used.
-_MOST_ROWS = 64
+#: The most rows that one statement writes. Each count of rows is a statement of its own: any up to `_FEW_ROWS`, and
+#: multiples of that.
+_FEW_ROWS, _MOST_ROWS = 16, 64
+
+#: How many prepared statements are kept: all of those, and each query.
+_STATEMENTS = 256
 
 
 @cache
@@ -89,7 +93,8 @@ def _chunks(query: str, rows: Sequence[tuple[Any, ...]]) -> Iterator[tuple[str, 
     writes the event loop runs."""
     at = 0
     while at < len(rows):
-        count = min(_MOST_ROWS, 1 << (len(rows) - at).bit_length() - 1)
+        left = len(rows) - at
+        count = left if left <= _FEW_ROWS else min(_MOST_ROWS, left - left % _FEW_ROWS)
         yield in_bulk(query, len(rows[0]), count), tuple(chain.from_iterable(rows[at : at + count]))
         at += count
 
@@ -112,7 +117,7 @@ class SqliteStore(SqlStore):
             _make_private(path)
             if queueing == "turnstile":
                 self._turnstile = Turnstile(path, PATIENCE)
-            self._db = apsw.Connection(str(path), _OPEN)
+            self._db = apsw.Connection(str(path), _OPEN, statementcachesize=_STATEMENTS)
             self._db.set_busy_timeout(BUSY_TIMEOUT)
             with nullcontext() if path.stat().st_size else self.turn():  # who reads meanwhile would be in its way
                 shape.check(self._db, path)
