@@ -20,8 +20,8 @@ _LONGEST_FOLDER = 64
 #: A buffer may hold no more than ten rings (Linux). After so many at once others may have been lost, of whatever topic.
 _CROWD, _ANYTHING = 10, {"later", "signal", "cancel", "ended"}
 
-#: How the names of those begin who wait for a run's end.
-WAITING = "c-"
+#: The commonest topic by far, alone. It concerns only who waits for a run's end, and their names begin so.
+ENDED, WAITING = {"ended"}, "c-"
 
 
 class Bell:
@@ -33,14 +33,13 @@ class Bell:
 
     def ring(self, topics: set[str]) -> None:
         """Tell every listener of `topics`. Never raises, never blocks."""
-        message = " ".join(sorted(topics)).encode()[:4096]
         try:
-            listeners = list(self._folder.iterdir())
+            names = os.listdir(self._folder)  # noqa: PTH208 -- each end rings: no `Path` for each listener
         except OSError:
             return
-        if topics == {"ended"}:  # the commonest topic by far concerns only who waits for a run
-            listeners = [path for path in listeners if path.name.startswith(WAITING)]
-        if not listeners:
+        if topics == ENDED:
+            names = [name for name in names if name.startswith(WAITING)]
+        if not names:
             return
         if self._socket is None:
             try:
@@ -48,7 +47,9 @@ class Bell:
             except OSError:  # no file descriptor left: the listeners' own look has to do
                 return
             self._socket.setblocking(False)
-        for path in listeners:
+        message = " ".join(sorted(topics)).encode()[:4096]
+        for name in names:
+            path = self._folder / name
             try:
                 self._socket.sendto(message, str(path))
             except ConnectionRefusedError:  # its listener is gone

@@ -253,6 +253,7 @@ def test_a_signal_that_comes_while_the_worker_looks_for_another_is_not_overlooke
 ) -> None:
     """The second one is committed right after the look that the first one caused has read the steps; both in this
     process, whose own writes no later look would notice."""
+    monkeypatch.setattr("tako_runtime.store.commit.AT_ONCE", -1)  # the loop does not carry the look out itself
     taken = threading.Event()
     execute = SqliteStore.execute
     second: list[SendSignal] = []

@@ -389,6 +389,7 @@ def test_a_signal_in_the_batch_of_the_wait_that_it_is_for_reaches_a_handler_that
 ) -> None:
     """It rings before the worker is told that there is something to wait for."""
     monkeypatch.setattr("tako_runtime.worker.LOOK", 600.0)
+    monkeypatch.setattr("tako_runtime.store.commit.AT_ONCE", -1)  # the loop does not carry it out itself
     kind, looked, at_rest, heard = type(opened._store), threading.Event(), asyncio.Event(), asyncio.Event()
     look, execute = Worker._look_for_signals, kind.execute
     asked: list[type[object]] = []

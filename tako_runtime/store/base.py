@@ -487,6 +487,11 @@ class Store(ABC):
         """To be within while a batch that writes is executed: where writers of several processes take turns."""
 
     @abstractmethod
+    def turn_at_once(self) -> AbstractContextManager[bool]:
+        """The same for who cannot wait: whether it is his turn. Within, a batch waits for nothing but the disk; where
+        it would have to, it is `StoreBusy`. It is never the turn of a store that is asked over a network."""
+
+    @abstractmethod
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
         """Run `batch` in one transaction and sync it. Raises, with nothing written, if any operation does: the caller
         then gives them one by one. Transient trouble (locked for long, disk full) is `StoreBusy`; where a store is lost

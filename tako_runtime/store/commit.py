@@ -1,8 +1,12 @@
-"""The store thread: one thread owns the connection, and one synced commit carries what many callers queued.
+"""The store thread: one synced commit carries what many callers queued.
 
 Callers, async or sync, queue operations and wait. The thread takes everything that is queued, runs it in one
 transaction, rings the bell, then resolves the futures. What one pass of an event loop queues travels together: a
 hundred handlers that go on in the same pass make one batch, not a hundred.
+
+A batch that all who are at work in a worker's loop wait for is carried out by the loop itself, if the disk is fast and
+no lock is to be waited for (`StoreThread.at_once`): there is nothing else that the loop could do meanwhile, and two
+threads that wake each other up take longer than the disk does.
 """
 
 import asyncio
@@ -16,12 +20,17 @@ from contextlib import AbstractContextManager
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol, TypeVar
 
-from tako_runtime.bell import Bell
+from tako_runtime import clock
+from tako_runtime.bell import ENDED, Bell
 from tako_runtime.clock import Clock, MachineClock, SystemClock
 from tako_runtime.errors import StoreBusy, StoreError, StoreUnreachable, TakoError
 from tako_runtime.store.base import Operation, Store, Topics
 
 R = TypeVar("R")
+
+#: A batch that takes longer than this, in microseconds, has the next one left to the thread: the loop of a worker may
+#: have other things to do than its handlers. Beside so slow a disk the waking up does not count.
+AT_ONCE = 10_000
 
 #: So that a flood of callers holds the write lock, which other processes wait for, only so long at a time.
 MAX_BATCH = 1_000
@@ -43,7 +52,8 @@ class Relaying(Protocol):
 
 
 class StoreThread:
-    """A store that any thread and any event loop of this process may use. `close()` waits for what is queued.
+    """A store that any thread and any event loop of this process may use. Its connection is used by one of them at a
+    time. `close()` waits for what is queued.
 
     A `patient` one may begin while the store cannot be had: it is opened at the first use that finds it, and until then
     each use fails with that `StoreBusy`.
@@ -66,10 +76,12 @@ class StoreThread:
         self._relaying: Relaying | None = None
         self._open_store = open_store
         self._store: Store | None = None
-        self._queue: SimpleQueue[_Parcel | None] = SimpleQueue()
+        self._queue: SimpleQueue[Parcel | None] = SimpleQueue()
         self._door = threading.Lock()  # held to queue something, and to close
         self._closed = ""
         self._using = threading.Lock()  # held while the connection is in use; a fork takes it
+        self._sent = 0  # how many parcels the thread has yet to carry out
+        self._slow = False  # whether the last batch took long
         self._outboxes: dict[asyncio.AbstractEventLoop, Outbox] = {}
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name=name, daemon=True)
@@ -94,7 +106,7 @@ class StoreThread:
         if outbox is None:
             with self._door:
                 live = {lp: box for lp, box in self._outboxes.items() if not lp.is_closed()}
-                outbox = live[loop] = Outbox(loop, self._send)
+                outbox = live[loop] = Outbox(loop, self)
                 self._outboxes = live
         return outbox
 
@@ -111,7 +123,7 @@ class StoreThread:
     def ask(self, op: Operation[R]) -> "Future[R]":
         """The same for who sets a limit of his own."""
         future: Future[R] = Future()
-        self._send(_Parcel([op], [future], None))
+        self.send(Parcel([op], [future], None))
         return future
 
     def relay(self) -> AbstractContextManager[object]:
@@ -142,10 +154,34 @@ class StoreThread:
         self._thread.join()
         self.bell.close()
 
-    def _send(self, parcel: "_Parcel") -> None:
+    def at_once(self, parcel: "Parcel") -> bool:
+        """Carry it out in the caller's own thread, if nothing stands in its way; whether it was. What fails here has
+        written nothing: the thread does it again, with patience, and says what is the matter."""
+        if self._slow or not self._using.acquire(blocking=False):
+            return False
+        try:
+            if self._store is None or self._sent:  # it must not overtake what the same loop has sent before
+                return False
+            with self._store.turn_at_once() as is_ours:
+                if not is_ours:
+                    return False
+                try:
+                    answers, topics = self._execute(self._store, parcel.ops)
+                except Exception:  # noqa: BLE001
+                    return False
+            if topics:
+                self.bell.ring(topics)
+        finally:
+            self._using.release()
+        parcel.resolve(answers)
+        return True
+
+    def send(self, parcel: "Parcel") -> None:
+        """To the thread. Raises `StoreError` once it is closed."""
         with self._door:
             if self._closed:
                 raise StoreError(self._closed)
+            self._sent += 1
             self._queue.put(parcel)
 
     # --- around a fork ---
@@ -191,21 +227,25 @@ class StoreThread:
                 self._store.close()
                 self._store = None  # a later fork must not close it again: its files' numbers are others' then
 
-    def _commit(self, parcels: "list[_Parcel]") -> None:
+    def _commit(self, parcels: "list[Parcel]") -> None:
         if not parcels:
             return
         with self._using:
             begun, answers, topics = self._transact(parcels)
-        if topics:
+            with self._door:
+                self._sent -= len(parcels)
+        if topics and topics != ENDED:
             self.bell.ring(topics)
         at = 0
         for parcel in begun:
             parcel.answer(answers[at : at + len(parcel.ops)])
             at += len(parcel.ops)
+        if topics == ENDED:  # nobody starts late for that: the handlers go on first
+            self.bell.ring(topics)
 
-    def _transact(self, parcels: "list[_Parcel]") -> "tuple[list[_Parcel], Sequence[Any], Topics]":
+    def _transact(self, parcels: "list[Parcel]") -> "tuple[list[Parcel], Sequence[Any], Topics]":
         """Everything in one transaction. Who has given up waiting by the time that the turn comes is not served."""
-        begun: list[_Parcel] | None = None
+        begun: list[Parcel] | None = None
         try:
             store = self._store = self._store or self._open_store()
             writes = any(op.writes for parcel in parcels for op in parcel.ops)
@@ -215,13 +255,20 @@ class StoreThread:
                 if not ops:
                     return [], (), set()
                 try:
-                    answers, topics = store.execute(ops)
+                    answers, topics = self._execute(store, ops)
                 except Exception as error:  # noqa: BLE001 -- every error has a caller who waits for it
                     answers, topics = _one_by_one(store, ops, error)
                 return begun, answers, topics
         except Exception as error:  # noqa: BLE001 -- the turn did not come, or the file cannot be opened any more
             begun = [parcel for parcel in parcels if parcel.begin()] if begun is None else begun
             return begun, [_Raise(error)] * sum(len(parcel.ops) for parcel in begun), set()
+
+    def _execute(self, store: Store, ops: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
+        began = clock.monotonic()
+        try:
+            return store.execute(ops)
+        finally:
+            self._slow = clock.monotonic() - began > AT_ONCE
 
 
 class _Forks:
@@ -282,7 +329,7 @@ class _Raise:
             self.error.__cause__ = error
 
 
-class _Parcel:
+class Parcel:
     """Operations that travel together, and the futures that wait for them."""
 
     __slots__ = ("futures", "loop", "ops")
@@ -295,32 +342,33 @@ class _Parcel:
         return self.loop is not None or self.futures[0].set_running_or_notify_cancel()
 
     def answer(self, answers: Sequence[Any]) -> None:
+        """From the store thread."""
         if self.loop is None:
-            _resolve(self.futures, answers)
+            self.resolve(answers)
             return
         with contextlib.suppress(RuntimeError):  # the loop was closed, and its callers are gone with it
-            self.loop.call_soon_threadsafe(_resolve, self.futures, answers)
+            self.loop.call_soon_threadsafe(self.resolve, answers)
 
-
-def _resolve(futures: list[Any], answers: Sequence[Any]) -> None:
-    for future, answer in zip(futures, answers, strict=True):
-        if future.done():  # its caller was cancelled; what it wrote stays
-            continue
-        if type(answer) is _Raise:
-            future.set_exception(answer.error)
-        else:
-            future.set_result(answer)
+    def resolve(self, answers: Sequence[Any]) -> None:
+        for future, answer in zip(self.futures, answers, strict=True):
+            if future.done():  # its caller was cancelled; what it wrote stays
+                continue
+            if type(answer) is _Raise:
+                future.set_exception(answer.error)
+            else:
+                future.set_result(answer)
 
 
 class Outbox:
     """What one pass of an event loop queues, handed over at its end."""
 
-    __slots__ = ("_futures", "_hand", "_loop", "_ops")
+    __slots__ = ("_at_work", "_futures", "_loop", "_ops", "_thread")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, hand: Callable[[_Parcel], None]) -> None:
-        self._loop, self._hand = loop, hand
+    def __init__(self, loop: asyncio.AbstractEventLoop, thread: StoreThread) -> None:
+        self._loop, self._thread = loop, thread
         self._ops: list[Operation[Any]] = []
         self._futures: list[asyncio.Future[Any]] = []
+        self._at_work: int | None = None  # nobody counts them in an app's loop, which must never wait for a disk
 
     def do(self, op: Operation[R]) -> "asyncio.Future[R]":
         """As `StoreThread.do`."""
@@ -331,10 +379,17 @@ class Outbox:
         self._futures.append(future)
         return future
 
+    def count(self, more: int) -> None:
+        """So many more are at work in this loop, which is there for them alone. What as many operations as there are
+        wait for, all of them wait for; it is carried out here (`StoreThread.at_once`)."""
+        self._at_work = (self._at_work or 0) + more
+
     def _hand_over(self) -> None:
-        parcel = _Parcel(self._ops, self._futures, self._loop)
+        parcel = Parcel(self._ops, self._futures, self._loop)
         self._ops, self._futures = [], []
+        if self._at_work is not None and len(parcel.ops) >= self._at_work and self._thread.at_once(parcel):
+            return
         try:
-            self._hand(parcel)
+            self._thread.send(parcel)
         except StoreError as error:  # it was closed meanwhile
-            _resolve(parcel.futures, [_Raise(error)] * len(parcel.ops))
+            parcel.resolve([_Raise(error)] * len(parcel.ops))

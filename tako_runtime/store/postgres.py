@@ -171,6 +171,9 @@ class PostgresStore(SqlStore):
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def turn_at_once(self) -> AbstractContextManager[bool]:
+        return nullcontext(False)
+
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
         patience, tries, self._hopeful = _Patience(), _TRIES, True
         while True:

@@ -9,7 +9,7 @@ bounds to each one's turn. `benchmarks/own/contention.py` shows both.
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -187,6 +187,19 @@ class SqliteStore(SqlStore):
 
     def turn(self) -> AbstractContextManager[None]:
         return self._turnstile or nullcontext()
+
+    @contextmanager
+    def turn_at_once(self) -> Iterator[bool]:
+        turnstile = self._turnstile
+        if turnstile is None or not turnstile.take():
+            yield False
+            return
+        self._db.set_busy_timeout(0)  # a lock that is not ours to queue for is not waited for either
+        try:
+            yield True
+        finally:
+            self._db.set_busy_timeout(BUSY_TIMEOUT)
+            turnstile.__exit__()
 
     # --- what `SqlStore` asks for ---
 

@@ -29,9 +29,9 @@ class Turnstile(AbstractContextManager[None]):
         self._wanted = False
 
     def __enter__(self) -> None:
-        if self._waiter is not None or not self._take_free():
+        if not self.take():
             self._wait()
-        os.pwrite(self._lock, b"%-10d" % os.getpid(), 0)
+            self._sign()
 
     def __exit__(self, *_: object) -> None:
         fcntl.flock(self._lock, fcntl.LOCK_UN)
@@ -41,7 +41,10 @@ class Turnstile(AbstractContextManager[None]):
             os.close(self._gate)
             os.close(self._lock)
 
-    def _take_free(self) -> bool:
+    def take(self) -> bool:
+        """The lock, if nobody has it or waits for it; whether it was taken. `__exit__` gives it back."""
+        if self._waiter is not None:
+            return False
         try:
             fcntl.flock(self._gate, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -52,7 +55,12 @@ class Turnstile(AbstractContextManager[None]):
             return False
         finally:
             fcntl.flock(self._gate, fcntl.LOCK_UN)
+        self._sign()
         return True
+
+    def _sign(self) -> None:
+        """For who waits in vain: which process it is."""
+        os.pwrite(self._lock, b"%-10d" % os.getpid(), 0)
 
     def _wait(self) -> None:
         with self._handover:
