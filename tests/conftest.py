@@ -1,5 +1,6 @@
 """What every test may ask for: a home of its own, an open store, a clock, and the one place that polls."""
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -155,6 +156,17 @@ def script(code: str, *args: object, home: Home | None = None, cwd: Path | None 
         text=True,
         start_new_session=True,
     )
+
+
+@contextmanager
+def lock_held(path: Path) -> Iterator[None]:
+    """Another writer's turn, as long as the block lasts."""
+    file = os.open(f"{path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(file)
 
 
 def healthy(path: Path) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from workers import eventually, now, shown, status, steps, work
+from workers import eventually, now, result, shown, status, steps, work
 
 from tako_runtime import Backoff, Step, SyncStep, signal, workflow
 from tako_runtime.control import Control
@@ -23,12 +23,6 @@ from tako_runtime.workflow import signal_op, signal_sync
 pytestmark = pytest.mark.usefixtures("clean_registry")
 
 AT_ONCE = Backoff(base=0, max=0)
-
-
-def result(opened: StoreThread, run_id: str) -> Any:
-    run = shown(opened, run_id)
-    assert run["status"] == "succeeded", run
-    return run["result"]
 
 
 def test_gathered_steps_run_at_the_same_time(opened: StoreThread, home: Home) -> None:

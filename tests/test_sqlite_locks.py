@@ -1,18 +1,15 @@
 """Many who write to the embedded store: one commit for all, whose turn it is, and trouble that passes."""
 
 import asyncio
-import fcntl
-import os
 import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import apsw
 import pytest
-from conftest import finished, healthy, script, until
+from conftest import finished, healthy, lock_held, script, until
 
 from tako_runtime.bell import Bell
 from tako_runtime.errors import StoreBusy, StoreLocked
@@ -36,17 +33,6 @@ def counted(home: Home) -> Iterator[tuple[StoreThread, Callable[[], int]]]:
     opened = StoreThread(connect, Bell(home.app_dir))
     yield opened, lambda: len(commits)
     opened.close()
-
-
-@contextmanager
-def lock_held(path: Path) -> Iterator[None]:
-    """Another writer's turn, as long as the block lasts."""
-    file = os.open(f"{path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        os.close(file)
 
 
 def keep(name: str) -> base.SendSignal:

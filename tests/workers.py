@@ -89,6 +89,12 @@ def shown(opened: StoreThread, run_id: str) -> dict[str, Any]:
     return Control(opened).show(run_id)
 
 
+def result(opened: StoreThread, run_id: str) -> Any:
+    run = shown(opened, run_id)
+    assert run["status"] == "succeeded", run
+    return run["result"]
+
+
 def status(opened: StoreThread, run_id: str) -> tuple[str, str]:
     run = shown(opened, run_id)
     return run["status"], run["reason"]

@@ -1,0 +1,247 @@
+"""Who carries a batch out on the embedded store: the loop of a worker where all in it wait for it, else the thread."""
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+from conftest import finished, healthy, lock_held, script
+from workers import eventually, result, work
+
+from tako_runtime import Step, workflow
+from tako_runtime.errors import StoreBusy
+from tako_runtime.store import Home, base, open_store
+from tako_runtime.store.commit import StoreThread
+from tako_runtime.store.sqlite import SqliteStore
+from tako_runtime.worker import Worker
+
+Carried = list[tuple[str, list[type[base.Operation[Any]]]]]
+
+
+@pytest.fixture
+def carried(opened: StoreThread, monkeypatch: pytest.MonkeyPatch) -> Carried:
+    """Each batch: who has carried it out ("loop" or "thread"), and its operations."""
+    batches: Carried = []
+    execute = SqliteStore.execute
+
+    def noting(self: SqliteStore, batch: Sequence[base.Operation[Any]]) -> Any:
+        who = "loop" if threading.current_thread() is threading.main_thread() else "thread"
+        batches.append((who, [type(op) for op in batch]))
+        return execute(self, batch)
+
+    monkeypatch.setattr(SqliteStore, "execute", noting)
+    return batches
+
+
+def whose(batches: Carried, kind: type[base.Operation[Any]]) -> list[str]:
+    """Who has carried out the operations of that kind."""
+    return [who for who, kinds in batches for each in kinds if each is kind]
+
+
+def test_what_all_runs_of_a_worker_wait_for_its_loop_carries_out(
+    opened: StoreThread, home: Home, carried: Carried
+) -> None:
+    @workflow("together")
+    async def handler(n: int, step: Step) -> int:
+        async def body() -> int:
+            return n
+
+        return await step.run("first", body) + await step.run("second", body)
+
+    ids = handler.enqueue_many_sync([1, 2, 3])
+    work(opened, home)
+    assert [result(opened, each) for each in ids] == [2, 4, 6]
+    assert set(whose(carried, base.SaveStep)) == set(whose(carried, base.Apply)) == {"loop"}
+    assert [kinds.count(base.SaveStep) for _, kinds in carried if base.SaveStep in kinds] == [3, 3]
+
+
+def test_a_loop_does_not_wait_for_the_disk_while_another_run_is_at_work(
+    opened: StoreThread, home: Home, carried: Carried
+) -> None:
+    both, saved = asyncio.Barrier(2), asyncio.Event()
+
+    @workflow("busy")
+    async def busy(step: Step) -> None:
+        await both.wait()
+        await step.run("long", saved.wait)
+
+    @workflow("saves")
+    async def saves(step: Step) -> None:
+        async def body() -> None: ...
+
+        await both.wait()
+        await step.run("first", body)
+        await step.run("second", body)
+        saved.set()
+
+    busy.enqueue_sync()
+    saves.enqueue_sync()
+    work(opened, home, concurrency=2)
+    assert whose(carried, base.SaveStep)[:2] == ["thread", "thread"]
+
+
+def test_the_loop_of_an_app_never_waits_for_the_disk(opened: StoreThread, carried: Carried) -> None:
+    @workflow("asked-for")
+    async def handler(step: Step) -> None: ...
+
+    asyncio.run(handler.enqueue())
+    assert whose(carried, base.Enqueue) == ["thread"]
+
+
+def test_after_a_slow_batch_the_thread_takes_over_until_one_is_fast_again(
+    opened: StoreThread, home: Home, carried: Carried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = "tako_runtime.store.commit.AT_ONCE"
+
+    @workflow("slow-then-fast")
+    async def handler(step: Step) -> None:
+        async def takes(longest: int) -> None:
+            monkeypatch.setattr(limit, longest)
+
+        for longest in (-1, -1, 1 << 60, 1 << 60):
+            await step.run("body", takes, longest)
+
+    monkeypatch.setattr(limit, 1 << 60)
+    handler.enqueue_sync()
+    work(opened, home)
+    assert whose(carried, base.SaveStep) == ["loop", "thread", "thread", "loop"]
+
+
+@contextmanager
+def transaction_of_a_tool(path: Path) -> Iterator[None]:
+    db = apsw.Connection(str(path))
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        db.close()
+
+
+@pytest.mark.parametrize("held", [lock_held, transaction_of_a_tool], ids=["by a writer", "by a tool"])
+def test_the_loop_of_a_worker_goes_on_while_somebody_else_holds_the_store(
+    opened: StoreThread, home: Home, path: Path, carried: Carried, held: Callable[[Path], AbstractContextManager[None]]
+) -> None:
+    holding = asyncio.Event()
+
+    @workflow("held-up")
+    async def handler(step: Step) -> str:
+        async def body() -> str:
+            lock.__enter__()
+            holding.set()
+            return "saved"
+
+        return await step.run("body", body)
+
+    lock = held(path)
+    run_id = handler.enqueue_sync()
+
+    async def meanwhile(worker: Worker) -> None:
+        await holding.wait()
+        await eventually(opened._using.locked)  # the thread waits for its turn: a loop that did would not come here
+        lock.__exit__(None, None, None)
+        await eventually(lambda: not worker.runs_in_hand)
+
+    work(opened, home, meanwhile)
+    assert result(opened, run_id) == "saved"
+    assert whose(carried, base.SaveStep)[-1] == "thread"
+
+
+def test_a_batch_does_not_overtake_what_its_loop_has_sent_before(opened: StoreThread) -> None:
+    def keep(n: int) -> "asyncio.Future[int]":
+        return opened.do(base.SendSignal(name="order", payload=str(n), now=0, expires_at=1 << 60))
+
+    async def send() -> None:
+        opened.outbox().count(0)
+        for n in range(0, 100, 2):
+            with opened._using:  # the thread takes the first one from its queue, and has to wait
+                first = keep(n)
+                await eventually(lambda: opened._sent and not opened._queue.qsize())
+            await asyncio.gather(first, keep(n + 1))
+
+    asyncio.run(send())
+    kept = opened.do_sync(base.KeptSignals(now=0, limit=1_000))
+    assert [int(each.payload) for each in kept] == list(range(100))
+
+
+@pytest.mark.parametrize("trouble", [StoreBusy("the disk is full"), RuntimeError("a bug")], ids=["passing", "other"])
+def test_what_fails_in_the_loop_the_thread_does_again(
+    opened: StoreThread, home: Home, carried: Carried, monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    bodies: list[str] = []
+    failed: list[str] = []
+    noting = SqliteStore.execute
+
+    def failing(self: SqliteStore, batch: Sequence[base.Operation[Any]]) -> Any:
+        if threading.current_thread() is threading.main_thread() and any(isinstance(op, base.SaveStep) for op in batch):
+            failed.append("loop")
+            raise trouble
+        return noting(self, batch)
+
+    @workflow("again")
+    async def handler(step: Step) -> str:
+        async def body() -> str:
+            bodies.append("ran")
+            return "saved"
+
+        return await step.run("body", body)
+
+    run_id = handler.enqueue_sync()
+    monkeypatch.setattr(SqliteStore, "execute", failing)
+    work(opened, home)
+    assert (result(opened, run_id), bodies) == ("saved", ["ran"])
+    assert failed + whose(carried, base.SaveStep) == ["loop", "thread"]
+
+
+@pytest.mark.slow
+def test_a_loop_that_commits_while_other_threads_fork_loses_nothing(home: Home, path: Path) -> None:
+    told = finished(
+        script(
+            """
+            import asyncio, os, threading
+            from tako_runtime import store, workflow
+            from tako_runtime.worker import Settings, Worker
+            from tako_runtime.workflow import registry
+
+            bodies = []
+
+            @workflow("steps")
+            async def steps(step):
+                async def body(n):
+                    bodies.append(n)
+                for n in range(500):
+                    await step.run("body", body, n)
+
+            def fork():
+                while not done.is_set():
+                    child = os.fork()
+                    if child == 0:
+                        os._exit(0)
+                    os.waitpid(child, 0)
+                    forked.append(child)
+
+            done, forked = threading.Event(), []
+            steps.enqueue_sync()
+            thread = threading.Thread(target=fork)
+            thread.start()
+            home = store.locate()
+            worker = Worker(store.current(), home.app_dir, registry, Settings(idle_timeout=1))
+            asyncio.run(worker.run())
+            done.set()
+            thread.join()
+            store.current().close()
+            print(bodies == list(range(500)), len(forked) > 0)
+            """,
+            home=home,
+        ),
+        60,
+    )
+    assert told == "True True\n"
+    opened = open_store(home)
+    [run] = opened.do_sync(base.ListRuns())
+    assert (run.status, len(opened.do_sync(base.Steps(seq=run.seq)))) == ("succeeded", 500)
+    opened.close()
+    assert healthy(path)
