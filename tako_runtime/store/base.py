@@ -1,7 +1,7 @@
 """The contract that every store keeps: the operations, as values, and what each one promises.
 
-An operation is handed to the store thread (`commit.py`) with `await store.do(op)` or `store.do_sync(op)`. The thread
-gives all that is queued to `Store.execute`, which runs it in one transaction: when a caller gets its answer, what it
+An operation is handed over with `await store.do(op)` or `store.do_sync(op)` (`commit.py`). All that is queued is given
+to `Store.execute`, which runs it in one transaction: when a caller gets its answer, what it
 wrote has been synced. Every operation is atomic, and may be given twice without harm where its docstring says so.
 
 Time is an argument (`now`, microseconds): no store reads a clock. A write by a worker names `(seq, claim)`; it lands
@@ -474,7 +474,7 @@ class InHand(Operation[dict[str, int]], frozen=True):
 
 
 class Store(ABC):
-    """What a dialect brings: opened, used and closed by the one thread that owns it.
+    """What a dialect brings. It is used by one thread at a time.
 
     `shared` says whether processes of other machines use it too. Then a worker is known by its lease alone: one that
     cannot renew it has to stop by its end.

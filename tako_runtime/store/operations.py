@@ -1,23 +1,24 @@
 """Each operation as the queries that it takes: what is the same in every dialect.
 
-A dialect brings the connection, the transaction around a batch, and the few primitives at the end of `SqlStore`. Where
-it lets several processes write at the same time, it takes a lock on each name that is `contended` before the batch:
-what an operation reads then stays true until it is committed, but for the rows that the queries themselves lock.
+Here are those that write; `looks.py` has the ones that only look. A dialect brings the connection, the transaction
+around a batch, and the few primitives of `statements.py`. Where it lets several processes write at the same time, it
+takes a lock on each name that is `contended` before the batch: what an operation reads then stays true until it is
+committed, but for the rows that the queries themselves lock.
 """
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from itertools import groupby, starmap
-from operator import attrgetter, itemgetter
+from itertools import starmap
+from operator import itemgetter
 from typing import Any, ClassVar, cast
 
 from msgspec.structs import asdict
 
 from tako_runtime.errors import StoreError
-from tako_runtime.run import AttemptRecord, Claimed, Run, ScheduleRecord, Status, StepRecord, WorkerRecord
+from tako_runtime.run import Claimed, Run, StepRecord
 from tako_runtime.state import Change
 from tako_runtime.store import base, rows
-from tako_runtime.store.base import Operation, Store, Topics
+from tako_runtime.store.base import Operation, Topics
+from tako_runtime.store.looks import Looks
 
 #: About how many bytes of old runs go in one transaction: what others wait for meanwhile.
 _PRUNED_BYTES = 1 << 22
@@ -28,8 +29,6 @@ _EXPIRED = 1_000
 #: The operations of a batch by their kind, each with its place in the batch.
 Sorts = dict[type[Operation[Any]], list[tuple[int, Any]]]
 _place = itemgetter(0)
-
-Bound = dict[str, Any]
 
 
 def sort(batch: Sequence[Operation[Any]]) -> Sorts:
@@ -69,7 +68,7 @@ _CONTENDED: dict[type[Operation[Any]], Callable[[Any], list[str]]] = {
 }
 
 
-class SqlStore(Store):
+class SqlStore(Looks):
     """The operations; `_run` carries out a batch within the transaction that a dialect has begun."""
 
     def _run(self, batch: Sequence[Operation[Any]], sorts: Sorts, topics: Topics) -> list[Any]:
@@ -123,10 +122,6 @@ class SqlStore(Store):
         steps = self._steps_of([run.seq for run in runs if run.claim > 1])
         return [Claimed(run, steps.get(run.seq, ())) for run in runs]
 
-    def _steps_of(self, runs: Sequence[int]) -> dict[int, tuple[StepRecord, ...]]:
-        found = self._all("steps_of", {"runs": self._listed(runs)}) if runs else []
-        return {run: tuple(rows.step(row[1:]) for row in own) for run, own in groupby(found, key=_place)}
-
     def _save_steps(self, ops: Sequence[tuple[int, base.SaveStep]], answers: list[Any]) -> None:
         if self._all_written("save_steps", [rows.step_row(op) for _, op in ops]):
             for i, op in ops:
@@ -139,10 +134,6 @@ class SqlStore(Store):
         if not self._value("holds_claim", {"seq": seq, "claim": claim}):
             return None
         return self._step(seq, kind, name)
-
-    def _step(self, seq: int, kind: str, name: str) -> StepRecord | None:
-        row = self._one("step", {"seq": seq, "kind": kind, "name": name})
-        return rows.step(row) if row else None
 
     def _apply_all(self, ops: Sequence[tuple[int, base.Apply]], answers: list[Any], topics: Topics) -> None:
         if self._all_or_none("apply", [rows.change_row(op.change) for _, op in ops]):
@@ -252,13 +243,6 @@ class SqlStore(Store):
         self._change("delete_worker", {"worker": op.worker})
         return self._value("worker_is_there", {"worker": op.worker}) is None
 
-    def _list_workers(self, op: base.ListWorkers, topics: Topics) -> list[WorkerRecord]:
-        return [WorkerRecord(*row) for row in self._all("list_workers")]
-
-    def _runs_of(self, op: base.RunsOf, topics: Topics) -> list[Run]:
-        found = [rows.run(row) for row in self._all("runs_of", {"worker": op.worker})]
-        return sorted(found, key=attrgetter("seq"))
-
     def _report_health(self, op: base.ReportHealth, topics: Topics) -> None:
         bound = {"group": op.group, "host": op.host}
         if op.reason is None:
@@ -266,9 +250,6 @@ class SqlStore(Store):
         else:
             told = {"now": op.now, "reason": op.reason, "details": op.details}
             self._change("report_unhealthy", {**bound, **told})
-
-    def _list_health(self, op: base.ListHealth, topics: Topics) -> list[base.Unhealthy]:
-        return [base.Unhealthy(*row) for row in self._all("list_health")]
 
     # --- leader, schedules, old runs ---
 
@@ -280,10 +261,6 @@ class SqlStore(Store):
         if self._changed("drop_lease", {"name": op.name, "holder": op.holder}):
             topics.add("later")
 
-    def _paused(self, op: base.Paused, topics: Topics) -> str | None:
-        held = self._one("held_lease", {"name": base.PAUSE, "now": op.now})
-        return held[0] if held else None
-
     def _set_schedules(self, op: base.SetSchedules, topics: Topics) -> None:
         named = {schedule.workflow for schedule in op.schedules}
         for workflow, *_ in self._all("list_schedules"):
@@ -291,9 +268,6 @@ class SqlStore(Store):
                 self._change("delete_schedule", {"workflow": workflow})
         for schedule in op.schedules:
             self._change("set_schedule", asdict(schedule))
-
-    def _list_schedules(self, op: base.ListSchedules, topics: Topics) -> list[ScheduleRecord]:
-        return [rows.schedule(row) for row in self._all("list_schedules")]
 
     def _fire_schedule(self, op: base.FireSchedule, topics: Topics) -> bool:
         bound = {
@@ -305,9 +279,6 @@ class SqlStore(Store):
         if op.run is not None:
             self._enqueue(base.Enqueue(runs=[op.run], now=op.now), topics)
         return True
-
-    def _ended_groups(self, op: base.EndedGroups, topics: Topics) -> list[str]:
-        return self._groups("next_ended_group")
 
     def _prune(self, op: base.Prune, topics: Topics) -> base.Pruned:
         bound = {
@@ -334,10 +305,7 @@ class SqlStore(Store):
     def _space(self, op: base.GiveBackSpace, topics: Topics) -> bool:
         return self._give_back_space()
 
-    # --- what is there ---
-
-    def _seen_version(self, op: base.DataVersion, topics: Topics) -> int:
-        return self._data_version()
+    # --- what is due, and who waits ---
 
     def _demand(self, op: base.Demand, topics: Topics) -> base.Due:
         self._change("promote", {"now": op.now})
@@ -346,106 +314,9 @@ class SqlStore(Store):
         next_at = self._value("next_due", {})  # asked first: a run that comes due in between is in one of the two
         return base.Due(frozenset(self._groups("next_ready_group")), next_at)
 
-    def _undeclared(self, op: base.Undeclared, topics: Topics) -> dict[str, str]:
-        found = {}
-        for group in self._groups("next_ready_group"):
-            workflows = self._listed(op.declared.get(group, ()))
-            if not self._value("declared_is_ready", {"group": group, "workflows": workflows}):
-                found[group] = self._value("first_ready", {"group": group})
-        return found
-
-    def _groups(self, query: str) -> list[str]:
-        groups, after = [], ""
-        while (group := self._value(query, {"after": after})) is not None:
-            groups.append(group)
-            after = group
-        return groups
-
-    def _get_run(self, op: base.GetRun, topics: Topics) -> Run | None:
-        row = self._one("run_by_seq", {"seq": op.seq})
-        return rows.run(row) if row else None
-
     def _await_end(self, op: base.AwaitEnd, topics: Topics) -> None:
         if self.shared:
             self._change("await_end", {"seq": op.seq})
-
-    def _find_runs(self, op: base.FindRuns, topics: Topics) -> list[Run]:
-        where = {"prefix": op.prefix, "beyond": op.prefix + "\U0010ffff", "limit": op.limit}
-        found = self._all("find_runs", where)
-        if not found:
-            found = self._all("find_runs_by_end", {"ending": op.prefix, "limit": op.limit})
-        return [rows.run(row) for row in found]
-
-    def _next_due_run(self, op: base.NextDue, topics: Topics) -> Run | None:
-        row = self._one("next_due_run", {"reason": op.reason})
-        return rows.run(row) if row else None
-
-    def _list_runs(self, op: base.ListRuns, topics: Topics) -> list[Run]:
-        where = {"since_id": op.since_id or "", "limit": op.limit, "workflow": op.workflow}
-        found: list[Run] = []
-        for status in dict.fromkeys(op.statuses) or (None,):
-            name = (
-                "list_unlucky_runs_by_workflow" if op.workflow and status in ("dead", "cancelled")
-                else "list_runs_by_workflow_and_status" if op.workflow and status
-                else "list_runs_by_workflow" if op.workflow
-                else "list_succeeded" if status == "succeeded"
-                else "list_runs_by_status" if status
-                else "list_runs"
-            )  # fmt: skip
-            bound = {**where, "status": status}
-            found += [rows.run(row) for row in self._all(name, bound)]
-        found.sort(key=lambda run: run.id, reverse=True)
-        return found[: op.limit]
-
-    def _live_runs(self, op: base.LiveRuns, topics: Topics) -> list[base.Live]:
-        status, after = (op.after.status, op.after.id) if op.after else ("pending", "")
-        page = self._all("live_runs", {"status": status, "after": after, "limit": op.limit})
-        finished = self._all("finished_of", {"runs": self._listed([row[0] for row in page])}) if page else []
-        names = {run: [name for _, name in own] for run, own in groupby(finished, key=_place)}
-        return [base.Live(run_id, flow, status, names.get(seq, ())) for seq, run_id, flow, status in page]
-
-    def _steps(self, op: base.Steps, topics: Topics) -> list[StepRecord]:
-        return list(self._steps_of([op.seq]).get(op.seq, ()))
-
-    def _attempts(self, op: base.Attempts, topics: Topics) -> list[AttemptRecord]:
-        return [AttemptRecord(*row) for row in self._all("attempts_of", {"seq": op.seq})]
-
-    def _open_waits(self, op: base.OpenWaits, topics: Topics) -> list[base.Wait]:
-        if op.seq is not None:
-            return [base.Wait(*row) for row in self._all("waits_of", {"seq": op.seq})]
-        return [base.Wait(*row) for row in self._all("all_waits", {"limit": op.limit})]
-
-    def _kept_signals(self, op: base.KeptSignals, topics: Topics) -> list[base.KeptSignal]:
-        kept = self._all("kept_signals", {"now": op.now, "name": op.name, "limit": op.limit})
-        return [base.KeptSignal(*row) for row in kept]
-
-    def _count_ended(self, op: base.CountEnded, topics: Topics) -> int:
-        bound = {"since": op.since, "before": op.before, "workflow": op.workflow, "statuses": self._listed(op.statuses)}
-        if op.statuses == (Status.DEAD,) and op.workflow is None:
-            return int(self._value("count_dead", bound))
-        groups = self._groups("next_ended_group")
-        return sum(int(self._value("count_ended", {**bound, "group": group})) for group in groups)
-
-    def _count_kept(self, op: base.CountKept, topics: Topics) -> int:
-        return int(self._value("count_kept", {"now": op.now}))
-
-    def _queues(self, op: base.Queues, topics: Topics) -> list[base.Queue]:
-        found: dict[str, base.Queue] = {}
-        for group, depth, oldest in self._all("queues", {"now": op.now}):
-            one = found.get(group, base.Queue(group, 0, oldest))
-            found[group] = base.Queue(group, one.depth + depth, min(one.oldest_due_at, oldest))
-        return [found[group] for group in sorted(found)]
-
-    def _runs_ahead(self, op: base.RunsAhead, topics: Topics) -> int:
-        run = op.run
-        bound = {"now": op.now, "group": run.group, "priority": run.priority, "due_at": run.due_at, "seq": run.seq}
-        return int(self._value("ready_ahead", bound)) + int(self._value("later_ahead", bound))
-
-    def _in_hand(self, op: base.InHand, topics: Topics) -> dict[str, int]:
-        return dict(cast("list[tuple[str, int]]", self._all("in_hand")))
-
-    def _count_runs(self, op: base.CountRuns, topics: Topics) -> dict[tuple[str, str], int]:
-        return {(status, reason): n for status, reason, n in self._all("count_live")}
 
     def _all_or_none(self, query: str, written: Sequence[tuple[Any, ...]]) -> bool:
         """Carry out a query with `{rows}` for all of these, if each of them finds its row; whether it has."""
@@ -457,56 +328,8 @@ class SqlStore(Store):
         self._command("RELEASE bulk")
         return landed
 
-    # --- what a dialect brings ---
-
-    def _value(self, query: str, bound: Bound) -> Any:
-        """The first column of the first row, or None."""
-        row = self._one(query, bound)
-        return row[0] if row else None
-
-    @abstractmethod
-    def _all(self, query: str, bound: Bound | None = None) -> list[Any]:
-        """The rows that a query of `queries.sql` gives."""
-
-    @abstractmethod
-    def _one(self, query: str, bound: Bound) -> Any:
-        """Its first row, or None."""
-
-    @abstractmethod
-    def _change(self, query: str, bound: Bound) -> None:
-        """Carry out a query that writes. Nobody waits for it: what comes of it is known by the commit."""
-
-    @abstractmethod
-    def _changed(self, query: str, bound: Bound) -> int:
-        """The same; how many rows it has changed."""
-
-    @abstractmethod
-    def _write(self, query: str, written: Sequence[tuple[Any, ...]]) -> None:
-        """Carry out a query with `{rows}` for all of these, many with one statement."""
-
-    @abstractmethod
-    def _all_written(self, query: str, written: Sequence[tuple[Any, ...]]) -> bool:
-        """The same; whether each of them has changed its row."""
-
-    @abstractmethod
-    def _found(self, query: str, asked: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """The rows that a query with `{rows}` gives for all of these."""
-
-    @abstractmethod
-    def _command(self, text: str) -> None:
-        """Carry out a statement that is no query."""
-
-    @abstractmethod
-    def _listed(self, values: Sequence[Any] | None) -> Any:
-        """A list as a parameter."""
-
-    @abstractmethod
-    def _data_version(self) -> int: ...
-
-    @abstractmethod
-    def _give_back_space(self) -> bool: ...
-
     _handlers: ClassVar[dict[type, Callable[[Any, Any, Topics], Any]]] = {
+        **Looks.looks,
         base.Enqueue: _enqueue,
         base.ClaimRuns: _claim,
         base.OpenWait: _open_wait,
@@ -517,37 +340,14 @@ class SqlStore(Store):
         base.RenewLease: _renew_lease,
         base.GiveUpWorker: _give_up_worker,
         base.RemoveWorker: _remove_worker,
-        base.ListWorkers: _list_workers,
-        base.RunsOf: _runs_of,
         base.ReportHealth: _report_health,
-        base.ListHealth: _list_health,
         base.TakeLease: _take_lease,
         base.DropLease: _drop_lease,
-        base.Paused: _paused,
         base.SetSchedules: _set_schedules,
-        base.ListSchedules: _list_schedules,
         base.FireSchedule: _fire_schedule,
-        base.EndedGroups: _ended_groups,
         base.Prune: _prune,
         base.ExpireSignals: _expire_signals,
         base.GiveBackSpace: _space,
         base.Demand: _demand,
-        base.Undeclared: _undeclared,
-        base.DataVersion: _seen_version,
-        base.GetRun: _get_run,
         base.AwaitEnd: _await_end,
-        base.FindRuns: _find_runs,
-        base.NextDue: _next_due_run,
-        base.ListRuns: _list_runs,
-        base.LiveRuns: _live_runs,
-        base.Steps: _steps,
-        base.Attempts: _attempts,
-        base.OpenWaits: _open_waits,
-        base.KeptSignals: _kept_signals,
-        base.CountRuns: _count_runs,
-        base.CountEnded: _count_ended,
-        base.CountKept: _count_kept,
-        base.Queues: _queues,
-        base.RunsAhead: _runs_ahead,
-        base.InHand: _in_hand,
     }

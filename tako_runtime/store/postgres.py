@@ -32,10 +32,11 @@ from tako_runtime.errors import StoreError, StoreUnreachable
 from tako_runtime.store import base
 from tako_runtime.store.base import Operation, Topics
 from tako_runtime.store.database import AGAIN, SETTINGS, Database, lost, translated
-from tako_runtime.store.operations import Bound, SqlStore, contended, sort
+from tako_runtime.store.operations import SqlStore, contended, sort
 from tako_runtime.store.pipeline import Pipeline, Query, Sent, array
 from tako_runtime.store.queries import load, run_words
 from tako_runtime.store.schema import migrate, number
+from tako_runtime.store.statements import Bound
 
 #: How long a batch is tried again while the database cannot be reached, in microseconds, and how long the first pause
 #: is, in seconds.

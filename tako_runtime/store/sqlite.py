@@ -22,8 +22,9 @@ from tako_runtime import disk
 from tako_runtime.errors import Refused, StoreBusy, StoreError
 from tako_runtime.store import shape, version
 from tako_runtime.store.base import Operation, Topics
-from tako_runtime.store.operations import Bound, SqlStore, sort
+from tako_runtime.store.operations import SqlStore, sort
 from tako_runtime.store.queries import load, run_words
+from tako_runtime.store.statements import Bound
 from tako_runtime.store.turnstile import Turnstile
 from tako_runtime.store.version import Version
 
