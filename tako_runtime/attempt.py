@@ -279,7 +279,7 @@ class Attempt:
         seq, claim = self.run.seq, self.run.claim
         op = SaveStep(seq=seq, claim=claim, step=record)
         try:
-            stored = await self._store.do(op)
+            stored = await self._ask(op)
         except StoreBusy as error:
             stored = await self._write_later(op, error)
         if stored is None:
@@ -307,9 +307,12 @@ class Attempt:
     async def write(self, op: Operation[R]) -> R:
         """Hand `op` to the store, again and again while the store is busy and the lease holds."""
         try:
-            return await self._store.do(op)
+            return await self._ask(op)
         except StoreBusy as error:
             return await self._write_later(op, error)
+
+    def _ask(self, op: Operation[R]) -> "asyncio.Future[R]":
+        return self._store.do(op, waits=self.branches.single)
 
     async def _write_later(self, op: Operation[R], error: StoreBusy) -> R:
         pause = 0.05
@@ -320,7 +323,7 @@ class Attempt:
             await asyncio.sleep(pause)
             pause = min(pause * 2, 1.0)
             try:
-                return await self._store.do(op)
+                return await self._ask(op)
             except StoreBusy as again:
                 error = again
 
@@ -357,7 +360,7 @@ class Attempt:
         """Do a step whose body runs in a thread. A thread cannot be stopped: where its caller is cancelled (by a task
         group, by a timeout around it), the step stays in flight until it has ended and is stored, so that no other pass
         runs the same body beside it."""
-        task = self._loop.create_task(doing)
+        task = asyncio.Task(doing, loop=self._loop)  # no branch of the handler's own
 
         def ended(task: "asyncio.Task[R]") -> None:
             if not task.cancelled():

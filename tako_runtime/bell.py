@@ -41,17 +41,18 @@ class Bell:
             names = [name for name in names if name.startswith(WAITING)]
         if not names:
             return
-        if self._socket is None:
+        if (sock := self._socket) is None:
             try:
-                self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+                sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
             except OSError:  # no file descriptor left: the listeners' own look has to do
                 return
-            self._socket.setblocking(False)
+            sock.setblocking(False)
+            self._socket = sock
         message = " ".join(sorted(topics)).encode()[:4096]
         for name in names:
             path = self._folder / name
             try:
-                self._socket.sendto(message, str(path))
+                sock.sendto(message, str(path))
             except ConnectionRefusedError:  # its listener is gone
                 with contextlib.suppress(OSError):
                     path.unlink()

@@ -50,6 +50,11 @@ class Branches:
         self._quiet: asyncio.Event | None = None
         self._look: asyncio.TimerHandle | None = None
 
+    @property
+    def single(self) -> bool:
+        """Whether the handler has one branch: where that waits, all of it does."""
+        return len(self.tasks) <= 1
+
     def enter(self, key: StepKey) -> int:
         """A step call begins; which one it is, in the order of the calls. `leave` must follow."""
         self.entered += 1

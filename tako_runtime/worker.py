@@ -33,7 +33,7 @@ from tako_runtime.store.base import (
     RenewLease,
     RunsOf,
 )
-from tako_runtime.store.commit import PATIENCE, Outbox, StoreThread
+from tako_runtime.store.commit import PATIENCE, StoreThread
 from tako_runtime.workflow import Workflow, release
 
 #: The net under the bell, in seconds.
@@ -93,7 +93,6 @@ class Worker:
         self._busy = 0  # attempts whose handler has not ended
         self._attempts: dict[Attempt, asyncio.Task[None]] = {}
         self.inflight: InFlight
-        self._outbox: Outbox
         self.lease_until = 0
         self._active_at = self.clock.now()
         self._lost_lease = False
@@ -114,8 +113,6 @@ class Worker:
         settings = self.settings
         loop = asyncio.get_running_loop()
         loop.set_task_factory(_task)
-        self._outbox = self.store.outbox()
-        self._outbox.count(0)
         listener = self.store.bell.listen(self.id)
         self.inflight = InFlight(self._app_dir, self.id, room=2 * settings.concurrency)  # ends on their way count too
         await self._join()
@@ -127,12 +124,15 @@ class Worker:
             "worker.started", worker=self.id, group=settings.group, concurrency=settings.concurrency,
             workflows=", ".join(sorted(self._workflows)) or "none",
         )  # fmt: skip
+        outbox = self.store.outbox()
+        outbox.serve(self._attempts)
         try:
             reason = await self._work_while_held()
             await self._drain()
         finally:
             ended.set()
             listener.close()
+            outbox.leave(self._attempts)
         if self._broken is not None:
             emit("worker.broken", worker=self.id, group=settings.group, error=failure.describe(self._broken).line)
             raise self._broken
@@ -290,7 +290,6 @@ class Worker:
         run = claimed.run
         attempt = Attempt(claimed, self._workflows[run.workflow], self)
         self._busy += 1
-        self._outbox.count(1)
         attempt.task = self._attempts[attempt] = asyncio.Task(attempt.perform(), name=run.id)
         if claimed.run.cancelling is not None:
             attempt.cancel(claimed.run.cancelling)
@@ -322,7 +321,6 @@ class Worker:
             self._broken = self._broken or broken
             self.stop("broken")
         del self._attempts[attempt]
-        self._outbox.count(-1)
         attempt.slot.give_up()
         if not self._attempts:
             self._active_at = self.clock.now()

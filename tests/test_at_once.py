@@ -1,6 +1,7 @@
 """Who carries a batch out on the embedded store: the loop of a worker where all in it wait for it, else the thread."""
 
 import asyncio
+import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -10,14 +11,18 @@ from typing import Any
 import apsw
 import pytest
 from conftest import finished, healthy, lock_held, script
-from workers import eventually, result, work
+from workers import eventually, result, shown, work
 
-from tako_runtime import Step, workflow
-from tako_runtime.errors import StoreBusy
+from tako_runtime import Step, SyncStep, workflow
+from tako_runtime.errors import StoreBusy, StoreUnreachable
 from tako_runtime.store import Home, base, open_store
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.sqlite import SqliteStore
+from tako_runtime.store.turnstile import Turnstile
 from tako_runtime.worker import Worker
+from tako_runtime.workflow import Workflow
+
+pytestmark = pytest.mark.usefixtures("clean_registry")
 
 Carried = list[tuple[str, list[type[base.Operation[Any]]]]]
 
@@ -82,6 +87,48 @@ def test_a_loop_does_not_wait_for_the_disk_while_another_run_is_at_work(
     saves.enqueue_sync()
     work(opened, home, concurrency=2)
     assert whose(carried, base.SaveStep)[:2] == ["thread", "thread"]
+
+
+def test_a_loop_does_not_wait_for_the_disk_while_another_branch_of_the_same_run_is_at_work(
+    opened: StoreThread, home: Home, carried: Carried
+) -> None:
+    @workflow("branches")
+    async def handler(step: Step) -> None:
+        async def body() -> None: ...
+
+        saved = asyncio.Event()
+
+        async def saves() -> None:
+            await asyncio.gather(step.run("first", body), step.run("beside", body))
+            await step.run("second", body)
+            saved.set()
+
+        await asyncio.gather(saves(), saved.wait())
+        await step.run("alone", body)
+
+    handler.enqueue_sync()
+    work(opened, home)
+    assert whose(carried, base.SaveStep) == ["thread", "thread", "thread", "loop"]
+
+
+def test_steps_that_run_in_threads_and_plain_handlers_are_waited_for_by_the_loop_too(
+    opened: StoreThread, home: Home, carried: Carried
+) -> None:
+    @workflow("async-handler")
+    async def handler(step: Step) -> None:
+        await step.run("in a thread", int)
+        await step.run("in another", int)
+
+    @workflow("plain-handler")
+    def plain(step: SyncStep) -> None:
+        step.run("in a thread", int)
+        step.run("in another", int)
+
+    for each in (handler, plain):
+        each.enqueue_sync()
+        work(opened, home)
+    # The first ones may come while the worker asks for what is due next, of which no run knows.
+    assert whose(carried, base.SaveStep)[1::2] == whose(carried, base.Apply) == ["loop", "loop"]
 
 
 def test_the_loop_of_an_app_never_waits_for_the_disk(opened: StoreThread, carried: Carried) -> None:
@@ -155,7 +202,7 @@ def test_a_batch_does_not_overtake_what_its_loop_has_sent_before(opened: StoreTh
         return opened.do(base.SendSignal(name="order", payload=str(n), now=0, expires_at=1 << 60))
 
     async def send() -> None:
-        opened.outbox().count(0)
+        opened.outbox().serve([])
         for n in range(0, 100, 2):
             with opened._using:  # the thread takes the first one from its queue, and has to wait
                 first = keep(n)
@@ -167,21 +214,31 @@ def test_a_batch_does_not_overtake_what_its_loop_has_sent_before(opened: StoreTh
     assert [int(each.payload) for each in kept] == list(range(100))
 
 
-@pytest.mark.parametrize("trouble", [StoreBusy("the disk is full"), RuntimeError("a bug")], ids=["passing", "other"])
-def test_what_fails_in_the_loop_the_thread_does_again(
-    opened: StoreThread, home: Home, carried: Carried, monkeypatch: pytest.MonkeyPatch, trouble: Exception
-) -> None:
-    bodies: list[str] = []
-    failed: list[str] = []
-    noting = SqliteStore.execute
+class Late(Exception):
+    """What a signal handler may raise anywhere in the main thread."""
 
-    def failing(self: SqliteStore, batch: Sequence[base.Operation[Any]]) -> Any:
-        if threading.current_thread() is threading.main_thread() and any(isinstance(op, base.SaveStep) for op in batch):
-            failed.append("loop")
-            raise trouble
-        return noting(self, batch)
 
-    @workflow("again")
+def failing(monkeypatch: pytest.MonkeyPatch, before: Exception | None = None, after: Exception | None = None) -> None:
+    """The first save that the loop carries out comes to grief."""
+    execute, failed = SqliteStore.execute, threading.Event()
+
+    def comes_to_grief(self: SqliteStore, batch: Sequence[base.Operation[Any]]) -> Any:
+        mine = threading.current_thread() is threading.main_thread() and any(type(op) is base.SaveStep for op in batch)
+        if failed.is_set() or not mine:
+            return execute(self, batch)
+        failed.set()
+        if before is not None:
+            raise before
+        done = execute(self, batch)
+        if after is not None:
+            raise after
+        return done
+
+    monkeypatch.setattr(SqliteStore, "execute", comes_to_grief)
+
+
+def saves_one(bodies: list[str]) -> Workflow[..., Any]:
+    @workflow("saves-one")
     async def handler(step: Step) -> str:
         async def body() -> str:
             bodies.append("ran")
@@ -189,11 +246,123 @@ def test_what_fails_in_the_loop_the_thread_does_again(
 
         return await step.run("body", body)
 
-    run_id = handler.enqueue_sync()
-    monkeypatch.setattr(SqliteStore, "execute", failing)
+    return handler
+
+
+def test_what_the_store_refuses_in_the_loop_the_thread_does_again(
+    opened: StoreThread, home: Home, carried: Carried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies: list[str] = []
+    run_id = saves_one(bodies).enqueue_sync()
+    failing(monkeypatch, before=StoreBusy("the disk is full"))
     work(opened, home)
     assert (result(opened, run_id), bodies) == ("saved", ["ran"])
-    assert failed + whose(carried, base.SaveStep) == ["loop", "thread"]
+    assert whose(carried, base.SaveStep) == ["thread"]
+
+
+def test_what_a_signal_handler_raises_after_the_commit_undoes_nothing_and_nothing_is_done_twice(
+    opened: StoreThread, home: Home, carried: Carried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bodies: list[str] = []
+    run_id = saves_one(bodies).enqueue_sync()
+    failing(monkeypatch, after=Late("too late"))
+    work(opened, home)
+    assert (result(opened, run_id), bodies) == ("saved", ["ran"])
+    assert whose(carried, base.SaveStep) == ["loop", "loop"]  # it was asked for again, and was there
+    assert len(shown(opened, run_id)["attempts"]) == 1
+
+
+def test_what_a_signal_handler_raises_within_a_transaction_takes_it_back_and_the_store_lives_on(
+    opened: StoreThread, home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened._store
+    assert isinstance(store, SqliteStore)
+    db = store._db
+
+    class Interrupted:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(db, name)
+
+        def execute(self, text: str, *bound: Any) -> Any:
+            done = db.execute(text, *bound)
+            if text.startswith("BEGIN"):
+                monkeypatch.undo()
+                raise Late("too late")
+            return done
+
+    async def send() -> None:
+        opened.outbox().serve([])
+        monkeypatch.setattr(store, "_db", Interrupted())
+        with pytest.raises(StoreUnreachable, match=r"Late .* not known"):
+            await opened.do(base.SendSignal(name="lost", payload="1", now=0, expires_at=1 << 60))
+        await opened.do(base.SendSignal(name="kept", payload="1", now=0, expires_at=1 << 60))
+
+    asyncio.run(send())
+    assert [each.name for each in opened.do_sync(base.KeptSignals(now=0))] == ["kept"]
+
+
+def test_a_lock_that_cannot_be_asked_for_is_left_to_the_thread(
+    opened: StoreThread, home: Home, carried: Carried, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take(_: Turnstile) -> bool:
+        if threading.current_thread() is threading.main_thread():
+            raise OSError(errno.EIO, "Input/output error")
+        return really(_)
+
+    bodies: list[str] = []
+    run_id, really = saves_one(bodies).enqueue_sync(), Turnstile.take
+    monkeypatch.setattr(Turnstile, "take", take)
+    work(opened, home)
+    assert result(opened, run_id) == "saved"
+    assert set(whose(carried, base.SaveStep) + whose(carried, base.Apply)) == {"thread"}
+
+
+def test_reading_in_the_loop_takes_no_turn(opened: StoreThread, path: Path, carried: Carried) -> None:
+    async def look() -> list[Any]:
+        opened.outbox().serve([])
+        return await opened.do(base.ListRuns())
+
+    with lock_held(path):
+        assert asyncio.run(look()) == []
+    assert whose(carried, base.ListRuns) == ["loop"]
+
+
+def test_a_signal_handler_may_fork_while_its_loop_carries_a_batch_out(home: Home, path: Path) -> None:
+    told = finished(
+        script(
+            """
+            import asyncio, os, signal
+            from tako_runtime import store
+            from tako_runtime.store.base import KeptSignals, SendSignal
+            from tako_runtime.store.sqlite import SqliteStore
+
+            def fork(*_):
+                child = os.fork()
+                if child == 0:
+                    os._exit(0)
+                print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+            def interrupted(self, batch):
+                os.kill(os.getpid(), signal.SIGUSR1)
+                return execute(self, batch)
+
+            async def send():
+                opened.outbox().serve([])
+                for n in range(3):
+                    await opened.do(SendSignal(name=str(n), payload="1", now=0, expires_at=1 << 60))
+
+            opened, execute, SqliteStore.execute = store.current(), SqliteStore.execute, interrupted
+            signal.signal(signal.SIGUSR1, fork)
+            asyncio.run(send())
+            SqliteStore.execute = execute
+            print([kept.name for kept in opened.do_sync(KeptSignals(now=0))])
+            opened.close()
+            """,
+            home=home,
+        )
+    )
+    assert told.splitlines() == ["0", "0", "0", "['0', '1', '2']"]
+    assert healthy(path)
 
 
 @pytest.mark.slow

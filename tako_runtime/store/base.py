@@ -1,8 +1,8 @@
 """The contract that every store keeps: the operations, as values, and what each one promises.
 
 An operation is handed over with `await store.do(op)` or `store.do_sync(op)` (`commit.py`). All that is queued is given
-to `Store.execute`, which runs it in one transaction: when a caller gets its answer, what it wrote has been synced. Every
-operation is atomic, and may be given twice without harm where its docstring says so.
+to `Store.execute`, which runs it in one transaction: when a caller gets its answer, what it wrote has been synced.
+Every operation is atomic, and may be given twice without harm where its docstring says so.
 
 Time is an argument (`now`, microseconds): no store reads a clock. A write by a worker names `(seq, claim)`; it lands
 only while that claim holds, and says whether it did.

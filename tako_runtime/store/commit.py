@@ -4,9 +4,9 @@ Callers, async or sync, queue operations and wait. The thread takes everything t
 transaction, rings the bell, then resolves the futures. What one pass of an event loop queues travels together: a
 hundred handlers that go on in the same pass make one batch, not a hundred.
 
-A batch that all who are at work in a worker's loop wait for is carried out by the loop itself, if the disk is fast and
-no lock is to be waited for (`StoreThread.at_once`): there is nothing else that the loop could do meanwhile, and two
-threads that wake each other up take longer than the disk does.
+A batch that all runs in a worker's loop wait for is carried out by the loop itself, if the disk is fast and no lock is
+to be waited for (`StoreThread.at_once`): there is nothing else that the loop could do meanwhile, and two threads that
+wake each other up take longer than the disk does.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from queue import Empty, SimpleQueue
@@ -28,8 +28,8 @@ from tako_runtime.store.base import Operation, Store, Topics
 
 R = TypeVar("R")
 
-#: A batch that takes longer than this, in microseconds, has the next one left to the thread: the loop of a worker may
-#: have other things to do than its handlers. Beside so slow a disk the waking up does not count.
+#: A synced batch that takes longer than this, in microseconds, has the next ones left to the thread: a loop may have
+#: more to do than its runs know of, and beside so slow a disk the waking up does not count.
 AT_ONCE = 10_000
 
 #: So that a flood of callers holds the write lock, which other processes wait for, only so long at a time.
@@ -80,8 +80,9 @@ class StoreThread:
         self._door = threading.Lock()  # held to queue something, and to close
         self._closed = ""
         self._using = threading.Lock()  # held while the connection is in use; a fork takes it
+        self._here: int | None = None  # the thread that uses it at once
         self._sent = 0  # how many parcels the thread has yet to carry out
-        self._slow = False  # whether the last batch took long
+        self._slow = False  # whether the last batch took long that was synced
         self._outboxes: dict[asyncio.AbstractEventLoop, Outbox] = {}
         opened: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(opened,), name=name, daemon=True)
@@ -155,23 +156,32 @@ class StoreThread:
         self.bell.close()
 
     def at_once(self, parcel: "Parcel") -> bool:
-        """Carry it out in the caller's own thread, if nothing stands in its way; whether it was. What fails here has
-        written nothing: the thread does it again, with patience, and says what is the matter."""
+        """Carry it out in the caller's own thread, if nothing stands in its way; whether it was. What the store refuses
+        here it has not written: the thread does it again, with patience, and says what is the matter."""
         if self._slow or not self._using.acquire(blocking=False):
             return False
         try:
-            if self._store is None or self._sent:  # it must not overtake what the same loop has sent before
+            self._here = threading.get_ident()
+            if self._store is None or self._closed or self._sent:  # nor may it overtake what the loop has sent before
                 return False
-            with self._store.turn_at_once() as is_ours:
+            writes = any(op.writes for op in parcel.ops)
+            with self._store.turn_at_once() if writes else contextlib.nullcontext(True) as is_ours:
                 if not is_ours:
                     return False
-                try:
-                    answers, topics = self._execute(self._store, parcel.ops)
-                except Exception:  # noqa: BLE001
-                    return False
+                answers, topics = self._execute(self._store, parcel.ops)
             if topics:
                 self.bell.ring(topics)
+        except TakoError:
+            return False
+        except BaseException as error:  # a signal handler has, perhaps after the commit
+            unknown = StoreUnreachable(
+                f"{type(error).__name__} was raised in the midst of a commit: whether it was stored is not known",
+                hint="A signal handler that raises stops whatever its process is about: let it only take a note.",
+            )
+            parcel.resolve([_Raise(unknown)] * len(parcel.ops))
+            raise
         finally:
+            self._here = None
             self._using.release()
         parcel.resolve(answers)
         return True
@@ -187,13 +197,21 @@ class StoreThread:
     # --- around a fork ---
 
     def before_fork(self) -> None:
+        if self._in_the_midst():
+            return
         self._using.acquire()
         if self._store is not None:
             self._store.close()
             self._store = None
 
     def after_fork(self) -> None:
-        self._using.release()
+        if not self._in_the_midst():
+            self._using.release()
+
+    def _in_the_midst(self) -> bool:
+        """A signal handler forks while its thread carries out a batch: the parent has to go on with its connection, and
+        the child has it and makes no use of it."""
+        return self._here == threading.get_ident()
 
     def after_fork_in_child(self) -> None:
         self._closed = "the store was opened before a fork: open one of this process's own"
@@ -268,7 +286,9 @@ class StoreThread:
         try:
             return store.execute(ops)
         finally:
-            self._slow = clock.monotonic() - began > AT_ONCE
+            slow = clock.monotonic() - began > AT_ONCE
+            if slow or any(op.writes and op.acknowledged for op in ops):  # what waits for no disk shows nothing of it
+                self._slow = slow
 
 
 class _Forks:
@@ -362,32 +382,38 @@ class Parcel:
 class Outbox:
     """What one pass of an event loop queues, handed over at its end."""
 
-    __slots__ = ("_at_work", "_futures", "_loop", "_ops", "_thread")
+    __slots__ = ("_futures", "_hands", "_loop", "_ops", "_thread", "_waiting")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, thread: StoreThread) -> None:
         self._loop, self._thread = loop, thread
         self._ops: list[Operation[Any]] = []
         self._futures: list[asyncio.Future[Any]] = []
-        self._at_work: int | None = None  # nobody counts them in an app's loop, which must never wait for a disk
+        self._hands: list[Sized] = []
+        self._waiting = 0  # how many of them have queued something
 
-    def do(self, op: Operation[R]) -> "asyncio.Future[R]":
-        """As `StoreThread.do`."""
+    def do(self, op: Operation[R], *, waits: bool = False) -> "asyncio.Future[R]":
+        """As `StoreThread.do`. One of the hands that `serve` names says whether all of it `waits` for the answer."""
         if not self._ops:
             self._loop.call_soon(self._hand_over)
         future: asyncio.Future[R] = asyncio.Future(loop=self._loop)
         self._ops.append(op)
         self._futures.append(future)
+        self._waiting += waits
         return future
 
-    def count(self, more: int) -> None:
-        """So many more are at work in this loop, which is there for them alone. What as many operations as there are
-        wait for, all of them wait for; it is carried out here (`StoreThread.at_once`)."""
-        self._at_work = (self._at_work or 0) + more
+    def serve(self, hands: Sized) -> None:
+        """The loop is there for those who are at work: for as many as `hands` has by then. What all of them wait for it
+        carries out itself (`StoreThread.at_once`); the loop of an app, which serves nobody here, never does."""
+        self._hands.append(hands)
+
+    def leave(self, hands: Sized) -> None:
+        self._hands = [others for others in self._hands if others is not hands]
 
     def _hand_over(self) -> None:
         parcel = Parcel(self._ops, self._futures, self._loop)
-        self._ops, self._futures = [], []
-        if self._at_work is not None and len(parcel.ops) >= self._at_work and self._thread.at_once(parcel):
+        all_wait = bool(self._hands) and self._waiting >= sum(map(len, self._hands))
+        self._ops, self._futures, self._waiting = [], [], 0
+        if all_wait and self._thread.at_once(parcel):
             return
         try:
             self._thread.send(parcel)

@@ -164,8 +164,8 @@ class SqliteStore(SqlStore):
             writes = any(kind.writes for kind in sorts)
             if writes:
                 self._sync(any(kind.writes and kind.acknowledged for kind in sorts))
-            self._db.execute("BEGIN IMMEDIATE" if writes else "BEGIN")  # what only looks sees one state of things, too
-            try:
+            try:  # what only looks sees one state of things, too
+                self._db.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
                 answers = self._run(batch, sorts, topics)
                 self._db.execute("COMMIT")
             except BaseException:
@@ -192,14 +192,20 @@ class SqliteStore(SqlStore):
     @contextmanager
     def turn_at_once(self) -> Iterator[bool]:
         turnstile = self._turnstile
-        if turnstile is None or not turnstile.take():
+        try:
+            if turnstile is None or not turnstile.take():
+                yield False
+                return
+        except OSError:  # who may wait for it is told
             yield False
             return
-        self._db.set_busy_timeout(0)  # a lock that is not ours to queue for is not waited for either
         try:
-            yield True
+            self._db.set_busy_timeout(0)  # a lock that is not ours to queue for is not waited for either
+            try:
+                yield True
+            finally:
+                self._db.set_busy_timeout(BUSY_TIMEOUT)
         finally:
-            self._db.set_busy_timeout(BUSY_TIMEOUT)
             turnstile.__exit__()
 
     # --- what `SqlStore` asks for ---

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import threading
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from tako_runtime.errors import StoreLocked
@@ -60,7 +60,8 @@ class Turnstile(AbstractContextManager[None]):
 
     def _sign(self) -> None:
         """For who waits in vain: which process it is."""
-        os.pwrite(self._lock, b"%-10d" % os.getpid(), 0)
+        with suppress(OSError):
+            os.pwrite(self._lock, b"%-10d" % os.getpid(), 0)
 
     def _wait(self) -> None:
         with self._handover:
