@@ -482,6 +482,9 @@ class Store(ABC):
 
     shared: ClassVar[bool] = False
 
+    #: Whether the last batch may have been committed, should `execute` have raised what is no `TakoError`.
+    in_doubt = False
+
     @abstractmethod
     def turn(self) -> AbstractContextManager[None]:
         """To be within while a batch that writes is executed: where writers of several processes take turns."""

@@ -156,8 +156,8 @@ class StoreThread:
         self.bell.close()
 
     def at_once(self, parcel: "Parcel") -> bool:
-        """Carry it out in the caller's own thread, if nothing stands in its way; whether it was. What the store refuses
-        here it has not written: the thread does it again, with patience, and says what is the matter."""
+        """Carry it out in the caller's own thread, if nothing stands in its way; whether it was. What fails here has
+        not been written: the thread does it again, with patience, and says what is the matter."""
         if self._slow or not self._using.acquire(blocking=False):
             return False
         try:
@@ -173,12 +173,15 @@ class StoreThread:
                 self.bell.ring(topics)
         except TakoError:
             return False
-        except BaseException as error:  # a signal handler has, perhaps after the commit
-            unknown = StoreUnreachable(
-                f"{type(error).__name__} was raised in the midst of a commit: whether it was stored is not known",
-                hint="A signal handler that raises stops whatever its process is about: let it only take a note.",
-            )
-            parcel.resolve([_Raise(unknown)] * len(parcel.ops))
+        except BaseException as error:  # a bug; or a signal handler's, which the loop must hear of too
+            if self._store is None or not self._store.in_doubt:
+                self.send(parcel)
+            else:
+                unknown = StoreUnreachable(
+                    f"{type(error).__name__} was raised in the midst of a commit: whether it was stored is not known",
+                    hint="A signal handler that raises stops whatever its process is about: let it only take a note.",
+                )
+                parcel.resolve([_Raise(unknown)] * len(parcel.ops))
             raise
         finally:
             self._here = None

@@ -160,6 +160,7 @@ class SqliteStore(SqlStore):
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
         topics: Topics = set()
         sorts = sort(batch)
+        self.in_doubt = False
         try:
             writes = any(kind.writes for kind in sorts)
             if writes:
@@ -167,6 +168,7 @@ class SqliteStore(SqlStore):
             try:  # what only looks sees one state of things, too
                 self._db.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
                 answers = self._run(batch, sorts, topics)
+                self.in_doubt = True
                 self._db.execute("COMMIT")
             except BaseException:
                 if self._db.in_transaction:
