@@ -312,7 +312,7 @@ class Attempt:
             return await self._write_later(op, error)
 
     def _ask(self, op: Operation[R]) -> "asyncio.Future[R]":
-        return self._store.do(op, waits=self.branches.single)
+        return self._store.do(op, self if self.branches.single and not self._lost else None)
 
     async def _write_later(self, op: Operation[R], error: StoreBusy) -> R:
         pause = 0.05
@@ -360,7 +360,8 @@ class Attempt:
         """Do a step whose body runs in a thread. A thread cannot be stopped: where its caller is cancelled (by a task
         group, by a timeout around it), the step stays in flight until it has ended and is stored, so that no other pass
         runs the same body beside it."""
-        task = asyncio.Task(doing, loop=self._loop)  # no branch of the handler's own
+        task = self._loop.create_task(doing)
+        self.branches.tasks.discard(task)  # while its caller waits for it, it is no branch beside that
 
         def ended(task: "asyncio.Task[R]") -> None:
             if not task.cancelled():
@@ -368,7 +369,12 @@ class Attempt:
             self.branches.leave(key)
 
         task.add_done_callback(ended)
-        return await asyncio.shield(task)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if not task.done():
+                self.branches.adopt(task)
+            raise
 
     async def pause(self, key: StepKey, until: int) -> None:
         """Wait in the slot, between two tries of a step."""

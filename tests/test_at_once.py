@@ -4,7 +4,8 @@ import asyncio
 import errno
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from conftest import finished, healthy, lock_held, script
 from workers import eventually, result, shown, work
 
 from tako_runtime import Step, SyncStep, workflow
-from tako_runtime.errors import StoreBusy
+from tako_runtime.errors import StoreBusy, StoreError
 from tako_runtime.store import Home, base, open_store
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.sqlite import SqliteStore
@@ -29,7 +30,10 @@ Carried = list[tuple[str, list[type[base.Operation[Any]]]]]
 
 @pytest.fixture
 def carried(opened: StoreThread, monkeypatch: pytest.MonkeyPatch) -> Carried:
-    """Each batch: who has carried it out ("loop" or "thread"), and its operations."""
+    """Each batch: who has carried it out ("loop" or "thread"), and its operations. However busy the disk is, it counts
+    as fast."""
+    monkeypatch.setattr("tako_runtime.store.commit.AT_ONCE", 1 << 60)
+    opened._slow = False
     batches: Carried = []
     execute = SqliteStore.execute
 
@@ -152,7 +156,6 @@ def test_after_a_slow_batch_the_thread_takes_over_until_one_is_fast_again(
         for longest in (-1, -1, 1 << 60, 1 << 60):
             await step.run("body", takes, longest)
 
-    monkeypatch.setattr(limit, 1 << 60)
     handler.enqueue_sync()
     work(opened, home)
     assert whose(carried, base.SaveStep) == ["loop", "thread", "thread", "loop"]
@@ -366,6 +369,113 @@ def test_a_signal_handler_may_fork_while_its_loop_carries_a_batch_out(home: Home
     )
     assert told.splitlines() == ["0", "0", "0", "['0', '1', '2']"]
     assert healthy(path)
+
+
+def test_a_handler_that_has_left_a_step_to_its_thread_is_at_work(
+    opened: StoreThread, home: Home, carried: Carried
+) -> None:
+    begun, left = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        begun.set()
+        left.wait(20)
+
+    @workflow("leaves-a-step")
+    async def handler(step: Step) -> None:
+        await step.run("first", int)
+        leaving = asyncio.timeout(None)
+        with suppress(TimeoutError):
+            async with leaving:
+                waiting = asyncio.create_task(asyncio.to_thread(begun.wait))
+                waiting.add_done_callback(lambda _: leaving.reschedule(0))
+                await step.run("slow", slow)
+        left.set()
+        await eventually(lambda: len(whose(carried, base.SaveStep)) == 2)
+
+    handler.enqueue_sync()
+    work(opened, home)
+    assert whose(carried, base.SaveStep)[1:] == ["thread"]
+
+
+def test_a_plain_handler_with_threads_of_its_own_is_one_run(opened: StoreThread, home: Home, carried: Carried) -> None:
+    both, done = threading.Barrier(2), asyncio.Event()
+
+    @workflow("busy-beside")
+    async def busy(step: Step) -> None:
+        await asyncio.to_thread(both.wait, 20)
+        await done.wait()
+
+    @workflow("threads")
+    def plain(step: SyncStep) -> None:
+        both.wait(20)
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda n: step.run(f"step {n}", int), range(40)))
+        loop.call_soon_threadsafe(done.set)
+
+    async def meanwhile(worker: Worker) -> None:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        busy.enqueue_sync()
+        plain.enqueue_sync()
+        await eventually(lambda: done.is_set() and not worker.runs_in_hand)
+
+    loop: asyncio.AbstractEventLoop
+    work(opened, home, meanwhile, concurrency=2)
+    assert set(whose(carried, base.SaveStep)) == {"thread"}
+
+
+def test_a_signal_handler_that_asks_the_store_in_the_midst_of_a_commit_is_refused(
+    opened: StoreThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = SqliteStore.execute
+
+    def asks(self: SqliteStore, batch: Sequence[base.Operation[Any]]) -> Any:
+        monkeypatch.setattr(SqliteStore, "execute", execute)
+        with pytest.raises(StoreError, match="in the midst of a commit"):
+            opened.do_sync(base.ListRuns())
+        return execute(self, batch)
+
+    async def look() -> list[Any]:
+        opened.outbox().serve([])
+        monkeypatch.setattr(SqliteStore, "execute", asks)
+        return await opened.do(base.ListRuns())
+
+    assert asyncio.run(look()) == []
+    assert opened.do_sync(base.ListRuns()) == []
+
+
+def test_a_shared_store_is_never_asked_in_the_loop(opened: StoreThread, carried: Carried) -> None:
+    async def look() -> None:
+        opened.outbox().serve([])
+        await opened.do(base.DataVersion())
+
+    opened.shared = True
+    asyncio.run(look())
+    assert whose(carried, base.DataVersion) == ["thread"]
+
+
+def test_a_checkpoint_that_fails_after_the_commit_does_not_have_it_done_again(
+    opened: StoreThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened._store
+    assert isinstance(store, SqliteStore)
+    db = store._db
+
+    class Checkpointing:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(db, name)
+
+        def wal_checkpoint(self, **_: Any) -> None:
+            raise apsw.IOError("disk I/O error")
+
+    async def send() -> None:
+        opened.outbox().serve([])
+        monkeypatch.setattr(store, "_db", Checkpointing())
+        store._shrunk = True
+        await opened.do(base.SendSignal(name="once", payload="1", now=0, expires_at=1 << 60))
+
+    asyncio.run(send())
+    assert [each.name for each in opened.do_sync(base.KeptSignals(now=0))] == ["once"]
 
 
 @pytest.mark.slow

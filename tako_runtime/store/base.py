@@ -482,7 +482,7 @@ class Store(ABC):
 
     shared: ClassVar[bool] = False
 
-    #: Whether the last batch may have been committed, should `execute` have raised what is no `TakoError`.
+    #: Whether the last batch may have been committed, where `execute` has raised what is no `TakoError`.
     in_doubt = False
 
     @abstractmethod
@@ -490,9 +490,9 @@ class Store(ABC):
         """To be within while a batch that writes is executed: where writers of several processes take turns."""
 
     @abstractmethod
-    def turn_at_once(self) -> AbstractContextManager[bool]:
-        """The same for who cannot wait: whether it is his turn. Within, a batch waits for nothing but the disk; where
-        it would have to, it is `StoreBusy`. It is never the turn of a store that is asked over a network."""
+    def turn_at_once(self, writes: bool) -> AbstractContextManager[bool]:
+        """The same for who cannot wait: whether it is his turn, where he has to have it. Within, a batch waits for
+        nothing but the disk; where it would have to, it is `StoreBusy`. It is never anybody's for a shared store."""
 
     @abstractmethod
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:

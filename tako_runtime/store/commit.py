@@ -123,6 +123,8 @@ class StoreThread:
 
     def ask(self, op: Operation[R]) -> "Future[R]":
         """The same for who sets a limit of his own."""
+        if self._in_the_midst():  # of a signal handler, or a finalizer
+            raise StoreError("the store cannot be asked in the midst of a commit of the same thread")
         future: Future[R] = Future()
         self.send(Parcel([op], [future], None))
         return future
@@ -158,31 +160,28 @@ class StoreThread:
     def at_once(self, parcel: "Parcel") -> bool:
         """Carry it out in the caller's own thread, if nothing stands in its way; whether it was. What fails here has
         not been written: the thread does it again, with patience, and says what is the matter."""
-        if self._slow or not self._using.acquire(blocking=False):
+        if self.shared or self._slow or not self._using.acquire(blocking=False):
             return False
+        answers: Sequence[Any] | None = None
         try:
             self._here = threading.get_ident()
-            if self._store is None or self._closed or self._sent:  # nor may it overtake what the loop has sent before
+            store = self._store
+            if store is None or self._closed or self._sent:  # nor may it overtake what the loop has sent before
                 return False
-            writes = any(op.writes for op in parcel.ops)
-            with self._store.turn_at_once() if writes else contextlib.nullcontext(True) as is_ours:
+            store.in_doubt = False
+            with store.turn_at_once(any(op.writes for op in parcel.ops)) as is_ours:
                 if not is_ours:
                     return False
-                answers, topics = self._execute(self._store, parcel.ops)
+                answers, topics = self._execute(store, parcel.ops)
             if topics:
                 self.bell.ring(topics)
         except TakoError:
             return False
-        except BaseException as error:  # a bug; or a signal handler's, which the loop must hear of too
-            if self._store is None or not self._store.in_doubt:
-                self.send(parcel)
-            else:
-                unknown = StoreUnreachable(
-                    f"{type(error).__name__} was raised in the midst of a commit: whether it was stored is not known",
-                    hint="A signal handler that raises stops whatever its process is about: let it only take a note.",
-                )
-                parcel.resolve([_Raise(unknown)] * len(parcel.ops))
-            raise
+        except Exception as error:  # noqa: BLE001 -- a bug; or a signal handler's, which the loop must hear of as well
+            parcel.report(error)
+            if answers is None and not (store and store.in_doubt):
+                return False
+            answers = answers or [_Raise(_unknown(error))] * len(parcel.ops)
         finally:
             self._here = None
             self._using.release()
@@ -212,8 +211,8 @@ class StoreThread:
             self._using.release()
 
     def _in_the_midst(self) -> bool:
-        """A signal handler forks while its thread carries out a batch: the parent has to go on with its connection, and
-        the child has it and makes no use of it."""
+        """Where a signal handler has come in while its thread carries out a batch. If it forks, the parent has to go on
+        with its connection; the child has it, and must end within the handler."""
         return self._here == threading.get_ident()
 
     def after_fork_in_child(self) -> None:
@@ -341,6 +340,13 @@ def _one_by_one(store: Store, ops: Sequence[Operation[Any]], error: Exception) -
     return answers, topics
 
 
+def _unknown(error: Exception) -> StoreUnreachable:
+    return StoreUnreachable(
+        f"{type(error).__name__} was raised in the midst of a commit: whether it was stored is not known",
+        hint="A signal handler that raises stops whatever its process is about: let it only take a note.",
+    )
+
+
 class _Raise:
     """An answer that is an exception."""
 
@@ -372,6 +378,11 @@ class Parcel:
         with contextlib.suppress(RuntimeError):  # the loop was closed, and its callers are gone with it
             self.loop.call_soon_threadsafe(self.resolve, answers)
 
+    def report(self, error: Exception) -> None:
+        """To the event loop, in its thread."""
+        if self.loop is not None:
+            self.loop.call_exception_handler({"message": "exception in the midst of a commit", "exception": error})
+
     def resolve(self, answers: Sequence[Any]) -> None:
         for future, answer in zip(self.futures, answers, strict=True):
             if future.done():  # its caller was cancelled; what it wrote stays
@@ -392,16 +403,18 @@ class Outbox:
         self._ops: list[Operation[Any]] = []
         self._futures: list[asyncio.Future[Any]] = []
         self._hands: list[Sized] = []
-        self._waiting = 0  # how many of them have queued something
+        self._waiting: set[object] = set()
 
-    def do(self, op: Operation[R], *, waits: bool = False) -> "asyncio.Future[R]":
-        """As `StoreThread.do`. One of the hands that `serve` names says whether all of it `waits` for the answer."""
+    def do(self, op: Operation[R], hand: object = None) -> "asyncio.Future[R]":
+        """As `StoreThread.do`. `hand` is the one of those at work (`serve`) that waits for the answer, if all of it
+        does."""
         if not self._ops:
             self._loop.call_soon(self._hand_over)
         future: asyncio.Future[R] = asyncio.Future(loop=self._loop)
         self._ops.append(op)
         self._futures.append(future)
-        self._waiting += waits
+        if hand is not None:
+            self._waiting.add(hand)
         return future
 
     def serve(self, hands: Sized) -> None:
@@ -414,8 +427,8 @@ class Outbox:
 
     def _hand_over(self) -> None:
         parcel = Parcel(self._ops, self._futures, self._loop)
-        all_wait = bool(self._hands) and self._waiting >= sum(map(len, self._hands))
-        self._ops, self._futures, self._waiting = [], [], 0
+        all_wait = bool(self._hands) and len(self._waiting) >= sum(map(len, self._hands))
+        self._ops, self._futures, self._waiting = [], [], set()
         if all_wait and self._thread.at_once(parcel):
             return
         try:

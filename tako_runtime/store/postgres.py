@@ -172,7 +172,7 @@ class PostgresStore(SqlStore):
     def turn(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def turn_at_once(self) -> AbstractContextManager[bool]:
+    def turn_at_once(self, writes: bool) -> AbstractContextManager[bool]:
         return nullcontext(False)
 
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:

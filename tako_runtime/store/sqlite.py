@@ -158,9 +158,9 @@ class SqliteStore(SqlStore):
     # --- transactions ---
 
     def execute(self, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
+        self.in_doubt = False
         topics: Topics = set()
         sorts = sort(batch)
-        self.in_doubt = False
         try:
             writes = any(kind.writes for kind in sorts)
             if writes:
@@ -173,10 +173,11 @@ class SqliteStore(SqlStore):
             except BaseException:
                 if self._db.in_transaction:
                     self._db.execute("ROLLBACK")
+                    self.in_doubt = False
                 raise
             if self._shrunk:  # the file gets shorter when what was committed is carried into it
                 self._shrunk = False
-                with suppress(apsw.BusyError):  # somebody else does it
+                with suppress(apsw.Error):  # somebody else does it, or a later one
                     self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
             return answers, topics
         except (apsw.Error, OSError) as error:
@@ -192,10 +193,10 @@ class SqliteStore(SqlStore):
         return self._turnstile or nullcontext()
 
     @contextmanager
-    def turn_at_once(self) -> Iterator[bool]:
+    def turn_at_once(self, writes: bool) -> Iterator[bool]:
         turnstile = self._turnstile
         try:
-            if turnstile is None or not turnstile.take():
+            if writes and not (turnstile and turnstile.take()):
                 yield False
                 return
         except OSError:  # who may wait for it is told
@@ -208,7 +209,8 @@ class SqliteStore(SqlStore):
             finally:
                 self._db.set_busy_timeout(BUSY_TIMEOUT)
         finally:
-            turnstile.__exit__()
+            if writes and turnstile:
+                turnstile.__exit__()
 
     # --- what `SqlStore` asks for ---
 
