@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -142,9 +143,10 @@ class Dev:
 
     def wait_for(self, name: str, fits: Callable[[Event], bool] = lambda _: True) -> Event:
         """The next event of that name that fits."""
+        patient_until = time.monotonic() + PATIENCE  # others may come without end
         while True:
             try:
-                event = self._fresh.get(timeout=PATIENCE)
+                event = self._fresh.get(timeout=max(0.0, patient_until - time.monotonic()))
             except Empty:
                 event = None
             if event is None:
@@ -152,6 +154,11 @@ class Dev:
             self.events.append(event)
             if event["event"] == name and fits(event):
                 return event
+
+    def had(self, name: str, fits: Callable[[Event], bool]) -> Event:
+        """The same, or one that was passed over: processes do not take turns at the log."""
+        passed = (event for event in self.events if event["event"] == name and fits(event))
+        return next(passed, None) or self.wait_for(name, fits)
 
     def send(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
