@@ -14,7 +14,7 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from queue import Empty, SimpleQueue
@@ -25,6 +25,7 @@ from tako_runtime.bell import ENDED, Bell
 from tako_runtime.clock import Clock, MachineClock, SystemClock
 from tako_runtime.errors import StoreBusy, StoreError, StoreUnreachable, TakoError
 from tako_runtime.store.base import Operation, Store, Topics
+from tako_runtime.store.outbox import Outbox, Parcel, Trouble
 
 R = TypeVar("R")
 
@@ -100,7 +101,7 @@ class StoreThread:
         """Run `op`; the answer comes after the commit that carries it. Raises `StoreBusy` for what may work later."""
         return self.outbox().do(op)
 
-    def outbox(self) -> "Outbox":
+    def outbox(self) -> Outbox:
         """What takes the operations of the running event loop: for who has many, and saves the looking it up."""
         loop = asyncio.get_running_loop()
         outbox = self._outboxes.get(loop)
@@ -157,7 +158,7 @@ class StoreThread:
         self._thread.join()
         self.bell.close()
 
-    def at_once(self, parcel: "Parcel") -> bool:
+    def at_once(self, parcel: Parcel) -> bool:
         """Carry it out in the caller's own thread, if nothing stands in its way; whether it was. What fails here has
         not been written: the thread does it again, with patience, and says what is the matter."""
         if self.shared or self._slow or not self._using.acquire(blocking=False):
@@ -181,14 +182,14 @@ class StoreThread:
             parcel.report(error)
             if answers is None and not (store and store.in_doubt):
                 return False
-            answers = answers or [_Raise(_unknown(error))] * len(parcel.ops)
+            answers = answers or [Trouble(_unknown(error))] * len(parcel.ops)
         finally:
             self._here = None
             self._using.release()
         parcel.resolve(answers)
         return True
 
-    def send(self, parcel: "Parcel") -> None:
+    def send(self, parcel: Parcel) -> None:
         """To the thread. Raises `StoreError` once it is closed."""
         with self._door:
             if self._closed:
@@ -247,7 +248,7 @@ class StoreThread:
                 self._store.close()
                 self._store = None  # a later fork must not close it again: its files' numbers are others' then
 
-    def _commit(self, parcels: "list[Parcel]") -> None:
+    def _commit(self, parcels: list[Parcel]) -> None:
         if not parcels:
             return
         with self._using:
@@ -263,7 +264,7 @@ class StoreThread:
         if topics == ENDED:  # nobody starts late for that: the handlers go on first
             self.bell.ring(topics)
 
-    def _transact(self, parcels: "list[Parcel]") -> "tuple[list[Parcel], Sequence[Any], Topics]":
+    def _transact(self, parcels: list[Parcel]) -> tuple[list[Parcel], Sequence[Any], Topics]:
         """Everything in one transaction. Who has given up waiting by the time that the turn comes is not served."""
         begun: list[Parcel] | None = None
         try:
@@ -281,7 +282,7 @@ class StoreThread:
                 return begun, answers, topics
         except Exception as error:  # noqa: BLE001 -- the turn did not come, or the file cannot be opened any more
             begun = [parcel for parcel in parcels if parcel.begin()] if begun is None else begun
-            return begun, [_Raise(error)] * sum(len(parcel.ops) for parcel in begun), set()
+            return begun, [Trouble(error)] * sum(len(parcel.ops) for parcel in begun), set()
 
     def _execute(self, store: Store, ops: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
         began = clock.monotonic()
@@ -327,7 +328,7 @@ def _one_by_one(store: Store, ops: Sequence[Operation[Any]], error: Exception) -
     """The batch was rolled back. Give each operation its own transaction, so that one cannot fail another; but not
     where nobody can be asked, which is no operation's fault."""
     if len(ops) == 1 or isinstance(error, StoreUnreachable):
-        return [_Raise(error)] * len(ops), set()
+        return [Trouble(error)] * len(ops), set()
     answers: list[Any] = []
     topics: Topics = set()
     for op in ops:
@@ -335,7 +336,7 @@ def _one_by_one(store: Store, ops: Sequence[Operation[Any]], error: Exception) -
             [answer], rung = store.execute([op])
             topics |= rung
         except Exception as its_own:  # noqa: BLE001
-            answer = _Raise(its_own)
+            answer = Trouble(its_own)
         answers.append(answer)
     return answers, topics
 
@@ -345,93 +346,3 @@ def _unknown(error: Exception) -> StoreUnreachable:
         f"{type(error).__name__} was raised in the midst of a commit: whether it was stored is not known",
         hint="A signal handler that raises stops whatever its process is about: let it only take a note.",
     )
-
-
-class _Raise:
-    """An answer that is an exception."""
-
-    __slots__ = ("error",)
-
-    def __init__(self, error: Exception) -> None:
-        self.error = error if isinstance(error, TakoError) else StoreError(f"{type(error).__name__}: {error}")
-        if self.error is not error:
-            self.error.__cause__ = error
-
-
-class Parcel:
-    """Operations that travel together, and the futures that wait for them."""
-
-    __slots__ = ("futures", "loop", "ops")
-
-    def __init__(self, ops: list[Operation[Any]], futures: list[Any], loop: asyncio.AbstractEventLoop | None) -> None:
-        self.ops, self.futures, self.loop = ops, futures, loop
-
-    def begin(self) -> bool:
-        """False where a sync caller has given up waiting, and was told that nothing was stored."""
-        return self.loop is not None or self.futures[0].set_running_or_notify_cancel()
-
-    def answer(self, answers: Sequence[Any]) -> None:
-        """From the store thread."""
-        if self.loop is None:
-            self.resolve(answers)
-            return
-        with contextlib.suppress(RuntimeError):  # the loop was closed, and its callers are gone with it
-            self.loop.call_soon_threadsafe(self.resolve, answers)
-
-    def report(self, error: Exception) -> None:
-        """To the event loop, in its thread."""
-        if self.loop is not None:
-            self.loop.call_exception_handler({"message": "exception in the midst of a commit", "exception": error})
-
-    def resolve(self, answers: Sequence[Any]) -> None:
-        for future, answer in zip(self.futures, answers, strict=True):
-            if future.done():  # its caller was cancelled; what it wrote stays
-                continue
-            if type(answer) is _Raise:
-                future.set_exception(answer.error)
-            else:
-                future.set_result(answer)
-
-
-class Outbox:
-    """What one pass of an event loop queues, handed over at its end."""
-
-    __slots__ = ("_futures", "_hands", "_loop", "_ops", "_thread", "_waiting")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, thread: StoreThread) -> None:
-        self._loop, self._thread = loop, thread
-        self._ops: list[Operation[Any]] = []
-        self._futures: list[asyncio.Future[Any]] = []
-        self._hands: list[Sized] = []
-        self._waiting: set[object] = set()
-
-    def do(self, op: Operation[R], hand: object = None) -> "asyncio.Future[R]":
-        """As `StoreThread.do`. `hand` is the one of those at work (`serve`) that waits for the answer, if all of it
-        does."""
-        if not self._ops:
-            self._loop.call_soon(self._hand_over)
-        future: asyncio.Future[R] = asyncio.Future(loop=self._loop)
-        self._ops.append(op)
-        self._futures.append(future)
-        if hand is not None:
-            self._waiting.add(hand)
-        return future
-
-    def serve(self, hands: Sized) -> None:
-        """The loop is there for those who are at work: for as many as `hands` has by then. What all of them wait for it
-        carries out itself (`StoreThread.at_once`); the loop of an app, which serves nobody here, never does."""
-        self._hands.append(hands)
-
-    def leave(self, hands: Sized) -> None:
-        self._hands = [others for others in self._hands if others is not hands]
-
-    def _hand_over(self) -> None:
-        parcel = Parcel(self._ops, self._futures, self._loop)
-        all_wait = bool(self._hands) and len(self._waiting) >= sum(map(len, self._hands))
-        self._ops, self._futures, self._waiting = [], [], set()
-        if all_wait and self._thread.at_once(parcel):
-            return
-        try:
-            self._thread.send(parcel)
-        except StoreError as error:  # it was closed meanwhile
-            parcel.resolve([_Raise(error)] * len(parcel.ops))
