@@ -259,7 +259,8 @@ def test_a_worker_that_is_frozen_while_runs_are_due_is_replaced_and_the_log_says
     opened: StoreThread, home: Home
 ) -> None:
     with supervised(home, workers=1, lease=clock.HOUR, stall_limit=2, grace=clock.SECOND // 2) as supervisor:
-        [(name, pid)] = until(lambda: workers(opened).items())
+        until(lambda: supervisor.events("worker.started"))  # on the list it is a moment earlier
+        [(name, pid)] = workers(opened).items()
         freeze(home, pid)
         run_id = orders.answers.enqueue_sync("x")
         until(lambda: shown(opened, run_id)["status"] == "succeeded", seconds=60)  # the next ones must be quick, too
