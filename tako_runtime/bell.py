@@ -34,12 +34,12 @@ class Bell:
     def ring(self, topics: set[str]) -> None:
         """Tell every listener of `topics`. Never raises, never blocks."""
         try:
-            names = os.listdir(self._folder)  # noqa: PTH208 -- each end rings: no `Path` for each listener
+            listeners = list(self._folder.iterdir())
         except OSError:
             return
         if topics == ENDED:
-            names = [name for name in names if name.startswith(WAITING)]
-        if not names:
+            listeners = [path for path in listeners if path.name.startswith(WAITING)]
+        if not listeners:
             return
         if (sock := self._socket) is None:
             try:
@@ -49,8 +49,7 @@ class Bell:
             sock.setblocking(False)
             self._socket = sock
         message = " ".join(sorted(topics)).encode()[:4096]
-        for name in names:
-            path = self._folder / name
+        for path in listeners:
             try:
                 sock.sendto(message, str(path))
             except ConnectionRefusedError:  # its listener is gone

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import apsw
 import pytest
+from cli import make_project, start, tako
 from hypothesis import settings
 from postgres import NoPostgres, Server
 
@@ -24,6 +26,7 @@ from tako_runtime.run import Claimed, NewRun, Run, StepRecord, WorkerRecord, new
 from tako_runtime.state import Change, Outcome, settle
 from tako_runtime.store import Home, base, open_store
 from tako_runtime.store.commit import StoreThread
+from tako_runtime.store.sqlite import SqliteStore
 from tako_runtime.workflow import Workflow, registry
 
 if TYPE_CHECKING:
@@ -31,6 +34,9 @@ if TYPE_CHECKING:
     from machines import Machine
 
 T = TypeVar("T")
+
+#: Batches that were carried out: by the "loop" or the "thread", and the kinds of their operations.
+Carried = list[tuple[str, list[type[base.Operation[Any]]]]]
 
 #: What a run failed with, where it does not matter what that was.
 BROKE = Failure("ValueError", "no such card")
@@ -321,3 +327,66 @@ def shop(web: "Machine", tmp_path: Path) -> "Shop":
     from deploying import Shop
 
     return Shop(tmp_path / "shop", {"web": web})
+
+
+@pytest.fixture
+def log(home: Home) -> Path:
+    return home.data_dir / "bodies"
+
+
+@pytest.fixture
+def gate(home: Home) -> Path:
+    path = home.data_dir / "gate"
+    os.mkfifo(path)
+    return path
+
+
+@pytest.fixture
+def only_orders() -> Iterator[None]:
+    """The workflows of `scenarios/flows/orders.py` are declared, and no others."""
+    before = dict(registry)
+    registry.clear()
+    registry.update(
+        {name: flow for name, flow in before.items() if flow.handler.__module__ == "scenarios.flows.orders"}
+    )
+    yield
+    registry.clear()
+    registry.update(before)
+
+
+@pytest.fixture(scope="module")
+def worked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    """A project with a run in each state, by workflow, as `tako dev --once` left them. To be read, not changed."""
+    project = make_project(tmp_path_factory.mktemp("worked") / "shop")
+    runs = {
+        "greet": start(project, "greet", "Ada", "--key", "ada"),
+        "fail": start(project, "fail", {"card": 1}),
+        "ask": start(project, "ask", {}),
+        "nap": start(project, "nap", {}),
+    }
+    assert tako("dev", "--once", cwd=project).returncode == 1
+    runs["yearly"] = start(project, "yearly", None, "--in", "5m")
+    return project, runs
+
+
+@pytest.fixture
+def carried(opened: StoreThread, monkeypatch: pytest.MonkeyPatch) -> Carried:
+    """Each batch: who has carried it out ("loop" or "thread"), and its operations. However busy the disk is, it counts
+    as fast."""
+    monkeypatch.setattr("tako_runtime.store.commit.AT_ONCE", 1 << 60)
+    opened._slow = False
+    batches: Carried = []
+    execute = SqliteStore.execute
+
+    def noting(self: SqliteStore, batch: Sequence[base.Operation[Any]]) -> Any:
+        who = "loop" if threading.current_thread() is threading.main_thread() else "thread"
+        batches.append((who, [type(op) for op in batch]))
+        return execute(self, batch)
+
+    monkeypatch.setattr(SqliteStore, "execute", noting)
+    return batches
+
+
+def whose(batches: Carried, kind: type[base.Operation[Any]]) -> list[str]:
+    """Who has carried out the operations of that kind."""
+    return [who for who, kinds in batches for each in kinds if each is kind]

@@ -4,27 +4,27 @@ import asyncio
 import os
 import random
 import signal
-import subprocess
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import apsw
 import pytest
-from conftest import script, until
+from conftest import until
 from scenarios.flows import orders
 from scenarios.flows.orders import Case
 from workers import (
     LaterClock,
-    WorkerProcess,
     bodies,
-    eventually,
+    give_back,
     gone,
     now,
+    open_gate,
     shown,
     status,
     steps,
+    stop_past_its_lease,
     supervised,
     work,
     worker_process,
@@ -33,13 +33,9 @@ from workers import (
 
 from tako_runtime import Backoff, Step, clock, workflow
 from tako_runtime.control import Control
-from tako_runtime.errors import StoreBusy
-from tako_runtime.inflight import InFlight, places
-from tako_runtime.reclaim import reclaim
 from tako_runtime.run import WorkerRecord
 from tako_runtime.state import WorkerLost, settle
-from tako_runtime.store import Home, open_store, use
-from tako_runtime.store import sqlite as sqlite_store
+from tako_runtime.store import Home
 from tako_runtime.store.base import (
     AddWorker,
     Apply,
@@ -50,66 +46,12 @@ from tako_runtime.store.base import (
     RemoveWorker,
     RenewLease,
     RunsOf,
-    SaveStep,
     Topics,
 )
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.store.sqlite import SqliteStore
-from tako_runtime.worker import Worker
-from tako_runtime.workflow import registry
 
-
-@pytest.fixture(autouse=True)
-def _flows() -> Iterator[None]:
-    """The scenarios' workflows are declared, and no others."""
-    before = dict(registry)
-    registry.clear()
-    registry.update({name: flow for name, flow in before.items() if flow.handler.__module__ == orders.__name__})
-    yield
-    registry.clear()
-    registry.update(before)
-
-
-@pytest.fixture
-def log(home: Home) -> Path:
-    return home.data_dir / "bodies"
-
-
-@pytest.fixture
-def gate(home: Home) -> Path:
-    path = home.data_dir / "gate"
-    os.mkfifo(path)
-    return path
-
-
-def open_gate(gate: Path) -> None:
-    """Let go on who is held there, once somebody is."""
-    until(lambda: Path(f"{gate}.held").exists())
-    with gate.open("wb"):  # returns once the other end is open
-        pass
-
-
-def give_back(opened: StoreThread, home: Home, at: int | None = None) -> int:
-    """What a supervisor does when it sees that a worker has ended."""
-    return asyncio.run(reclaim(opened, home.app_dir, at or now()))
-
-
-def stop_past_its_lease(worker: WorkerProcess, opened: StoreThread, home: Home) -> None:
-    """SIGSTOP, but not in the middle of a commit, and reclaim once its lease has lapsed."""
-    until(lambda: _stopped_outside_a_commit(worker, opened))
-    until(lambda: all(w.lease_until <= now() for w in opened.do_sync(ListWorkers())))
-    give_back(opened, home)
-    assert worker.pid not in workers(opened).values()
-
-
-def _stopped_outside_a_commit(worker: WorkerProcess, opened: StoreThread) -> bool:
-    worker.kill(signal.SIGSTOP)
-    try:
-        opened.do_sync(RemoveWorker(worker="nobody"), timeout=1)
-    except StoreBusy:
-        worker.kill(signal.SIGCONT)
-        return False
-    return True
+pytestmark = pytest.mark.usefixtures("only_orders")
 
 
 # --- killed at one point ---------------------------------------------------------------------------------------------
@@ -394,194 +336,6 @@ def test_neither_a_blocked_event_loop_nor_a_blocked_handler_costs_the_lease(
     assert bodies(log) == ["loop", "b"]
 
 
-# --- drained ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("signals", [1, 2])
-def test_a_drained_worker_finishes_its_step_and_hands_the_run_back(
-    opened: StoreThread, home: Home, log: Path, gate: Path, signals: int
-) -> None:
-    run_id = orders.gated.enqueue_sync(Case(str(log), gate=str(gate)))
-    parked = orders.waits.enqueue_sync(["never", None])
-    with worker_process(home) as worker:
-        until(lambda: bodies(log) == ["a"] and status(opened, parked)[0] == "pending")
-        for n in range(signals):
-            worker.kill(signal.SIGTERM)
-            until(lambda: worker.events("worker.draining"))
-            if n == 0:
-                late = orders.answers.enqueue_sync("not claimed any more")
-        open_gate(gate)
-        assert worker.ended() == 0
-    assert workers(opened) == {}
-    run = shown(opened, run_id)
-    assert (run["status"], run["reason"], run["attempt"]) == ("pending", "queued", 1)
-    assert steps(run) == {"a": "done"}
-    assert status(opened, late) == ("pending", "queued")
-    work(opened, home)
-    run = shown(opened, run_id)
-    assert (run["status"], run["attempt"], len(run["attempts"])) == ("succeeded", 1, 1)
-    assert bodies(log) == ["a", "b"]
-
-
-def test_a_drain_does_not_wait_for_the_next_try_of_a_failing_step(
-    opened: StoreThread, home: Home, log: Path, gate: Path
-) -> None:
-    run_id = orders.gated_failure.enqueue_sync(Case(str(log), gate=str(gate)))
-    with worker_process(home) as worker:
-        until(lambda: bodies(log) == ["a"])
-        worker.kill(signal.SIGTERM)
-        until(lambda: worker.events("worker.draining"))
-        open_gate(gate)
-        assert worker.ended() == 0
-    assert status(opened, run_id) == ("pending", "queued")
-    work(opened, home)
-    assert shown(opened, run_id)["status"] == "succeeded"
-    assert bodies(log) == ["a", "a"]
-
-
-def test_a_handler_that_blocks_its_thread_is_drained_at_its_next_step(
-    opened: StoreThread, home: Home, log: Path, gate: Path
-) -> None:
-    run_id = orders.gated_plain.enqueue_sync(Case(str(log), gate=str(gate)))
-    with worker_process(home) as worker:
-        until(lambda: bodies(log) == ["plain"])
-        worker.kill(signal.SIGTERM)
-        until(lambda: worker.events("worker.draining"))
-        open_gate(gate)
-        assert worker.ended() == 0
-    assert status(opened, run_id) == ("pending", "queued")
-    assert bodies(log) == ["plain"]
-
-
-def test_a_sigterm_while_a_lost_lease_is_unwound_ends_the_process(
-    opened: StoreThread, home: Home, log: Path, gate: Path
-) -> None:
-    orders.stubborn_cleanup.enqueue_sync(Case(str(log), gate=str(gate)))
-    with worker_process(home, "--lease", "1s") as worker:
-        until(lambda: bodies(log) == ["began"])
-        stop_past_its_lease(worker, opened, home)
-        worker.kill(signal.SIGCONT)
-        until(lambda: "cleanup" in bodies(log))
-        worker.kill(signal.SIGTERM)
-        open_gate(gate)
-        assert worker.ended() == 0
-
-
-def test_a_worker_whose_supervisor_is_gone_drains_and_ends(opened: StoreThread, home: Home) -> None:
-    with worker_process(home) as worker:
-        worker.up()
-        assert worker.process.stdin is not None
-        worker.process.stdin.close()
-        assert worker.ended() == 0
-    assert workers(opened) == {}
-
-
-# --- a store that cannot write for a moment --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("operation", [SaveStep, Apply])
-def test_a_write_that_fails_for_a_moment_is_tried_again_and_nothing_is_done_twice(
-    opened: StoreThread,
-    home: Home,
-    monkeypatch: pytest.MonkeyPatch,
-    operation: type[Operation[Any]],
-) -> None:
-    ran: list[str] = []
-    refused: list[str] = []
-    execute = SqliteStore.execute
-
-    def busy_at_first(self: SqliteStore, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
-        if len(refused) < 4 and any(isinstance(op, operation) for op in batch):
-            refused.append("busy")
-            raise StoreBusy("disk full")
-        return execute(self, batch)
-
-    @workflow("unlucky", retries=0)
-    async def unlucky(step: Step) -> str:
-        await step.run("a", ran.append, "a")
-        ran.append("handler")
-        return "done"
-
-    run_id = unlucky.enqueue_sync()
-    monkeypatch.setattr(SqliteStore, "execute", busy_at_first)
-    work(opened, home)
-    run = shown(opened, run_id)
-    assert (run["status"], run["result"], len(refused)) == ("succeeded", "done", 4)
-    assert ran == ["a", "handler"]
-
-
-def test_a_claim_that_fails_for_a_moment_is_tried_again_without_haste(
-    opened: StoreThread, home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody rings again and nobody else writes: the worker itself must remember that there is something to claim."""
-    refused: list[str] = []
-    execute = SqliteStore.execute
-    over = threading.Event()
-
-    def busy_at_first(self: SqliteStore, batch: Sequence[Operation[Any]]) -> tuple[list[Any], Topics]:
-        if not over.is_set() and any(type(op).__name__ == "ClaimRuns" for op in batch):
-            refused.append("busy")
-            raise StoreBusy("disk full")
-        return execute(self, batch)
-
-    run_id = orders.answers.enqueue_sync("x")
-    monkeypatch.setattr(SqliteStore, "execute", busy_at_first)
-
-    async def wait(worker: Worker) -> None:
-        await eventually(lambda: len(refused) > 3)
-        at = len(refused)
-        threading.Timer(1.0, over.set).start()
-        await eventually(over.is_set)
-        assert len(refused) - at < 20, "it spins"
-        await eventually(lambda: status(opened, run_id)[0] == "succeeded")
-
-    work(opened, home, wait)
-
-
-@pytest.mark.parametrize("patience", [20, 10_000], ids=["StoreBusy reaches the worker", "SQLite waits"])
-def test_a_write_lock_that_another_program_holds_for_a_second_costs_only_the_second(
-    home: Home, monkeypatch: pytest.MonkeyPatch, patience: int
-) -> None:
-    monkeypatch.setattr(sqlite_store, "BUSY_TIMEOUT", patience)
-    opened = open_store(home)
-    use(opened)
-    ran: list[str] = []
-    holder: list[subprocess.Popen[str]] = []
-
-    def body() -> None:
-        ran.append("a")
-        process = script(HOLD_THE_LOCK, home.app_dir / "runs.db")
-        holder.append(process)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "locked\n"
-
-    @workflow("locked-out", retries=0)
-    async def locked_out(step: Step) -> None:
-        await step.run("a", body)
-
-    try:
-        run_id = locked_out.enqueue_sync()
-        work(opened, home)
-        assert holder[0].wait(30) == 0
-        assert shown(opened, run_id)["status"] == "succeeded"
-        assert ran == ["a"]
-    finally:
-        for process in holder:
-            process.communicate()
-        use(None)
-        opened.close()
-
-
-HOLD_THE_LOCK = """
-    import sqlite3, sys, time
-    db = sqlite3.connect(sys.argv[1], isolation_level=None)
-    db.execute("BEGIN IMMEDIATE")
-    print("locked", flush=True)
-    time.sleep(1)
-    db.execute("COMMIT")
-"""
-
-
 # --- any number of random kills --------------------------------------------------------------------------------------
 
 
@@ -620,30 +374,3 @@ def test_whatever_is_killed_every_run_ends_once_and_nothing_is_stuck(
     assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert db.execute("SELECT count(*) FROM runs WHERE status = 'running' OR ready IS NOT NULL").fetchall() == [(0,)]
     db.close()
-
-
-def test_where_a_worker_was_is_read_from_its_file_and_one_of_another_release_says_nothing(home: Home) -> None:
-    """A wrong place would be worse than none: an operator goes by it."""
-    held = InFlight(home.app_dir, "w-1", room=3)
-    slots = [held.take(seq) for seq in (7, 8, 9)]
-    slots[0].note("charge", 1_000)
-    slots[1].note("ü" * 500, 2_000)
-    where = places(home.app_dir, "w-1")
-    assert where(7) == ("in step charge", 1_000)
-    assert where(8) == (f"in step {'ü' * 120}", 2_000)
-    assert where(9) == ("before its first step", None)
-    slots[0].give_up()
-    assert places(home.app_dir, "w-1")(7) == ("before its first step", None)
-    (home.app_dir / "workers" / "w-0").write_bytes(b"7 1000 in step charge".ljust(256, b"\0"))
-    assert places(home.app_dir, "w-0")(7) == ("", None)
-    held.close()
-
-
-def test_a_workers_file_of_places_has_its_room_on_the_disk_from_the_start(home: Home) -> None:
-    """Writing into a hole of a mapped file ends the process where the disk is full (SIGBUS)."""
-    held = InFlight(home.app_dir, "w-1", room=100)
-    try:
-        taken = (home.app_dir / "workers" / "w-1").stat()
-        assert taken.st_blocks * 512 >= taken.st_size > 0
-    finally:
-        held.close()

@@ -17,8 +17,10 @@ from conftest import until
 
 from tako_runtime import Backoff, clock
 from tako_runtime.control import Control
+from tako_runtime.errors import StoreBusy
+from tako_runtime.reclaim import reclaim
 from tako_runtime.store import Home
-from tako_runtime.store.base import Demand, ListWorkers
+from tako_runtime.store.base import Demand, ListWorkers, RemoveWorker
 from tako_runtime.store.commit import StoreThread
 from tako_runtime.worker import Settings, Worker
 from tako_runtime.workflow import registry
@@ -272,3 +274,33 @@ def freeze(home: Home, pid: int) -> None:
                 for file in queue:
                     fcntl.flock(file, fcntl.LOCK_UN)
                 os.kill(pid, signal.SIGCONT)
+
+
+def open_gate(gate: Path) -> None:
+    """Let go on who is held there, once somebody is."""
+    until(lambda: Path(f"{gate}.held").exists())
+    with gate.open("wb"):  # returns once the other end is open
+        pass
+
+
+def give_back(opened: StoreThread, home: Home, at: int | None = None) -> int:
+    """What a supervisor does when it sees that a worker has ended."""
+    return asyncio.run(reclaim(opened, home.app_dir, at or now()))
+
+
+def stop_past_its_lease(worker: WorkerProcess, opened: StoreThread, home: Home) -> None:
+    """SIGSTOP, but not in the middle of a commit, and reclaim once its lease has lapsed."""
+    until(lambda: _stopped_outside_a_commit(worker, opened))
+    until(lambda: all(w.lease_until <= now() for w in opened.do_sync(ListWorkers())))
+    give_back(opened, home)
+    assert worker.pid not in workers(opened).values()
+
+
+def _stopped_outside_a_commit(worker: WorkerProcess, opened: StoreThread) -> bool:
+    worker.kill(signal.SIGSTOP)
+    try:
+        opened.do_sync(RemoveWorker(worker="nobody"), timeout=1)
+    except StoreBusy:
+        worker.kill(signal.SIGCONT)
+        return False
+    return True

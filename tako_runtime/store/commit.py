@@ -180,9 +180,10 @@ class StoreThread:
             return False
         except Exception as error:  # noqa: BLE001 -- a bug; or a signal handler's, which the loop must hear of as well
             parcel.report(error)
-            if answers is None and not (store and store.in_doubt):
-                return False
-            answers = answers or [Trouble(_unknown(error))] * len(parcel.ops)
+            if answers is None:
+                if store is None or not store.in_doubt:
+                    return False
+                answers = [Trouble(_unknown(error))] * len(parcel.ops)
         finally:
             self._here = None
             self._using.release()
